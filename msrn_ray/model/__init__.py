@@ -1,0 +1,51 @@
+"""The networks: MSRN, its parts, and the plain baselines."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModelSettings
+from .backbone import Backbone, load_pretrained
+from .baselines import PooledLinear
+from .msrn import MSRN
+from .semantic_attention import semantic_attention
+
+__all__ = ["MSRN", "Backbone", "PooledLinear", "build_model", "semantic_attention", "set_prior_bias"]
+
+
+def build_model(
+    settings: ModelSettings, word_vectors: Tensor, attend_mask: Tensor, *, pretrained: bool = True
+) -> MSRN | PooledLinear:
+    """The network that the settings describe.
+
+    Args:
+        settings: the architecture.
+        word_vectors: [C, V] float32.
+        attend_mask: [C, C] bool; label row attends to label column.
+        pretrained: fill the backbone from `settings.pretrained`; False where a checkpoint follows.
+
+    Raises:
+        UserError: for an unknown backbone, or weights that are missing or do not fit.
+    """
+    model: MSRN | PooledLinear
+    if settings.name == "msrn":
+        model = MSRN(settings, word_vectors, attend_mask)
+    else:
+        model = PooledLinear(settings, len(word_vectors))
+    if pretrained and settings.pretrained is not None:
+        load_pretrained(model.backbone, settings.backbone, settings.pretrained)
+    return model
+
+
+@torch.no_grad()
+def set_prior_bias(model: MSRN | PooledLinear, frequency: Tensor) -> None:
+    """Starts the logits' biases at the log-odds of the labels, so that training need not first learn the base rates.
+
+    Args:
+        frequency: [C] float in (0, 1), how often each label is present among the train images where it is known.
+
+    Source: Lin et al., "Focal Loss for Dense Object Detection" (2017), section 4.1, with the measured rates in place of one prior.
+    """
+    bias = model.head.bias if isinstance(model, PooledLinear) else model.head.output_bias
+    bias.copy_(frequency.logit())

@@ -1,0 +1,157 @@
+"""A torchvision ResNet-like trunk that gives the features of several stages.
+
+Shapes: B images, S input side; at S = 448 with ResNet-101 layer1 is [B,256,112,112] ... layer4 is [B,2048,14,14].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from ..config import LEVELS
+from ..errors import UserError
+
+STAGES = ("stem", *LEVELS)
+FAMILY = ("resnet", "resnext", "wide_resnet")
+
+
+class Backbone(nn.Module):
+    """Stem and stages up to the deepest one asked for; deeper ones are dropped, so that every parameter gets a gradient.
+
+    Args:
+        name: a torchvision ResNet, ResNeXt or Wide-ResNet, or `resnet10`.
+        levels: stages whose features are returned, fine to coarse.
+        frozen_stages: how many of stem, layer1, ... keep their weights and BatchNorm statistics.
+        frozen_batchnorm: keep all BatchNorm statistics and affine weights.
+    """
+
+    def __init__(
+        self, name: str, levels: Sequence[str], *, frozen_stages: int = 0, frozen_batchnorm: bool = False
+    ) -> None:
+        super().__init__()
+        trunk = build_resnet(name)
+        self.levels = tuple(levels)
+        self.depth = STAGES.index(self.levels[-1])
+        self.frozen_stages = min(frozen_stages, self.depth + 1)
+        self.frozen_batchnorm = frozen_batchnorm
+        self.conv1, self.bn1, self.relu, self.maxpool = trunk.conv1, trunk.bn1, trunk.relu, trunk.maxpool
+        for stage in STAGES[1 : self.depth + 1]:
+            self.add_module(stage, getattr(trunk, stage))
+        self.channels: dict[str, int] = {level: _width(getattr(trunk, level)) for level in self.levels}
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+        self.train()
+
+    def _stem(self, images: Tensor) -> Tensor:
+        out: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        return out
+
+    def _stage_modules(self, index: int) -> list[nn.Module]:
+        return [self.conv1, self.bn1] if index == 0 else [getattr(self, STAGES[index])]
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        frozen = [module for index in range(self.frozen_stages) for module in self._stage_modules(index)]
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        return frozen + (norms if self.frozen_batchnorm else [])
+
+    def train(self, mode: bool = True) -> Backbone:
+        """As `nn.Module.train`; what is frozen stays in eval mode, so BatchNorm statistics do not move."""
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        return self
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """images: [B, 3, H, W] float, normalised -> one [B, channels, h, w] for each level, fine to coarse."""
+        features = []
+        out = images
+        for index in range(self.depth + 1):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and index >= self.frozen_stages):
+                out = self._stem(out) if index == 0 else getattr(self, STAGES[index])(out)
+            if STAGES[index] in self.levels:
+                features.append(out)
+        return features
+
+
+def _width(stage: nn.Module) -> int:
+    last = list(stage.children())[-1]
+    norm = getattr(last, "bn3", None) or last.bn2
+    width: int = norm.num_features
+    return width
+
+
+def build_resnet(name: str) -> ResNet:
+    """A randomly initialised torchvision model of the ResNet family.
+
+    Raises:
+        UserError: for any other name, with the names that there are.
+    """
+    if name == "resnet10":
+        return ResNet(BasicBlock, [1, 1, 1, 1])
+    known = [model for model in torchvision.models.list_models(torchvision.models) if model.startswith(FAMILY)]
+    if name not in known:
+        raise UserError(f"model.backbone {name!r} is not known; there are: resnet10, {', '.join(known)}")
+    model: ResNet = torchvision.models.get_model(name, weights=None)
+    return model
+
+
+def load_pretrained(backbone: Backbone, name: str, source: str) -> None:
+    """Fills the backbone from a torchvision weight name (downloaded) or a state-dict file in torchvision's naming.
+
+    Half-precision files are widened. Entries of dropped stages and of `fc` are left out; every entry of the backbone must be there.
+
+    Raises:
+        UserError: if the file is missing, is not a plain state dict, or does not fit the backbone.
+    """
+    state = read_pretrained(name, source)
+    own = backbone.state_dict()
+    missing = [key for key in own if key not in state]
+    wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
+    if missing or wrong:
+        example = (missing + wrong)[0]
+        raise UserError(
+            f"model.pretrained {source}: does not fit {name} ({len(missing)} entries missing, {len(wrong)} of another shape,"
+            f" e.g. {example}); give weights of that architecture in torchvision's naming"
+        )
+    backbone.load_state_dict({key: state[key] for key in own})
+
+
+def read_pretrained(name: str, source: str) -> Mapping[str, Tensor]:
+    """The float32 state dict that `source` stands for; see `load_pretrained`."""
+    path = Path(source).expanduser()
+    if path.suffix in {".pth", ".pt", ".tar"} or path.exists():
+        if not path.is_file():
+            raise UserError(f"model.pretrained {path}: no such file")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds here; all of them mean: not a safe state dict
+            raise UserError(f"model.pretrained {path}: not a plain state dict of tensors ({_first_line(error)})") from None
+        if not isinstance(state, dict):
+            raise UserError(f"model.pretrained {path}: a state dict is expected, not {type(state).__name__}")
+        state = state.get("state_dict", state)
+    elif name == "resnet10":
+        raise UserError("model.pretrained: there are no ImageNet weights for resnet10; use None or a file")
+    else:
+        try:
+            weights = getattr(torchvision.models.get_model_weights(name), source)
+        except AttributeError:
+            names = ", ".join(weight.name for weight in torchvision.models.get_model_weights(name))
+            raise UserError(f"model.pretrained {source!r}: no such file, and {name} has the weights {names}") from None
+        try:
+            state = weights.get_state_dict(progress=False, check_hash=True)
+        except OSError as error:  # URLError included
+            raise UserError(
+                f"model.pretrained {source}: could not be downloaded ({_first_line(error)}); give a file or None"
+            ) from None
+    return {
+        key: value.float() if torch.is_tensor(value) and value.is_floating_point() else value for key, value in state.items()
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]

@@ -1,0 +1,32 @@
+"""The yardsticks: the same backbone, one global pooling, one linear layer.
+
+Source: the plain ResNet-101 rows of ML-GCN (Chen et al., CVPR 2019, tables 1 and 2) use global max pooling.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..config import ModelSettings
+from ..types import MSRNOutput
+from .backbone import Backbone
+
+
+class PooledLinear(nn.Module):
+    """layer4 features, global average (`gap`) or max (`gmp`) pooling, linear layer; `model.levels` is not used."""
+
+    def __init__(self, settings: ModelSettings, num_labels: int) -> None:
+        super().__init__()
+        self.backbone = Backbone(
+            settings.backbone,
+            ("layer4",),
+            frozen_stages=settings.frozen_stages,
+            frozen_batchnorm=settings.frozen_batchnorm,
+        )
+        self.pool = nn.AdaptiveAvgPool2d(1) if settings.name == "gap" else nn.AdaptiveMaxPool2d(1)
+        self.head = nn.Linear(self.backbone.channels["layer4"], num_labels)
+
+    def forward(self, images: Tensor) -> MSRNOutput:
+        """images: [B, 3, H, W] float, normalised -> `MSRNOutput` with logits [B, C] and nothing else."""
+        (features,) = self.backbone(images)
+        return MSRNOutput(self.head(self.pool(features).flatten(1)))

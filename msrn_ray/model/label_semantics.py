@@ -1,0 +1,78 @@
+"""Local semantics (one embedding a label, by graph attention) and global semantics (one embedding a group of labels).
+
+Shapes: C labels, V word-vector width, G groups, D embedding width.
+Source: arXiv 2106.11596, sections 3.1 and 3.2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  # the field's name for it
+
+_GAIN = 1.414  # Xavier gain of the graph attention weights, as in the authors' release
+
+
+class GraphAttention(nn.Module):
+    """One head of graph attention with a residual on the transformed nodes; no bias, no dropout.
+
+    h = X W;  e_ij = LeakyReLU_0.2(a . [h_i ; h_j]), -inf where i does not attend to j;  X'_i = ELU(sum_j softmax_j(e)_ij h_j + h_i)
+    """
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(in_dim, out_dim))
+        self.score = nn.Parameter(torch.empty(2 * out_dim, 1))
+        nn.init.xavier_uniform_(self.weight, gain=_GAIN)
+        nn.init.xavier_uniform_(self.score, gain=_GAIN)
+
+    def forward(self, nodes: Tensor, attend_mask: Tensor) -> Tensor:
+        """nodes: [C, in_dim] float; attend_mask: [C, C] bool, True where row attends to column -> [C, out_dim]."""
+        hidden = nodes @ self.weight
+        by_source, by_target = (hidden @ self.score.view(2, -1).t()).unbind(1)  # a . [h_i ; h_j] is a sum of two parts
+        logits = F.leaky_relu(by_source[:, None] + by_target[None, :], 0.2)
+        attention = logits.masked_fill(~attend_mask, float("-inf")).softmax(1)
+        return F.elu(attention @ hidden + hidden)
+
+
+class LabelSemantics(nn.Module):
+    """Word vectors -> linear -> two graph attention layers -> E [C, D].
+
+    Args:
+        word_vectors: [C, V] float32.
+        attend_mask: [C, C] bool, True on the diagonal.
+    """
+
+    word_vectors: Tensor
+    attend_mask: Tensor
+
+    def __init__(
+        self, word_vectors: Tensor, attend_mask: Tensor, *, hidden_dim: int, graph_hidden_dim: int, embed_dim: int
+    ) -> None:
+        super().__init__()
+        self.register_buffer("word_vectors", word_vectors)
+        self.register_buffer("attend_mask", attend_mask)
+        self.input = nn.Linear(word_vectors.shape[1], hidden_dim)
+        self.first = GraphAttention(hidden_dim, graph_hidden_dim)
+        self.second = GraphAttention(graph_hidden_dim, embed_dim)
+
+    def forward(self) -> Tensor:
+        """-> E [C, D] float32."""
+        hidden: Tensor = self.first(self.input(self.word_vectors), self.attend_mask)
+        embedding: Tensor = self.second(hidden, self.attend_mask)
+        return embedding
+
+
+class GroupSemantics(nn.Module):
+    """Soft assignment of labels to groups and the groups' embeddings, both by graph attention on ReLU(E)."""
+
+    def __init__(self, embed_dim: int, num_groups: int) -> None:
+        super().__init__()
+        self.embed = GraphAttention(embed_dim, embed_dim)
+        self.assign = GraphAttention(embed_dim, num_groups)
+
+    def forward(self, label_embedding: Tensor, attend_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """label_embedding: E [C, D] -> group embedding Q [G, D] and assignment A [C, G], rows of A sum to 1."""
+        nodes = label_embedding.relu()
+        assignment = self.assign(nodes, attend_mask).softmax(1)
+        return assignment.t() @ self.embed(nodes, attend_mask), assignment

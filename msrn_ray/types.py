@@ -1,0 +1,97 @@
+"""The contracts that more than one module speaks: label convention, sample table, batch and model output.
+
+Labels are int8: 1 present, 0 absent, -1 unknown. Unknown labels are left out of losses, label counts and metrics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from torch import Tensor
+
+PRESENT, ABSENT, UNKNOWN = 1, 0, -1
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """One split of a data set: which images there are and what is on them.
+
+    Attributes:
+        table: columns `image_id` (string, unique), `uri` (string, a local path or a URI), `target`
+            (fixed_size_list<int8>[C], values in {1, 0, -1}); n rows in a fixed order.
+        label_names: the C label names, in the order of `target`.
+        source: what was read, for messages ("instances_train2014.json", ...).
+        notes: lines worth telling the user (images dropped, images without a label, ...).
+    """
+
+    table: pa.Table
+    label_names: tuple[str, ...]
+    source: str
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_columns(
+        cls,
+        image_ids: list[str],
+        uris: list[str],
+        targets: npt.NDArray[np.int8],
+        label_names: tuple[str, ...],
+        source: str,
+        notes: tuple[str, ...] = (),
+    ) -> SampleTable:
+        """Builds the table; targets: [n, C] int8 in {1, 0, -1}."""
+        assert targets.shape == (len(uris), len(label_names)) and len(image_ids) == len(uris)
+        target = pa.FixedSizeListArray.from_arrays(pa.array(targets.reshape(-1), pa.int8()), len(label_names))
+        table = pa.table(
+            {"image_id": pa.array(image_ids, pa.string()), "uri": pa.array(uris, pa.string()), "target": target}
+        )
+        return cls(table, label_names, source, notes)
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @property
+    def targets(self) -> npt.NDArray[np.int8]:
+        """[n, C] int8 in {1, 0, -1}."""
+        flat = self.table["target"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return np.asarray(flat, dtype=np.int8).reshape(len(self), len(self.label_names))
+
+    def take(self, rows: npt.NDArray[np.int64]) -> SampleTable:
+        """The same split reduced to `rows` ([m] indices), in that order."""
+        return SampleTable(self.table.take(pa.array(rows)), self.label_names, self.source, self.notes)
+
+
+class Batch(NamedTuple):
+    """What crosses from the data side to the engine; B images of S x S pixels, C labels.
+
+    Attributes:
+        images: [B, 3, S, S] uint8, RGB, not normalised.
+        target: [B, C] int8 in {1, 0, -1}.
+        row: [B] int64, the row of each image in its sample table.
+        valid: [B] bool; False marks a filler that keeps a rank without an image in step: its loss and score count nothing.
+    """
+
+    images: Tensor
+    target: Tensor
+    row: Tensor
+    valid: Tensor
+
+
+class MSRNOutput(NamedTuple):
+    """Model output; B images, C labels, G groups, D embedding width.
+
+    Attributes:
+        logits: [B, C] float.
+        label_embedding: [C, D] float, E; None for the `gap` and `gmp` baselines, as the next two.
+        group_embedding: [G, D] float, Q.
+        assignment: [C, G] float in [0, 1], rows sum to 1: how much of a label goes to each group.
+    """
+
+    logits: Tensor
+    label_embedding: Tensor | None = None
+    group_embedding: Tensor | None = None
+    assignment: Tensor | None = None
