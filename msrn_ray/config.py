@@ -170,6 +170,8 @@ class ResourceSettings(Settings):
     """Give each worker a GPU. None: where the cluster has one."""
     cpus_per_worker: Count = 1
     """CPUs that a worker reserves beside those that decode images."""
+    dashboard: bool = False
+    """Start Ray's dashboard with a cluster on this machine (a cluster that is joined has its own)."""
 
 
 class ExperimentConfig(Settings):

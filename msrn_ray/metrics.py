@@ -107,15 +107,15 @@ class MultiLabelMetrics:
         columns = zip(scores.T, known.T, present.T, strict=True)
         per_class = np.array([_average_precision(score[seen], label[seen]) for score, seen, label in columns])
         mean_ap, mean_voc11, mean_envelope = (_mean(column) for column in per_class.T)
-        confident, top = scores >= THRESHOLD, _top_k(scores, known, TOP_K)
+        confident, top = known & (scores >= THRESHOLD), _top_k(scores, known, TOP_K)
         return {
             "mAP": mean_ap,
             "mAP_voc11": mean_voc11,
             "mAP_envelope": mean_envelope,
             "AP": per_class[:, 0].tolist(),
-            **_precision_recall_f1(confident, known, present),
-            **_precision_recall_f1(top, known, present, f"_top{TOP_K}"),
-            **_precision_recall_f1(top & confident, known, present, f"_top{TOP_K}_at_{THRESHOLD}"),
+            **_precision_recall_f1(confident, present),
+            **_precision_recall_f1(top, present, f"_top{TOP_K}"),
+            **_precision_recall_f1(top & confident, present, f"_top{TOP_K}_at_{THRESHOLD}"),
         }
 
 
@@ -123,8 +123,8 @@ def _copy_to_numpy(values: Tensor | npt.ArrayLike) -> npt.NDArray[Any]:
     """A copy on the CPU, of the same type."""
     if isinstance(values, Tensor):
         values = values.detach().cpu()
-        if values.dtype == torch.bfloat16:  # which numpy does not have; float32 holds each of its values
-            values = values.float()
+        # numpy has no bfloat16; float32 holds each of its values.
+        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
     return np.array(values)
 
 
@@ -176,7 +176,7 @@ def _top_k(scores: Scores, known: Mask, k: int) -> Mask:
     return top & known  # an image that runs out of known labels gets class 0 again, which may be unknown
 
 
-def _precision_recall_f1(predicted: Mask, known: Mask, present: Mask, suffix: str = "") -> dict[str, float]:
+def _precision_recall_f1(predicted: Mask, present: Mask, suffix: str = "") -> dict[str, float]:
     """Per-class (C) and overall (O) precision, recall and F1 of yes-or-no predictions.
 
     CP, CR: mean over classes of each class's precision and recall. A class without a present label is left out of both
@@ -187,13 +187,12 @@ def _precision_recall_f1(predicted: Mask, known: Mask, present: Mask, suffix: st
     OP is 0 if nothing is predicted, F1 is 0 if precision and recall are; OR and OF1 are nan if no label is present.
 
     Args:
-        predicted: [n, C].
-        known: [n, C]; where False, the prediction is not counted.
-        present: [n, C].
+        predicted: [n, C], False where the label is unknown.
+        present: [n, C], likewise.
         suffix: put behind each name.
     """
     num_hits = (predicted & present).sum(axis=0, dtype=np.float64)  # [C], as the next two
-    num_predicted = (predicted & known).sum(axis=0, dtype=np.float64)
+    num_predicted = predicted.sum(axis=0, dtype=np.float64)
     num_present = present.sum(axis=0, dtype=np.float64)
     has_present = num_present > 0
     class_precision = _mean((num_hits / np.maximum(num_predicted, 1))[has_present])

@@ -1,0 +1,166 @@
+"""The on-disk checkpoint: `model.pt`, all that scoring an image needs, and `train_state.pt`, all that going on needs.
+
+Both are plain tensors, numbers and text, read with `weights_only=True`: a checkpoint from a stranger cannot run code.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import ExperimentConfig, config_from_dict
+from .errors import UserError
+from .label_graph import LabelCounts
+from .transforms import IMAGENET_MEAN, IMAGENET_STD
+
+MODEL_FILE, STATE_FILE, BEST_FILE = "model.pt", "train_state.pt", "best.txt"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `model.pt` holds; C labels.
+
+    Attributes:
+        config: the experiment.
+        label_names: C names in the order of the logits.
+        counts: label counts of the train split, from which the graph was made.
+        weights: state dict of the network that is evaluated (the moving average where there is one).
+        thresholds: C probabilities from which on a label counts as present.
+        metrics: values on val at this epoch, `val/mAP` and others.
+        epoch: finished training epochs.
+        mean, std: ImageNet constants of the input, in RGB order, for pixels in [0, 1].
+        versions: of torch and others that wrote the file.
+    """
+
+    config: ExperimentConfig
+    label_names: tuple[str, ...]
+    counts: LabelCounts
+    weights: Mapping[str, Tensor]
+    thresholds: tuple[float, ...]
+    metrics: Mapping[str, float]
+    epoch: int
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    versions: Mapping[str, str] = field(default_factory=lambda: {"torch": str(torch.__version__)})
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What `train_state.pt` holds: everything an interrupted run needs to go on as if nothing had been.
+
+    Attributes:
+        model: state dict of the trained network (not the average).
+        optimizer, scheduler, scaler: their state dicts.
+        ema: state dict of the moving average, or None.
+        epoch: finished epochs.
+        data: fingerprint of the train split; another one is refused.
+    """
+
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    scaler: Mapping[str, Any]
+    ema: Mapping[str, Any] | None
+    epoch: int
+    data: str
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, state: TrainState | None = None) -> None:
+    """Writes both files; each appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "format": FORMAT,
+        "config": checkpoint.config.to_dict(),
+        "label_names": list(checkpoint.label_names),
+        "cooccurrence": torch.from_numpy(checkpoint.counts.cooccurrence),
+        "counts": torch.from_numpy(checkpoint.counts.count),
+        "weights": dict(checkpoint.weights),
+        "thresholds": list(checkpoint.thresholds),
+        "metrics": dict(checkpoint.metrics),
+        "epoch": checkpoint.epoch,
+        "mean": list(checkpoint.mean),
+        "std": list(checkpoint.std),
+        "versions": dict(checkpoint.versions),
+    }
+    _save(folder / MODEL_FILE, content)
+    if state is not None:
+        _save(folder / STATE_FILE, {name: getattr(state, name) for name in TrainState.__dataclass_fields__})
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint folder, its `model.pt`, or the best one of a run folder.
+
+    Raises:
+        UserError: if there is none, if it would run code, or if it is not of this package.
+    """
+    file = find_model_file(path)
+    content = _load(file)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{file}: not a checkpoint of msrn_ray (format {FORMAT}); `msrn import-official` reads the authors' files")
+    try:
+        names = tuple(content["label_names"])
+        return Checkpoint(
+            config=config_from_dict(content["config"], source=f"{file}: config"),
+            label_names=names,
+            counts=LabelCounts(names, content["cooccurrence"].numpy(), content["counts"].numpy()),
+            weights=content["weights"],
+            thresholds=tuple(content["thresholds"]),
+            metrics=content["metrics"],
+            epoch=content["epoch"],
+            mean=tuple(content["mean"]),
+            std=tuple(content["std"]),
+            versions=content["versions"],
+        )
+    except KeyError as error:
+        raise UserError(f"{file}: the entry {error} is missing; the file is damaged") from None
+
+
+def load_train_state(folder: Path) -> TrainState:
+    """Reads `train_state.pt` of a checkpoint folder."""
+    return TrainState(**_load(folder / STATE_FILE))
+
+
+def find_model_file(path: Path) -> Path:
+    """The `model.pt` that a file, a checkpoint folder or a run folder stands for.
+
+    Raises:
+        UserError: if there is none, with what was looked for.
+    """
+    if path.is_file():
+        return path
+    if (path / MODEL_FILE).is_file():
+        return path / MODEL_FILE
+    if (path / BEST_FILE).is_file():
+        best = path / (path / BEST_FILE).read_text(encoding="utf-8").strip() / MODEL_FILE
+        if best.is_file():
+            return best
+        raise UserError(f"{path}: its best checkpoint {best.parent.name} is gone")
+    if not path.exists():
+        raise UserError(f"checkpoint {path}: no such file or folder")
+    raise UserError(f"checkpoint {path}: holds neither {MODEL_FILE} nor {BEST_FILE}; give a checkpoint or a run folder")
+
+
+def _save(path: Path, content: Mapping[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        torch.save(dict(content), partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"checkpoint {path}: cannot be read ({error.strerror})") from None
+    except Exception as error:  # torch raises many kinds here; all of them mean: not safely readable
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"checkpoint {path}: damaged, or would run code; refused ({first[:120]})") from None

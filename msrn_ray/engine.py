@@ -1,0 +1,301 @@
+"""The training step, the epoch and the evaluation: explicit arguments in, plain values out; no Ray, no files.
+
+Shapes: B images of a rank's batch, C labels, n images scored by this rank.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from . import distributed
+from .errors import NonFiniteLossError
+from .losses import classification_loss, group_loss
+from .transforms import normalize
+from .types import Batch, MSRNOutput
+
+
+@dataclass
+class Trainee:
+    """All that one optimizer step changes.
+
+    Attributes:
+        model: the network, or DistributedDataParallel around it.
+        optimizer, scheduler: stepped once a step.
+        scaler: scales the loss in float16; disabled otherwise.
+        ema: moving average of the network's weights, or None.
+        amp_dtype: autocast type, or None for float32.
+        clip_norm: largest gradient norm, or None.
+        accumulation: micro-batches a step.
+        group_weight: weight of the group loss.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    scaler: torch.amp.GradScaler
+    ema: AveragedModel | None
+    amp_dtype: torch.dtype | None
+    clip_norm: float | None
+    accumulation: int
+    group_weight: float
+
+    @property
+    def network(self) -> nn.Module:
+        """The network without its DistributedDataParallel wrapper."""
+        inner = getattr(self.model, "module", self.model)
+        assert isinstance(inner, nn.Module)
+        return inner
+
+
+@dataclass
+class Progress:
+    """What a log interval shows: means over all ranks since the last one."""
+
+    step: int
+    loss: float
+    images_per_second: float
+    data_wait_fraction: float
+    num_bad: int
+
+
+@dataclass
+class EpochStats:
+    """Sums of one training epoch on this rank; seconds, images."""
+
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+    first_batch_seconds: float = 0.0
+    images: int = 0
+    loss_sum: float = 0.0
+    steps: int = 0
+
+
+@dataclass
+class Scores:
+    """What evaluation saw on this rank.
+
+    Attributes:
+        row: [n] int64, rows of the sample table.
+        scores: [n, C] float32, probabilities.
+        target: [n, C] int8 in {1, 0, -1}.
+        loss: [n] float32, classification loss of each image.
+    """
+
+    row: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float32]
+    target: npt.NDArray[np.int8]
+    loss: npt.NDArray[np.float32]
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
+    """Mixed precision of `dtype` on `device`, or nothing."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def train_step(trainee: Trainee, batch: Batch, num_rows: int) -> Tensor:
+    """One optimizer step: forward, backward, clip, update, schedule, EMA. Synchronises nothing but the gradients.
+
+    Args:
+        trainee: what is trained.
+        batch: this rank's images of the step, on the model's device.
+        num_rows: valid images of the step over all ranks; the loss is their mean, so a short batch weighs what it should.
+
+    Returns:
+        [] float32, this rank's part of the loss, detached; the parts' mean over ranks is the loss of the step.
+    """
+    trainee.optimizer.zero_grad(set_to_none=True)
+    micro_batches = _split(batch, trainee.accumulation)
+    scale = distributed.world_size() / num_rows  # DistributedDataParallel takes the mean over ranks
+    total = torch.zeros((), device=batch.images.device)
+    for index, micro in enumerate(micro_batches):
+        last = index == len(micro_batches) - 1
+        no_sync: Any = nullcontext() if last else getattr(trainee.model, "no_sync", nullcontext)()
+        with no_sync:
+            with autocast(batch.images.device, trainee.amp_dtype):
+                output: MSRNOutput = trainee.model(normalize(micro.images))
+            classification = (classification_loss(output.logits, micro.target) * micro.valid).sum() * scale
+            loss = classification + trainee.group_weight / len(micro_batches) * group_loss(output)
+            trainee.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    if trainee.clip_norm is not None:
+        trainee.scaler.unscale_(trainee.optimizer)
+        torch.nn.utils.clip_grad_norm_(trainee.network.parameters(), trainee.clip_norm)
+    trainee.scaler.step(trainee.optimizer)
+    trainee.scaler.update()
+    trainee.scheduler.step()
+    if trainee.ema is not None:
+        trainee.ema.update_parameters(trainee.network)
+    return total
+
+
+def train_one_epoch(
+    trainee: Trainee,
+    batches: Iterator[Batch],
+    *,
+    step_rows: Callable[[int], int],
+    device: torch.device,
+    log_every: int,
+    on_progress: Callable[[Progress], None],
+    count_bad: Callable[[], int],
+    name_rows: Callable[[list[int]], list[str]],
+) -> EpochStats:
+    """Runs one epoch; every `log_every` steps, and at the end, ranks agree whether the loss is finite and report.
+
+    Args:
+        trainee: what is trained.
+        batches: this rank's step batches on the CPU.
+        step_rows: valid images of step s over all ranks.
+        device: where the model is.
+        log_every: steps between two checks.
+        on_progress: called on every rank with means over all ranks; may raise, on all ranks alike.
+        count_bad: images of this rank that could not be decoded so far.
+        name_rows: image ids of row numbers, for the error.
+
+    Raises:
+        NonFiniteLossError: on all ranks at the same check, naming the first bad step and the images of it.
+    """
+    trainee.model.train()
+    stats = EpochStats()
+    window = _Window()
+    start = mark = time.perf_counter()
+    while True:
+        waiting = time.perf_counter()
+        batch = next(batches, None)
+        waited = time.perf_counter() - waiting
+        if batch is None:
+            break
+        if stats.steps == 0:
+            stats.first_batch_seconds = waited
+        stats.wait_seconds += waited
+        window.wait += waited
+        loss = train_step(trainee, to_device(batch, device), step_rows(stats.steps))
+        window.add(stats.steps, loss, batch)
+        stats.images += int(batch.valid.sum())
+        stats.steps += 1
+        if stats.steps % log_every == 0:
+            mark = _report(window, stats, mark, count_bad(), on_progress, name_rows)
+            window = _Window()
+    if window.losses:
+        _report(window, stats, mark, count_bad(), on_progress, name_rows)
+    stats.seconds = time.perf_counter() - start
+    return stats
+
+
+@dataclass
+class _Window:
+    """Steps since the last check."""
+
+    steps: list[int] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)
+    wait: float = 0.0
+    images: int = 0
+
+    def add(self, step: int, loss: Tensor, batch: Batch) -> None:
+        self.steps.append(step)
+        self.losses.append(loss)
+        self.rows.append(batch.row[batch.valid])
+        self.images += int(batch.valid.sum())
+
+
+def _report(
+    window: _Window,
+    stats: EpochStats,
+    mark: float,
+    num_bad: int,
+    on_progress: Callable[[Progress], None],
+    name_rows: Callable[[list[int]], list[str]],
+) -> float:
+    """Checks and reports the window on all ranks together; the one place of an epoch that waits for the device."""
+    losses = torch.stack(window.losses)
+    now = time.perf_counter()
+    device = losses.device
+    finite = torch.isfinite(losses)
+    first_bad = torch.where(finite, torch.inf, torch.tensor(window.steps, dtype=torch.float64, device=device)).min()
+    first_bad = distributed.all_reduce(first_bad, "min").item()
+    if first_bad != float("inf"):
+        index = window.steps.index(int(first_bad))
+        own = [] if bool(finite[index]) else window.rows[index].tolist()
+        rows = sorted(row for part in distributed.all_gather(own) for row in part)
+        raise NonFiniteLossError(
+            f"the loss is not finite at step {int(first_bad)} of the epoch, images {', '.join(name_rows(rows))};"
+            " lower optim.lr, or look at those images and labels"
+        )
+    sums = torch.tensor(
+        [losses.sum().item(), window.images, window.wait, num_bad], dtype=torch.float64, device=device
+    )
+    loss_sum, images, wait, bad = distributed.all_reduce(sums, "sum").tolist()
+    seconds = max(now - mark, 1e-9)
+    stats.loss_sum += loss_sum / distributed.world_size()
+    on_progress(
+        Progress(
+            stats.steps,
+            loss_sum / distributed.world_size() / len(window.losses),
+            images / seconds,
+            wait / distributed.world_size() / seconds,
+            int(bad),
+        )
+    )
+    return time.perf_counter()
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], *, device: torch.device, amp_dtype: torch.dtype | None, num_classes: int
+) -> Scores:
+    """Scores every valid image of `batches` with the model in eval mode, on this rank alone."""
+    model.eval()
+    row, scores, target, losses = [], [], [], []
+    for cpu_batch in batches:
+        batch = to_device(cpu_batch, device)
+        with autocast(device, amp_dtype):
+            logits = model(normalize(batch.images)).logits.float()
+        valid = cpu_batch.valid.numpy()
+        row.append(cpu_batch.row.numpy()[valid])
+        scores.append(logits.sigmoid().cpu().numpy()[valid])
+        losses.append(classification_loss(logits, batch.target).cpu().numpy()[valid])
+        target.append(cpu_batch.target.numpy()[valid])
+    return Scores(
+        np.concatenate([np.zeros(0, np.int64), *row]),
+        np.concatenate([np.zeros((0, num_classes), np.float32), *scores]),
+        np.concatenate([np.zeros((0, num_classes), np.int8), *target]),
+        np.concatenate([np.zeros(0, np.float32), *losses]),
+    )
+
+
+def gather_scores(own: Scores) -> Scores:
+    """The scores of all ranks in row order, each row exactly once, on every rank."""
+    parts = distributed.all_gather(own)
+    row = np.concatenate([part.row for part in parts])
+    order = np.argsort(row)
+    assert len(np.unique(row)) == len(row), "a row was scored twice"
+    return Scores(
+        row[order],
+        np.concatenate([part.scores for part in parts])[order],
+        np.concatenate([part.target for part in parts])[order],
+        np.concatenate([part.loss for part in parts])[order],
+    )
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on `device`; from pinned memory and without waiting where that is a GPU."""
+    if device.type == "cpu":
+        return batch
+    return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch))
+
+
+def _split(batch: Batch, parts: int) -> list[Batch]:
+    if parts == 1:
+        return [batch]
+    chunks = [tensor.tensor_split(min(parts, len(batch.row))) for tensor in batch]
+    return [Batch(*micro) for micro in zip(*chunks, strict=True)]

@@ -1,0 +1,83 @@
+"""The Ray cluster a run gets: connecting, and how many workers it can have."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+import ray
+
+from .config import ResourceSettings
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What the run takes.
+
+    Attributes:
+        num_workers: data-parallel train workers.
+        use_gpu: one GPU a worker.
+        cpus_per_worker: logical CPUs a worker reserves.
+        data_cpus: logical CPUs left for each worker's decode tasks.
+    """
+
+    num_workers: int
+    use_gpu: bool
+    cpus_per_worker: int
+    data_cpus: float
+
+
+def connect(settings: ResourceSettings) -> None:
+    """Joins the cluster that RAY_ADDRESS names, or starts one on this machine; does nothing where Ray is already up.
+
+    A machine's own cluster gets twice its cores as logical CPUs plus one for each train worker: decode tasks wait for files half of the
+    time, and workers reserve a CPU each.
+    """
+    if ray.is_initialized():
+        return
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+        return
+    cores = os.cpu_count() or 1
+    workers = settings.num_workers or default_workers(0)
+    ray.init(
+        address="local",
+        num_cpus=2 * cores + workers * settings.cpus_per_worker,
+        include_dashboard=settings.dashboard,
+        _node_ip_address="127.0.0.1",
+        **quiet,
+    )
+
+
+def default_workers(num_gpus: int) -> int:
+    """Every GPU of the cluster; without one 2 workers on a machine with two cores or more, else 1."""
+    return num_gpus or (2 if (os.cpu_count() or 1) >= 2 else 1)
+
+
+def allocate(settings: ResourceSettings) -> Allocation:
+    """Fits the settings to the cluster that is there.
+
+    Raises:
+        UserError: if they ask for more than there is, with both numbers; Ray itself would wait for ever.
+    """
+    there = ray.cluster_resources()
+    cpus, gpus = there.get("CPU", 0.0), int(there.get("GPU", 0))
+    use_gpu = gpus > 0 if settings.use_gpu is None else settings.use_gpu
+    num_workers = settings.num_workers or default_workers(gpus if use_gpu else 0)
+    if settings.num_workers is None and not use_gpu:
+        num_workers = max(1, min(num_workers, int(cpus - 1) // settings.cpus_per_worker))
+    if use_gpu and num_workers > gpus:
+        raise UserError(
+            f"resources.num_workers={num_workers} needs as many GPUs, the cluster has {gpus}; lower it or set resources.use_gpu false"
+        )
+    free = cpus - num_workers * settings.cpus_per_worker
+    if free < 1:
+        raise UserError(
+            f"resources.num_workers={num_workers} x {settings.cpus_per_worker} CPUs, and one for decoding, are more than the cluster's"
+            f" {cpus:g} CPUs; lower resources.num_workers or resources.cpus_per_worker"
+        )
+    return Allocation(num_workers, use_gpu, settings.cpus_per_worker, max(1.0, free // num_workers))

@@ -1,0 +1,191 @@
+"""What a person sees of a run: progress on the terminal, and the files of the run folder.
+
+Workers send plain events; this runs in the driver, the one writer of the run folder:
+`metrics.jsonl`, `tensorboard/`, `curves.png`, `bad_images.csv`, `best.txt`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .checkpoint import BEST_FILE
+
+METRICS_FILE, CURVES_FILE, BAD_FILE = "metrics.jsonl", "curves.png", "bad_images.csv"
+_PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
+_CURVES_SECONDS = 30.0  # between two drawings of the curves
+
+Event = Mapping[str, Any]
+
+
+class RunLog:
+    """Handles the events of one run.
+
+    Args:
+        folder: the run folder; must exist.
+        console: where lines go; standard output by default.
+    """
+
+    def __init__(self, folder: Path, console: Console | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # 2 s of import that nothing else needs
+
+        self.folder = folder
+        self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.history = _read_history(folder / METRICS_FILE)
+        self.best: tuple[float, str] | None = None
+        self.test: dict[str, float] = {}
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._bar: Progress | None = None
+        self._start = self._last_line = self._last_curves = time.monotonic()
+        self._total = self._first = self._per_epoch = 0
+        self._epochs = 0
+
+    def handle(self, event: Event) -> None:
+        """Shows and writes one event; `kind` is start, progress, epoch, bad or test."""
+        getattr(self, f"_on_{event['kind']}")(event)
+
+    def say(self, line: str) -> None:
+        """One line for the user, above the progress bar."""
+        (self._bar.console if self._bar else self.console).print(line, markup=False)
+
+    def close(self) -> None:
+        """Ends the progress line, draws the curves a last time."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+        self._tensorboard.close()  # type: ignore[no-untyped-call]
+        if self.history:
+            draw_curves(self.history, self.folder / CURVES_FILE)
+
+    def _on_start(self, event: Event) -> None:
+        """Also after a resume: epochs after the checkpoint that the run goes on from are forgotten."""
+        first = event["first_epoch"]
+        self._per_epoch, self._epochs = event["steps_per_epoch"], event["epochs"]
+        self._first, self._total = first * self._per_epoch, self._epochs * self._per_epoch
+        self._start = time.monotonic()
+        self.history = [line for line in self.history if line["epoch"] <= first]
+        _write_history(self.folder / METRICS_FILE, self.history)
+        self.best = None
+        for line in self.history:
+            self._note_best(line, line["checkpoint"])
+        self.say(event["text"])
+        if self.console.is_terminal and not self._bar:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._bar.add_task("starting", total=self._total, completed=self._first, text="waiting for the first images")
+            self._bar.start()
+
+    def _on_progress(self, event: Event) -> None:
+        done = (event["epoch"] - 1) * self._per_epoch + event["step"]
+        elapsed = time.monotonic() - self._start
+        eta = elapsed / max(1, done - self._first) * (self._total - done)
+        text = (
+            f"step {event['step']}/{self._per_epoch}  loss {event['loss']:.4f}  {event['images_per_second']:.1f} img/s"
+            f"  data wait {event['data_wait_fraction']:.0%}  ETA {_clock(eta)}"
+        )
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], description=f"epoch {event['epoch']}/{self._epochs}", completed=done, text=text)
+        elif time.monotonic() - self._last_line >= _PLAIN_SECONDS:
+            self._last_line = time.monotonic()
+            self.say(f"epoch {event['epoch']}/{self._epochs}  {text}")
+
+    def _on_epoch(self, event: Event) -> None:
+        metrics: dict[str, Any] = {**event["metrics"], "checkpoint": event["checkpoint"]}
+        self.history.append(metrics)
+        with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                self._tensorboard.add_scalar(name, value, metrics["epoch"])  # type: ignore[no-untyped-call]
+        self._tensorboard.flush()  # type: ignore[no-untyped-call]
+        improved = self._note_best(metrics, event["checkpoint"])
+        self._last_line = time.monotonic()
+        self.say(
+            f"epoch {metrics['epoch']}/{self._epochs}  loss {metrics['train/loss']:.4f}  val/loss {metrics['val/loss']:.4f}"
+            f"  val/mAP {metrics['val/mAP']:.4f}{' *' if improved else ''}"
+            f"  {metrics['train/images_per_second']:.1f} img/s  data wait {metrics['train/data_wait_fraction']:.0%}"
+        )
+        if time.monotonic() - self._last_curves > _CURVES_SECONDS:
+            draw_curves(self.history, self.folder / CURVES_FILE)
+            self._last_curves = time.monotonic()
+
+    def _note_best(self, metrics: Mapping[str, Any], checkpoint: str) -> bool:
+        if self.best is not None and metrics["val/mAP"] <= self.best[0]:
+            return False
+        self.best = (metrics["val/mAP"], checkpoint)
+        partial = self.folder / f".{BEST_FILE}"
+        partial.write_text(checkpoint + "\n", encoding="utf-8")
+        os.replace(partial, self.folder / BEST_FILE)
+        return True
+
+    def _on_bad(self, event: Event) -> None:
+        path = self.folder / BAD_FILE
+        fresh = not path.exists()
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if fresh:
+                writer.writerow(["split", "uri", "reason"])
+            writer.writerows([event["split"], uri, reason] for uri, reason in event["images"])
+        self.say(f"{event['split']}: {len(event['images'])} images could not be decoded and are left out, see {path}")
+
+    def _on_test(self, event: Event) -> None:
+        self.test = dict(event["metrics"])
+        (self.folder / "test.json").write_text(json.dumps(self.test, indent=2) + "\n", encoding="utf-8")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _read_history(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]  # a line cut by a kill is not whole
+
+
+def _write_history(path: Path, history: list[dict[str, Any]]) -> None:
+    partial = path.with_name(f".{path.name}")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in history), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
+    """Loss, mAP and F1 by epoch as one PNG; `history` holds the lines of metrics.jsonl."""
+    from matplotlib.figure import Figure  # no pyplot: it would start a window system
+
+    figure = Figure(figsize=(11, 4), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [line["epoch"] for line in history]
+    for name, axis in (
+        ("train/loss", left),
+        ("val/loss", left),
+        ("val/mAP", right),
+        ("val/CF1", right),
+        ("val/OF1", right),
+    ):
+        axis.plot(epochs, [line[name] for line in history], marker="o", markersize=3, label=name)
+    best = max(history, key=lambda line: line["val/mAP"])
+    right.axvline(best["epoch"], color="grey", linestyle=":", linewidth=1)
+    right.set_title(f"best val/mAP {best['val/mAP']:.4f} at epoch {best['epoch']}")
+    left.set_title("loss")
+    right.set_ylim(0, 1)
+    for axis in (left, right):
+        axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, format="png")
+    os.replace(partial, path)

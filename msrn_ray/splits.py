@@ -1,0 +1,160 @@
+"""Which images are train, val and test: the registry of readers and the protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .config import DataSettings, Dataset, ExperimentConfig
+from .datasets.apparel import read_apparel
+from .datasets.coco import has_split, read_coco
+from .datasets.nuswide import read_nuswide
+from .datasets.scenes import generate_scenes
+from .datasets.split import stratified_split
+from .datasets.voc import read_voc
+from .errors import UserError
+from .types import SampleTable
+
+_APPAREL_TEST_FRACTION = 0.25  # the data set publishes no split
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three parts of a data set under a protocol.
+
+    Attributes:
+        train: what is learnt from, and what the label graph is counted on.
+        val: what the best epoch is chosen on.
+        test: scored once at the end; None where val is the published test split (protocol `paper`).
+        notes: lines for the user.
+    """
+
+    train: SampleTable
+    val: SampleTable
+    test: SampleTable | None
+    notes: tuple[str, ...]
+
+    def named(self, split: str) -> SampleTable:
+        """`train`, `val` or `test`.
+
+        Raises:
+            UserError: for `test` where the protocol leaves none.
+        """
+        table = {"train": self.train, "val": self.val, "test": self.test}[split]
+        if table is None:
+            raise UserError("under protocol=paper val is the published test split; evaluate val")
+        return table
+
+
+@dataclass(frozen=True)
+class Published:
+    """The splits as a benchmark publishes them; `held_out` is scored, `val` only where three are published."""
+
+    train: SampleTable
+    val: SampleTable | None
+    held_out: SampleTable
+
+
+def load_splits(config: ExperimentConfig) -> Splits:
+    """Reads the data set and applies the protocol.
+
+    `honest`: val is the published val, else `data.val_fraction` of train, stratified by label and seeded; test is what is held out.
+    `paper`: val is what is held out, and nothing else is scored.
+
+    Raises:
+        UserError: for anything wrong with the data set, naming file and mend.
+    """
+    published = READERS[config.data.dataset](config.data, config.train.seed)
+    train, held_out = published.train, published.held_out
+    notes = [*train.notes, *(published.val.notes if published.val else ()), *held_out.notes]
+    if config.protocol == "paper":
+        notes.append(f"protocol paper: the best epoch is chosen on the test split ({held_out.source}), as the papers do")
+        splits = Splits(train, held_out, None, tuple(notes))
+    elif published.val is not None:
+        splits = Splits(train, published.val, held_out, tuple(notes))
+    else:
+        rest, part = stratified_split(train.targets, config.data.val_fraction, config.train.seed)
+        notes.append(
+            f"protocol honest: {len(part)} of {len(train)} train images are val (data.val_fraction={config.data.val_fraction}),"
+            f" {held_out.source} is test"
+        )
+        splits = Splits(train.take(rest), train.take(part), held_out, tuple(notes))
+    for name, table in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
+        if table is not None and not (table.targets == 1).any():
+            raise UserError(f"{name} split ({table.source}): no image has a label, nothing to learn or to score")
+    return splits
+
+
+def _root(settings: DataSettings) -> Path:
+    if settings.root is None:
+        raise UserError(f"data.root is needed: the folder of the {settings.dataset} data set (--data.root DIR)")
+    return Path(settings.root).expanduser().resolve()
+
+
+def default_scenes_root() -> Path:
+    """Where the embedded data set lives: the user's cache folder (XDG_CACHE_HOME or ~/.cache)."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "msrn_ray" / "scenes"
+
+
+def _coco(settings: DataSettings, seed: int) -> Published:
+    return _coco_layout(_root(settings), settings)
+
+
+def _scenes(settings: DataSettings, seed: int) -> Published:
+    root = _root(settings) if settings.root else default_scenes_root()
+    return _coco_layout(generate_scenes(root), settings)
+
+
+def _coco_layout(root: Path, settings: DataSettings) -> Published:
+    train = read_coco(root, "train", keep_unlabelled=settings.keep_unlabelled_train)
+    val = read_coco(root, "val", keep_unlabelled=settings.keep_unlabelled_eval)
+    if has_split(root, "test"):  # COCO's own test labels are not published; a data set in its layout may have them
+        return Published(train, val, read_coco(root, "test", keep_unlabelled=settings.keep_unlabelled_eval))
+    return Published(train, None, val)
+
+
+def _voc(settings: DataSettings, seed: int) -> Published:
+    root = _root(settings)
+    train, test = (read_voc(root, split, difficult=settings.voc_difficult) for split in ("trainval", "test"))
+    return Published(train, None, test)
+
+
+def _nuswide(settings: DataSettings, seed: int) -> Published:
+    root = _root(settings)
+    train, test = read_nuswide(root, "Train"), read_nuswide(root, "Test")
+    return Published(_drop_unlabelled(train, settings.keep_unlabelled_train), None, _drop_unlabelled(test, settings.keep_unlabelled_eval))
+
+
+def _drop_unlabelled(table: SampleTable, keep: bool) -> SampleTable:
+    return table if keep else table.take(np.flatnonzero((table.targets == 1).any(1)))
+
+
+def _apparel(settings: DataSettings, seed: int) -> Published:
+    table = read_apparel(_root(settings))
+    rest, part = stratified_split(table.targets, _APPAREL_TEST_FRACTION, seed)
+    test = table.take(part)
+    return Published(table.take(rest), None, SampleTable(test.table, test.label_names, f"{len(part)} images by seed {seed}"))
+
+
+READERS: dict[Dataset, Callable[[DataSettings, int], Published]] = {
+    "scenes": _scenes,
+    "coco": _coco,
+    "voc": _voc,
+    "nuswide": _nuswide,
+    "apparel": _apparel,
+}
+
+
+def fingerprint(table: SampleTable) -> str:
+    """sha256 of label names, image ids and targets; where the files lie makes no difference."""
+    digest = hashlib.sha256("\n".join(table.label_names).encode())
+    digest.update("\n".join(table.table["image_id"].to_pylist()).encode())
+    digest.update(table.targets.tobytes())
+    return digest.hexdigest()
+

@@ -1,0 +1,88 @@
+"""The Apparel reader: labels from the names of folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from msrn_ray.datasets.apparel import APPAREL_LABELS, read_apparel
+from msrn_ray.errors import UserError
+
+
+def fill(root: Path, *files: str) -> Path:
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).touch()
+    return root
+
+
+def test_apparel_mini(shared: Path) -> None:
+    samples = read_apparel(shared / "data/apparel_mini")
+    assert list(samples.label_names) == np.load(shared / "word_vectors/apparel.npz")["names"].tolist()
+    assert dict(zip(samples.label_names, samples.targets.sum(0).tolist(), strict=True)) == {
+        **{"black": 171, "blue": 221, "brown": 10, "green": 29, "red": 33, "white": 57},
+        **{"dress": 89, "pants": 215, "shirt": 78, "shoes": 69, "shorts": 70},
+    }
+    assert len(samples) == 521
+    assert samples.notes == ()
+    for row in samples.table.to_pylist():
+        present = {name for name, value in zip(samples.label_names, row["target"], strict=True) if value}
+        assert present == set(row["image_id"].split("/")[0].split("_"))
+        assert row["uri"] == str(shared / "data/apparel_mini" / row["image_id"])
+    assert all(Path(uri).is_file() for uri in samples.table["uri"].to_pylist())
+
+
+def test_known_labels_keep_the_authors_order_and_number(tmp_path: Path) -> None:
+    samples = read_apparel(fill(tmp_path, "white_dress/b.jpg", "white_dress/a.jpg", "blue_shoes/c.jpg"))
+    assert samples.label_names == APPAREL_LABELS
+    assert samples.table["image_id"].to_pylist() == ["blue_shoes/c.jpg", "white_dress/a.jpg", "white_dress/b.jpg"]
+    assert np.argwhere(samples.targets).tolist() == [[0, 1], [0, 9], [1, 5], [1, 6], [2, 5], [2, 6]]
+
+
+def test_other_labels_are_alphabetical_and_may_be_three(tmp_path: Path) -> None:
+    samples = read_apparel(fill(tmp_path, "white_dress/a.jpg", "red_coat_long/b.jpg"))
+    assert samples.label_names == ("coat", "dress", "long", "red", "white")
+    assert samples.targets.tolist() == [[1, 0, 1, 1, 0], [0, 1, 0, 0, 1]]
+
+
+def test_suffixes_in_any_case_and_other_files_counted(tmp_path: Path) -> None:
+    images = ("a.JPG", "b.jpeg", "c.Png", "d.webp", "e.gif", "f.BMP")
+    files = (*images, "Thumbs.db", "notes.txt", ".ipynb_checkpoints/g.jpg")
+    samples = read_apparel(fill(tmp_path, *(f"red_dress/{file}" for file in files), "blue_dress/readme", "top.jpg"))
+    assert samples.table["image_id"].to_pylist() == [f"red_dress/{image}" for image in images]
+    assert samples.notes[0] == "blue_dress: no image in this folder"
+    assert samples.notes[1].startswith(f"{tmp_path.name}: 3 files skipped that are not images")
+    assert len(samples.notes) == 2
+
+
+def test_folders_that_name_no_labels_are_passed_over(tmp_path: Path) -> None:
+    root = fill(tmp_path, "red_dress/a.jpg", ".ipynb_checkpoints/b.jpg", "__pycache__/c.jpg", "train/d.jpg")
+    assert read_apparel(root).table["image_id"].to_pylist() == ["red_dress/a.jpg"]
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"nowhere: no such folder; give the folder that holds folders named <label>_<label>"
+    ):
+        read_apparel(tmp_path / "nowhere")
+
+
+def test_no_folders_of_labels(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"holds no folders named <label>_<label>, such as black_dress/, with images inside; give"
+    ):
+        read_apparel(fill(tmp_path, "red/a.jpg", "b.jpg"))
+
+
+@pytest.mark.parametrize("beside", [(), ("my_notes/readme.txt",)])
+def test_one_level_too_high(tmp_path: Path, beside: tuple[str, ...]) -> None:
+    fill(tmp_path, "images/red_dress/a.jpg", *beside)
+    with pytest.raises(UserError, match=r"did you mean .*/images\?"):
+        read_apparel(tmp_path)
+
+
+def test_folders_without_any_image(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no image in its 1 folders; add files with \.jpg"):
+        read_apparel(fill(tmp_path, "red_dress/a.txt"))
