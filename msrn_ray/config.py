@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import tyro
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -51,8 +52,8 @@ class DataSettings(Settings):
     missing_words: Literal["error", "random", "zero"] = "error"
     """What a label name without a word vector gets."""
     crop_scales: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0, 0.9, 0.8, 0.7, 0.6)
-    """Train crop sides, as parts of the short side (multi-scale crop; height and width at most two steps apart). (1.0,) with
-    flip off and stretch keeps nearly the whole picture. Empty: plain resize, no crop."""
+    """Sides of the multi-scale train crop as parts of the short side, large to small; height and width are at most two steps
+    apart. Empty: the whole picture, resized."""
     flip: bool = True
     """Mirror train images left-right with probability 1/2."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
@@ -177,7 +178,7 @@ class ResourceSettings(Settings):
 class ExperimentConfig(Settings):
     """A whole experiment."""
 
-    preset: str = "scenes"
+    preset: Annotated[str, tyro.conf.Suppress] = "scenes"
     """Name of the preset that this config started from."""
     protocol: Literal["honest", "paper"] = "honest"
     """`honest`: best epoch chosen on val, test scored once at the end. `paper`: chosen on the published test split, as the papers do."""
@@ -242,10 +243,13 @@ def config_from_dict(tree: Mapping[str, Any], source: str = "config") -> Experim
 
 def describe_errors(error: ValidationError) -> Iterable[str]:
     """One phrase for each wrong field: its dotted path, what is wrong, and the value given."""
+    group = [error.title.removesuffix("Settings").lower()] if error.title.endswith("Settings") else []
     for item in error.errors():
-        path = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        yield f"{path}: {message} (got {item['input']!r})" if path and item["type"] != "value_error" else message
+        path = ".".join(str(part) for part in [*group, *item["loc"]])
+        if item["type"] == "value_error":
+            yield item["msg"].removeprefix("Value error, ")  # our own validators name the field themselves
+        else:
+            yield f"{path}: {item['msg'][0].lower()}{item['msg'][1:]} (got {item['input']!r})"
 
 
 def load_config(path: Path) -> ExperimentConfig:

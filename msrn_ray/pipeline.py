@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.fs as pafs
 import ray
 import ray.data
 import torch
 
+from . import distributed
 from .config import DataSettings
 from .errors import UserError
+from .image_files import read_bytes
 from .sampling import EvalPlan, TrainPlan
 from .transforms import decode, multi_scale_crop, resize
 from .types import Batch
@@ -46,6 +46,10 @@ class BadImages:
     def add(self, image: BadImage) -> None:
         """Keeps the first report of a row; the same file is met again in each epoch."""
         self.seen.setdefault(image.row, image)
+
+    def gather(self) -> dict[int, BadImage]:
+        """Those of all ranks by row, on every rank."""
+        return {image.row: image for part in distributed.all_gather(self.seen) for image in part.values()}
 
 
 def limit_ray_data(num_cpus: float) -> None:
@@ -156,24 +160,6 @@ def decode_rows(
         "uri": np.array(uris, dtype=object),
         "error": np.array(errors, dtype=object),
     }
-
-
-def read_bytes(uri: str) -> bytes:
-    """The bytes of a local path or of any URI that pyarrow reads (s3://, gs://, file://)."""
-    if "://" not in uri:
-        with open(uri, "rb") as file:
-            return file.read()
-    scheme, _, rest = uri.partition("://")
-    filesystem, path = _filesystem(f"{scheme}://{rest.partition('/')[0]}"), rest
-    if scheme == "file":
-        path = "/" + rest.lstrip("/")
-    with filesystem.open_input_file(path) as stream:
-        return cast(bytes, stream.read())
-
-
-@lru_cache(maxsize=32)
-def _filesystem(base: str) -> pafs.FileSystem:
-    return pafs.FileSystem.from_uri(base if not base.startswith("file") else "file:///")[0]
 
 
 def _cut(

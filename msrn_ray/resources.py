@@ -44,6 +44,11 @@ def connect(settings: ResourceSettings) -> None:
         return
     cores = os.cpu_count() or 1
     workers = settings.num_workers or default_workers(0)
+    if workers * settings.cpus_per_worker > cores:
+        raise UserError(
+            f"resources.num_workers={workers} x {settings.cpus_per_worker} CPUs are more than this machine's {cores} cores;"
+            " lower them, or join a cluster (RAY_ADDRESS)"
+        )
     ray.init(
         address="local",
         num_cpus=2 * cores + workers * settings.cpus_per_worker,

@@ -311,7 +311,7 @@ class _Worker:
         """Stops all ranks alike, with the names, once too many images of a split are bad."""
         limit = self.config.data.max_bad_fraction * self.loop["sizes"][split]
         if num_bad > limit:
-            images = [image for part in distributed.all_gather(list(self.bad[split].seen.values())) for image in part]
+            images = list(self.bad[split].gather().values())
             self.send("bad", split=split, images=[(image.uri, image.reason) for image in images])
             names = "; ".join(f"{image.uri} ({image.reason})" for image in images[:5])
             more = f"; and {len(images) - 5} more" if len(images) > 5 else ""
@@ -322,8 +322,7 @@ class _Worker:
 
     def collect_bad(self, split: str) -> int:
         """Images of the split found bad so far, over all ranks; new ones are sent to the driver."""
-        parts = distributed.all_gather(list(self.bad[split].seen.values()))
-        images = {image.row: image for part in parts for image in part}
+        images = self.bad[split].gather()
         fresh = [image for row, image in sorted(images.items()) if row not in self.told[split]]
         self.told[split].update(images)
         if fresh:
@@ -345,7 +344,7 @@ class _Worker:
             return
         with tempfile.TemporaryDirectory(prefix="msrn_") as folder:
             trainee = self.trainee
-            numbers = {key: float(value) for key, value in metrics.items() if isinstance(value, (int, float))}
+            numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
             checkpoint = Checkpoint(
                 self.config,
                 self.counts.names,

@@ -42,16 +42,12 @@ def stratified_split(targets: npt.NDArray[np.int8], fraction: float, seed: int) 
     while (left := positive[free].sum(0)).any():
         label = int(np.where(left > 0, left, len(targets) + 1).argmin())
         rows = rng.permutation(np.flatnonzero(positive[:, label] & free))
-        in_part_already = np.count_nonzero(positive[:, label] & in_part)
-        in_rest_already = total[label] - left[label] - in_part_already
-        wish = round(fraction * total[label]) - in_part_already
-        lowest = int(total[label] > 1 and in_part_already == 0)
-        highest = len(rows) - int(total[label] > 1 and in_rest_already == 0)
-        in_part[rows[: int(np.clip(wish, lowest, highest))]] = True
+        lacking = round(fraction * total[label]) - np.count_nonzero(positive[:, label] & in_part)
+        in_part[rows[: max(0, lacking)]] = True
         free[rows] = False
+    _mend(positive, in_part)
     rows = rng.permutation(np.flatnonzero(free))
     in_part[rows[: max(0, round(fraction * len(targets)) - np.count_nonzero(in_part))]] = True
-    _mend(positive, in_part)
     return np.flatnonzero(~in_part), np.flatnonzero(in_part)
 
 

@@ -1,0 +1,87 @@
+"""The console command `msrn` (= `python -m msrn_ray`)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import tyro
+from pydantic import ValidationError
+
+from .commands import Evaluate, Graph, ImportOfficial, Predict, Presets, Train, starting_config
+from .config import describe_errors
+from .errors import UserError
+
+_ABOUT = "MSRN (arXiv 2106.11596): multi-label image classification with label graphs and semantic attention, on Ray."
+_COMMANDS = {
+    "train": Train,
+    "evaluate": Evaluate,
+    "predict": Predict,
+    "graph": Graph,
+    "presets": Presets,
+    "import-official": ImportOfficial,
+}
+
+
+def main() -> None:
+    """Parses the command line and runs one subcommand; exits with 2 for what the user can mend, 130 after Ctrl-C."""
+    argv = sys.argv[1:] or ["--help"]
+    try:
+        _parse(argv).run()
+    except ValidationError as error:
+        _fail("; ".join(describe_errors(error)))
+    except UserError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("msrn: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def _parse(argv: list[str]) -> Any:
+    commands: list[Any] = []
+    for name, command in _COMMANDS.items():
+        default: Any = tyro.MISSING_NONPROP
+        if argv[0] == name:
+            default = _with_defaults(argv)
+        about = (command.__doc__ or "").strip()
+        commands.append(Annotated[command, tyro.conf.subcommand(name, default=default, description=about)])
+    union: Any = commands[0]
+    for other in commands[1:]:
+        union |= other
+    try:
+        return tyro.cli(union, prog="msrn", description=_ABOUT, args=argv, console_outputs=False)
+    except SystemExit as stop:
+        error: BaseException | None = stop
+        while error is not None:  # a value out of range: pydantic's words are clear, tyro's frame around them is not
+            if isinstance(error, ValidationError):
+                raise error from None
+            error = error.__context__
+    return tyro.cli(union, prog="msrn", description=_ABOUT, args=argv)  # again, with tyro's own help or error on the screen
+
+
+def _with_defaults(argv: list[str]) -> Any:
+    """The subcommand's options start from the preset, saved config, run or checkpoint that the command line names."""
+    if argv[0] == "train":
+        return Train(experiment=starting_config(argv))
+    if argv[0] == "evaluate":
+        config = starting_config(argv)
+        return Evaluate(
+            tyro.MISSING, protocol=config.protocol, batch_size=config.train.eval_batch_size, data=config.data, resources=config.resources
+        )
+    if argv[0] == "graph":
+        config = starting_config(argv)
+        return Graph(tau=config.model.tau, protocol=config.protocol, data=config.data)
+    return tyro.MISSING_NONPROP
+
+
+def _fail(message: str) -> None:
+    print(f"msrn: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""`evaluate_checkpoint`: scores a split with Ray Train workers, every image exactly once whatever their number."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+from ray.train.torch import TorchTrainer
+
+from .checkpoint import Checkpoint, load_checkpoint
+from .config import ExperimentConfig
+from .errors import BadImagesError, UserError
+from .pipeline import BadImages, limit_ray_data
+from .predictor import build_from_checkpoint
+from .resources import allocate, connect
+from .splits import load_splits
+from .trainer import absolute_paths, run_trainer, scaling, score_split, split_metrics
+
+
+def evaluate_checkpoint(path: Path, config: ExperimentConfig, split: str) -> dict[str, Any]:
+    """All metrics of one split.
+
+    Args:
+        path: checkpoint folder, `model.pt` or run folder.
+        config: data, protocol, resources, batch size and precision to evaluate with; its model is not used, the checkpoint's is.
+        split: `train`, `val` or `test`.
+
+    Returns:
+        `split/mAP`, ..., `split/AP/<label>`, `split/images`, `split/bad_images`.
+
+    Raises:
+        UserError: if the checkpoint cannot be read, or its labels are not those of the data set.
+    """
+    checkpoint = load_checkpoint(path)
+    config = absolute_paths(config)
+    table = load_splits(config).named(split)
+    check_labels(checkpoint, table.label_names, str(path))
+    connect(config.resources)
+    allocation = allocate(config.resources)
+    loop_config = {
+        "config": config.to_dict(),
+        "checkpoint": ray.put(checkpoint),
+        "table": ray.put(table.table),
+        "size": len(table),
+        "split": split,
+        "data_cpus": allocation.data_cpus,
+    }
+    with tempfile.TemporaryDirectory(prefix="msrn_evaluate_") as storage:
+        trainer = TorchTrainer(
+            _evaluate_loop,
+            train_loop_config=loop_config,
+            scaling_config=scaling(allocation),
+            run_config=ray.train.RunConfig(
+                name="evaluate", storage_path=storage, logging_config=ray.train.LoggingConfig(log_level="WARNING")
+            ),
+        )
+        metrics = run_trainer(trainer).metrics
+    assert metrics is not None
+    if metrics[f"{split}/bad_images"] > config.data.max_bad_fraction * len(table):
+        raise BadImagesError(
+            f"{metrics[f'{split}/bad_images']} of {len(table)} {split} images cannot be decoded, more than"
+            f" data.max_bad_fraction={config.data.max_bad_fraction} allows: {'; '.join(metrics['bad'][:5])}"
+        )
+    return metrics
+
+
+def check_labels(checkpoint: Checkpoint, label_names: tuple[str, ...], name: str) -> None:
+    """Refuses a checkpoint of other labels, or of the same ones in another order.
+
+    Raises:
+        UserError: with what differs.
+    """
+    if checkpoint.label_names == label_names:
+        return
+    theirs, ours = set(checkpoint.label_names), set(label_names)
+    if theirs == ours:
+        raise UserError(f"checkpoint {name} has the data set's labels in another order; use the reader it was trained with")
+    raise UserError(
+        f"checkpoint {name} has {len(theirs)} labels, the data set {len(ours)};"
+        f" only in the checkpoint: {', '.join(sorted(theirs - ours)[:5]) or 'none'};"
+        f" only in the data set: {', '.join(sorted(ours - theirs)[:5]) or 'none'}"
+    )
+
+
+def _evaluate_loop(loop_config: dict[str, Any]) -> None:
+    config = ExperimentConfig.model_validate(loop_config["config"])
+    limit_ray_data(loop_config["data_cpus"])
+    checkpoint: Checkpoint = ray.get(loop_config["checkpoint"])
+    device = ray.train.torch.get_device()
+    network = build_from_checkpoint(checkpoint).to(device)
+    bad = BadImages()
+    split = loop_config["split"]
+    scores = score_split(loop_config["table"], loop_config["size"], network, config, device, bad)
+    images = sorted(bad.gather().values(), key=lambda image: image.row)
+    metrics = split_metrics(split, scores, checkpoint.label_names)
+    metrics |= {f"{split}/bad_images": len(images), "bad": [f"{image.uri} ({image.reason})" for image in images]}
+    ray.train.report(metrics)
