@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
-from typing import Annotated, Any
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Annotated, Any, NoReturn
 
 import tyro
 from pydantic import ValidationError
@@ -25,10 +28,16 @@ _COMMANDS = {
 
 
 def main() -> None:
-    """Parses the command line and runs one subcommand; exits with 2 for what the user can mend, 130 after Ctrl-C."""
-    argv = sys.argv[1:] or ["--help"]
+    """Parses the command line and runs one subcommand."""
+    with report_errors():
+        _parse(sys.argv[1:] or ["--help"]).run()
+
+
+@contextmanager
+def report_errors() -> Iterator[None]:
+    """Exits with 2 and one line for what the user can mend, with 130 after Ctrl-C; a fault of ours keeps its traceback."""
     try:
-        _parse(argv).run()
+        yield
     except ValidationError as error:
         _fail("; ".join(describe_errors(error)))
     except UserError as error:
@@ -53,14 +62,17 @@ def _parse(argv: list[str]) -> Any:
     for other in commands[1:]:
         union |= other
     try:
-        return tyro.cli(union, prog="msrn", description=_ABOUT, args=argv, console_outputs=False)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            return tyro.cli(union, prog="msrn", description=_ABOUT, args=argv)
     except SystemExit as stop:
         error: BaseException | None = stop
         while error is not None:  # a value out of range: pydantic's words are clear, tyro's frame around them is not
             if isinstance(error, ValidationError):
                 raise error from None
             error = error.__context__
-    return tyro.cli(union, prog="msrn", description=_ABOUT, args=argv)  # again, with tyro's own help or error on the screen
+    return tyro.cli(
+        union, prog="msrn", description=_ABOUT, args=argv
+    )  # again, with tyro's own help or error on the screen
 
 
 def _with_defaults(argv: list[str]) -> Any:
@@ -70,7 +82,11 @@ def _with_defaults(argv: list[str]) -> Any:
     if argv[0] == "evaluate":
         config = starting_config(argv)
         return Evaluate(
-            tyro.MISSING, protocol=config.protocol, batch_size=config.train.eval_batch_size, data=config.data, resources=config.resources
+            tyro.MISSING,
+            protocol=config.protocol,
+            batch_size=config.train.eval_batch_size,
+            data=config.data,
+            resources=config.resources,
         )
     if argv[0] == "graph":
         config = starting_config(argv)
@@ -78,7 +94,7 @@ def _with_defaults(argv: list[str]) -> Any:
     return tyro.MISSING_NONPROP
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     print(f"msrn: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -103,7 +103,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     file = find_model_file(path)
     content = _load(file)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{file}: not a checkpoint of msrn_ray (format {FORMAT}); `msrn import-official` reads the authors' files")
+        raise UserError(
+            f"{file}: not a checkpoint of msrn_ray (format {FORMAT}); `msrn import-official` reads the authors' files"
+        )
     try:
         names = tuple(content["label_names"])
         return Checkpoint(

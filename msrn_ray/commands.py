@@ -48,10 +48,17 @@ class Train:
         out = _out()
         _print_summary(out, result.metrics)
         chosen = " (chosen on the test split: protocol paper)" if self.experiment.protocol == "paper" else ""
-        scores = [f"{split} mAP {result.metrics[f'{split}/mAP']:.4f}" for split in ("val", "test") if f"{split}/mAP" in result.metrics]
+        scores = [
+            f"{split} mAP {result.metrics[f'{split}/mAP']:.4f}"
+            for split in ("val", "test")
+            if f"{split}/mAP" in result.metrics
+        ]
         out.print(f"{', '.join(scores)}{chosen} in {time.monotonic() - start:.0f} s", markup=False)
         out.print(f"best checkpoint {result.best_checkpoint}", markup=False)
-        out.print(f"curves {result.run_folder / 'curves.png'}, all figures {result.run_folder / 'metrics.jsonl'}", markup=False)
+        out.print(
+            f"curves {result.run_folder / 'curves.png'}, all figures {result.run_folder / 'metrics.jsonl'}",
+            markup=False,
+        )
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,9 @@ class Predict:
         predictions = list(predict_images(predictor, expand_images(self.images), self.batch_size))
         table = Table("image", "labels (probability)")
         for one in predictions:
-            ranked = sorted(zip(one.probabilities, predictor.thresholds.tolist(), predictor.label_names, strict=False), reverse=True)
+            ranked = sorted(
+                zip(one.probabilities, predictor.thresholds.tolist(), predictor.label_names, strict=False), reverse=True
+            )
             present = [f"{name} {value:.2f}" for value, threshold, name in ranked if value >= threshold]
             likeliest = f"none above its threshold; likeliest {ranked[0][2]} {ranked[0][0]:.2f}" if ranked else ""
             table.add_row(one.uri, f"skipped: {one.error}" if one.error else ", ".join(present) or likeliest)
@@ -198,7 +207,9 @@ class ImportOfficial:
         label_names = import_official(
             self.file, self.preset, word_vectors=self.word_vectors, graph=self.graph, out=self.out, levels=self.levels
         )
-        _out().print(f"wrote {self.out}: {len(label_names)} labels; score it with `msrn evaluate {self.out}`", markup=False)
+        _out().print(
+            f"wrote {self.out}: {len(label_names)} labels; score it with `msrn evaluate {self.out}`", markup=False
+        )
 
 
 @dataclass(frozen=True)
@@ -223,14 +234,18 @@ def _print_summary(out: Console, metrics: Mapping[str, Any]) -> None:
     splits = sorted({name.split("/")[0] for name in metrics}, key=("train", "val", "test").index)
     rows = {"at 0.5": "", "top-3": "_top3", "top-3, >= 0.5": "_top3_at_0.5"}
     for split in splits:
-        values = {name.removeprefix(f"{split}/"): value for name, value in metrics.items() if name.startswith(f"{split}/")}
+        values = {
+            name.removeprefix(f"{split}/"): value for name, value in metrics.items() if name.startswith(f"{split}/")
+        }
         if "mAP" not in values:
             continue
         table = Table(split, "CP", "CR", "CF1", "OP", "OR", "OF1")
         for row, suffix in rows.items():
             table.add_row(row, *(f"{values[name + suffix]:.4f}" for name in ("CP", "CR", "CF1", "OP", "OR", "OF1")))
         out.print(table)
-        out.print(f"{split}: mAP {values['mAP']:.4f}, VOC 11-point {values['mAP_voc11']:.4f}, envelope {values['mAP_envelope']:.4f}")
+        out.print(
+            f"{split}: mAP {values['mAP']:.4f}, VOC 11-point {values['mAP_voc11']:.4f}, envelope {values['mAP_envelope']:.4f}"
+        )
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

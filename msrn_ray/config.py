@@ -225,7 +225,11 @@ class ExperimentConfig(Settings):
 
     def save(self, path: Path) -> None:
         """Writes JSON (`.json`) or YAML (any other suffix)."""
-        text = json.dumps(self.to_dict(), indent=2) if path.suffix == ".json" else yaml.safe_dump(self.to_dict(), sort_keys=False)
+        text = (
+            json.dumps(self.to_dict(), indent=2)
+            if path.suffix == ".json"
+            else yaml.safe_dump(self.to_dict(), sort_keys=False)
+        )
         path.write_text(text, encoding="utf-8")
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+_Tensors = tuple[Tensor, ...] | list[Tensor]
+
 
 def build_ema(model: nn.Module, decay: float) -> AveragedModel:
     """A shadow of `model` whose weights follow it as ema = d ema + (1 - d) weight after each `update_parameters(model)`.
@@ -16,7 +18,7 @@ def build_ema(model: nn.Module, decay: float) -> AveragedModel:
     Source: the warm-up is that of TensorFlow's ExponentialMovingAverage(num_updates).
     """
 
-    def update(shadow: list[Tensor], weights: list[Tensor], num_averaged: Tensor | int) -> None:
+    def update(shadow: _Tensors, weights: _Tensors, num_averaged: Tensor | int) -> None:
         count = float(num_averaged)
         torch._foreach_lerp_(shadow, weights, 1 - min(decay, (1 + count) / (10 + count)))
 

@@ -125,7 +125,7 @@ def train_step(trainee: Trainee, batch: Batch, num_rows: int) -> Tensor:
                 output: MSRNOutput = trainee.model(normalize(micro.images))
             classification = (classification_loss(output.logits, micro.target) * micro.valid).sum() * scale
             loss = classification + trainee.group_weight / len(micro_batches) * group_loss(output)
-            trainee.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            trainee.scaler.scale(loss).backward()
         total += loss.detach()
     if trainee.clip_norm is not None:
         trainee.scaler.unscale_(trainee.optimizer)
@@ -222,18 +222,16 @@ def _report(
     device = losses.device
     finite = torch.isfinite(losses)
     first_bad = torch.where(finite, torch.inf, torch.tensor(window.steps, dtype=torch.float64, device=device)).min()
-    first_bad = distributed.all_reduce(first_bad, "min").item()
-    if first_bad != float("inf"):
-        index = window.steps.index(int(first_bad))
+    bad_step = distributed.all_reduce(first_bad, "min").item()
+    if bad_step != float("inf"):
+        index = window.steps.index(int(bad_step))
         own = [] if bool(finite[index]) else window.rows[index].tolist()
         rows = sorted(row for part in distributed.all_gather(own) for row in part)
         raise NonFiniteLossError(
-            f"the loss is not finite at step {int(first_bad)} of the epoch, images {', '.join(name_rows(rows))};"
+            f"the loss is not finite at step {int(bad_step)} of the epoch, images {', '.join(name_rows(rows))};"
             " lower optim.lr, or look at those images and labels"
         )
-    sums = torch.tensor(
-        [losses.sum().item(), window.images, window.wait, num_bad], dtype=torch.float64, device=device
-    )
+    sums = torch.tensor([losses.sum().item(), window.images, window.wait, num_bad], dtype=torch.float64, device=device)
     loss_sum, images, wait, bad = distributed.all_reduce(sums, "sum").tolist()
     seconds = max(now - mark, 1e-9)
     stats.loss_sum += loss_sum / distributed.world_size()

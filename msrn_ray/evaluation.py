@@ -18,7 +18,7 @@ from .pipeline import BadImages, limit_ray_data
 from .predictor import build_from_checkpoint
 from .resources import allocate, connect
 from .splits import load_splits
-from .trainer import absolute_paths, run_trainer, scaling, score_split, split_metrics
+from .trainer import absolute_paths, run_config, run_trainer, scaling, score_split, split_metrics
 
 
 def evaluate_checkpoint(path: Path, config: ExperimentConfig, split: str) -> dict[str, Any]:
@@ -54,9 +54,7 @@ def evaluate_checkpoint(path: Path, config: ExperimentConfig, split: str) -> dic
             _evaluate_loop,
             train_loop_config=loop_config,
             scaling_config=scaling(allocation),
-            run_config=ray.train.RunConfig(
-                name="evaluate", storage_path=storage, logging_config=ray.train.LoggingConfig(log_level="WARNING")
-            ),
+            run_config=run_config("evaluate", storage),
         )
         metrics = run_trainer(trainer).metrics
     assert metrics is not None
@@ -78,7 +76,9 @@ def check_labels(checkpoint: Checkpoint, label_names: tuple[str, ...], name: str
         return
     theirs, ours = set(checkpoint.label_names), set(label_names)
     if theirs == ours:
-        raise UserError(f"checkpoint {name} has the data set's labels in another order; use the reader it was trained with")
+        raise UserError(
+            f"checkpoint {name} has the data set's labels in another order; use the reader it was trained with"
+        )
     raise UserError(
         f"checkpoint {name} has {len(theirs)} labels, the data set {len(ours)};"
         f" only in the checkpoint: {', '.join(sorted(theirs - ours)[:5]) or 'none'};"

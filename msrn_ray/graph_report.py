@@ -29,7 +29,8 @@ def describe_graph(counts: LabelCounts, tau: float) -> Iterator[str]:
     yield f"{len(counts.names)} labels, {len(found)} edges at tau {tau} (label <- label it attends to)"
     for i, j, probability in found[:_SHOWN]:
         together, alone = counts.cooccurrence[j, i], counts.count[j]
-        yield f"  {counts.names[i]} <- {counts.names[j]}  P({counts.names[i]} | {counts.names[j]}) = {probability:.3f}  ({together} of {alone})"
+        first, second = counts.names[i], counts.names[j]
+        yield f"  {first} <- {second}  P({first} | {second}) = {probability:.3f}  ({together} of {alone})"
     if len(found) > _SHOWN:
         yield f"  ... and {len(found) - _SHOWN} more"
     linked = {index for i, j, _ in found for index in (i, j)}
@@ -67,13 +68,26 @@ def draw_graph(counts: LabelCounts, tau: float, path: Path) -> None:
             },
         )
     share = counts.count / max(1, counts.count.max())
-    axis.scatter(*place.T, s=30 + 600 * share, color="tab:orange", edgecolors="black", linewidths=0.5, zorder=3)
+    axis.scatter(
+        place[:, 0], place[:, 1], s=30 + 600 * share, color="tab:orange", edgecolors="black", linewidths=0.5, zorder=3
+    )
     for name, (x, y), turn in zip(counts.names, place, angle, strict=True):
         upright = np.degrees(turn) if np.cos(turn) >= 0 else np.degrees(turn) + 180
         axis.text(
-            1.08 * x, 1.08 * y, name, rotation=upright, rotation_mode="anchor", va="center", ha="left" if np.cos(turn) >= 0 else "right"
+            1.08 * x,
+            1.08 * y,
+            name,
+            rotation=upright,
+            rotation_mode="anchor",
+            va="center",
+            ha="left" if np.cos(turn) >= 0 else "right",
         )
-    axis.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), aspect="equal", title=f"label graph, tau {tau}: arrow from j to i where P(i | j) >= tau")
+    axis.set(
+        xlim=(-1.5, 1.5),
+        ylim=(-1.5, 1.5),
+        aspect="equal",
+        title=f"label graph, tau {tau}: arrow from j to i where P(i | j) >= tau",
+    )
     axis.axis("off")
     try:
         figure.savefig(path, format="png")

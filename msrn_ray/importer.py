@@ -17,7 +17,9 @@ from .presets import PRESETS
 from .word_vectors import load_word_vectors
 
 
-def import_official(file: Path, preset: str, *, word_vectors: Path, graph: Path, out: Path, levels: int = 3) -> tuple[str, ...]:
+def import_official(
+    file: Path, preset: str, *, word_vectors: Path, graph: Path, out: Path, levels: int = 3
+) -> tuple[str, ...]:
     """Converts and writes; see `official` for the names.
 
     Args:
@@ -42,7 +44,12 @@ def import_official(file: Path, preset: str, *, word_vectors: Path, graph: Path,
     converted = convert_state_dict(read_official(file), levels=levels)
     head = "mlp" if "head.hidden.weight" in converted else "elementwise"
     config = PRESETS[preset].config.with_overrides(
-        {"model.levels": LEVELS[-levels:], "model.head": head, "model.pretrained": None, "data.word_vectors": str(word_vectors.resolve())}
+        {
+            "model.levels": LEVELS[-levels:],
+            "model.head": head,
+            "model.pretrained": None,
+            "data.word_vectors": str(word_vectors.resolve()),
+        }
     )
     counts = load_counts(graph, names)
     vectors = load_word_vectors(names, str(word_vectors))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812  # the field's name for it
+from torch.nn import functional as F  # the field's name for it
 
 from .types import MSRNOutput
 
@@ -35,4 +35,5 @@ def group_loss(output: MSRNOutput) -> Tensor:
     if output.label_embedding is None or output.group_embedding is None or output.assignment is None:
         return output.logits.new_zeros((), dtype=torch.float32)
     nearest = output.group_embedding[output.assignment.argmax(1)]
-    return torch.linalg.vector_norm(output.label_embedding - nearest, dim=1).sum()
+    distance: Tensor = torch.linalg.vector_norm(output.label_embedding - nearest, dim=1)
+    return distance.sum()

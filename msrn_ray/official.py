@@ -64,7 +64,9 @@ def convert_state_dict(official: Mapping[str, Tensor], *, levels: int = 3) -> di
     names |= _MLP if "fc1.weight" in source else _ELEMENTWISE
     missing = [name for name in names if name not in source]
     if missing:
-        raise UserError(f"not an MSRN state dict of {levels} levels: {', '.join(missing[:4])} missing ({len(missing)} in all)")
+        raise UserError(
+            f"not an MSRN state dict of {levels} levels: {', '.join(missing[:4])} missing ({len(missing)} in all)"
+        )
     converted = {}
     for name, tensor in source.items():
         if name.startswith(("resnet_101.conv_buffer", "ProjectMs.")) or name in _ELEMENTWISE:
@@ -91,7 +93,9 @@ def read_official(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds here; all of them mean: not safely readable
-        raise UserError(f"{path}: cannot be read without running code from it, refused ({str(error).splitlines()[0]})") from None
+        raise UserError(
+            f"{path}: cannot be read without running code from it, refused ({str(error).splitlines()[0]})"
+        ) from None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{path}: holds no 'state_dict'; give the .pth.tar of the authors' release")
     state: dict[str, Tensor] = content["state_dict"]

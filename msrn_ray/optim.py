@@ -54,6 +54,4 @@ def build_scheduler(
     optimizer: torch.optim.Optimizer, settings: OptimSettings, steps_per_epoch: int, epochs: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Applies `lr_factor` at every optimizer step."""
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_factor(settings, step, steps_per_epoch, epochs)
-    )
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(settings, step, steps_per_epoch, epochs))

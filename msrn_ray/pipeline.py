@@ -103,7 +103,9 @@ def _decoded_rows(
     decoded = blocks.map_batches(
         _block_decoder(table, plan, settings), batch_size=None, batch_format="numpy", num_cpus=1
     )
-    return cast(Iterator[Columns], iter(decoded.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)))
+    return cast(
+        Iterator[Columns], iter(decoded.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2))
+    )
 
 
 def _block_decoder(

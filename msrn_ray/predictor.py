@@ -98,7 +98,6 @@ class Predictor:
         Raises:
             UserError, OSError: as `view`.
         """
-        parts = [torch.zeros(0, len(self.label_names))]
-        for start in range(0, len(images), batch_size):
-            parts.append(self.score(torch.stack([self.view(image) for image in images[start : start + batch_size]])))
-        return torch.cat(parts)
+        starts = range(0, len(images), batch_size)
+        views = (torch.stack([self.view(image) for image in images[start : start + batch_size]]) for start in starts)
+        return torch.cat([torch.zeros(0, len(self.label_names)), *map(self.score, views)])

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .config import (
-    DataSettings,
     Dataset,
+    DataSettings,
     ExperimentConfig,
     ModelSettings,
     OptimSettings,

@@ -43,7 +43,7 @@ class RunLog:
         self.history = _read_history(folder / METRICS_FILE)
         self.best: tuple[float, str] | None = None
         self.test: dict[str, float] = {}
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
         self._bar: Progress | None = None
         self._start = self._last_line = self._last_curves = time.monotonic()
         self._total = self._first = self._per_epoch = 0
@@ -62,7 +62,7 @@ class RunLog:
         if self._bar:
             self._bar.stop()
             self._bar = None
-        self._tensorboard.close()  # type: ignore[no-untyped-call]
+        self._tensorboard.close()
         if self.history:
             draw_curves(self.history, self.folder / CURVES_FILE)
 
@@ -79,9 +79,16 @@ class RunLog:
             self._note_best(line, line["checkpoint"])
         self.say(event["text"])
         if self.console.is_terminal and not self._bar:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeElapsedColumn(),
+            )
             self._bar = Progress(*columns, console=self.console, transient=True)
-            self._bar.add_task("starting", total=self._total, completed=self._first, text="waiting for the first images")
+            self._bar.add_task(
+                "starting", total=self._total, completed=self._first, text="waiting for the first images"
+            )
             self._bar.start()
 
     def _on_progress(self, event: Event) -> None:
@@ -93,7 +100,9 @@ class RunLog:
             f"  data wait {event['data_wait_fraction']:.0%}  ETA {_clock(eta)}"
         )
         if self._bar:
-            self._bar.update(self._bar.task_ids[0], description=f"epoch {event['epoch']}/{self._epochs}", completed=done, text=text)
+            self._bar.update(
+                self._bar.task_ids[0], description=f"epoch {event['epoch']}/{self._epochs}", completed=done, text=text
+            )
         elif time.monotonic() - self._last_line >= _PLAIN_SECONDS:
             self._last_line = time.monotonic()
             self.say(f"epoch {event['epoch']}/{self._epochs}  {text}")
@@ -105,8 +114,8 @@ class RunLog:
             file.write(json.dumps(metrics) + "\n")
         for name, value in metrics.items():
             if isinstance(value, (int, float)):
-                self._tensorboard.add_scalar(name, value, metrics["epoch"])  # type: ignore[no-untyped-call]
-        self._tensorboard.flush()  # type: ignore[no-untyped-call]
+                self._tensorboard.add_scalar(name, value, metrics["epoch"])
+        self._tensorboard.flush()
         improved = self._note_best(metrics, event["checkpoint"])
         self._last_line = time.monotonic()
         self.say(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import DataSettings, Dataset, ExperimentConfig
+from .config import Dataset, DataSettings, ExperimentConfig
 from .datasets.apparel import read_apparel
 from .datasets.coco import has_split, read_coco
 from .datasets.nuswide import read_nuswide
@@ -73,7 +73,9 @@ def load_splits(config: ExperimentConfig) -> Splits:
     train, held_out = published.train, published.held_out
     notes = [*train.notes, *(published.val.notes if published.val else ()), *held_out.notes]
     if config.protocol == "paper":
-        notes.append(f"protocol paper: the best epoch is chosen on the test split ({held_out.source}), as the papers do")
+        notes.append(
+            f"protocol paper: the best epoch is chosen on the test split ({held_out.source}), as the papers do"
+        )
         splits = Splits(train, held_out, None, tuple(notes))
     elif published.val is not None:
         splits = Splits(train, published.val, held_out, tuple(notes))
@@ -128,7 +130,11 @@ def _voc(settings: DataSettings, seed: int) -> Published:
 def _nuswide(settings: DataSettings, seed: int) -> Published:
     root = _root(settings)
     train, test = read_nuswide(root, "Train"), read_nuswide(root, "Test")
-    return Published(_drop_unlabelled(train, settings.keep_unlabelled_train), None, _drop_unlabelled(test, settings.keep_unlabelled_eval))
+    return Published(
+        _drop_unlabelled(train, settings.keep_unlabelled_train),
+        None,
+        _drop_unlabelled(test, settings.keep_unlabelled_eval),
+    )
 
 
 def _drop_unlabelled(table: SampleTable, keep: bool) -> SampleTable:
@@ -139,7 +145,9 @@ def _apparel(settings: DataSettings, seed: int) -> Published:
     table = read_apparel(_root(settings))
     rest, part = stratified_split(table.targets, _APPAREL_TEST_FRACTION, seed)
     test = table.take(part)
-    return Published(table.take(rest), None, SampleTable(test.table, test.label_names, f"{len(part)} images by seed {seed}"))
+    return Published(
+        table.take(rest), None, SampleTable(test.table, test.label_names, f"{len(part)} images by seed {seed}")
+    )
 
 
 READERS: dict[Dataset, Callable[[DataSettings, int], Published]] = {
@@ -157,4 +165,3 @@ def fingerprint(table: SampleTable) -> str:
     digest.update("\n".join(table.table["image_id"].to_pylist()).encode())
     digest.update(table.targets.tobytes())
     return digest.hexdigest()
-

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,6 @@ from .resources import Allocation, allocate, connect
 from .run_log import RunLog
 from .sampling import EvalPlan, TrainPlan
 from .splits import Splits, fingerprint, load_splits
-from .types import SampleTable
 from .word_vectors import load_word_vectors
 
 _BLOCK_ROWS = 64  # rows of a train decode task: larger ones start later, smaller ones cost more in scheduling
@@ -113,10 +113,15 @@ def describe(materials: Materials, config: ExperimentConfig) -> Iterator[str]:
     sizes = [f"train {len(splits.train)}", f"val {len(splits.val)}", f"test {len(splits.test)}" if splits.test else ""]
     yield f"{config.data.dataset}: {len(materials.label_names)} labels, images: {', '.join(filter(None, sizes))}"
     edges = int(attend_mask(materials.counts, config.model.tau).sum()) - len(materials.label_names)
-    yield f"label graph at tau {config.model.tau}: {edges} edges{'' if edges else ' (labels only see themselves; a lower model.tau adds edges)'}"
+    alone = "" if edges else " (labels only see themselves; a lower model.tau adds edges)"
+    yield f"label graph at tau {config.model.tau}: {edges} edges{alone}"
     for name, table in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
         if table is not None:
-            empty = [label for label, present in zip(table.label_names, (table.targets == 1).any(0), strict=True) if not present]
+            empty = [
+                label
+                for label, present in zip(table.label_names, (table.targets == 1).any(0), strict=True)
+                if not present
+            ]
             if empty:
                 more = f" and {len(empty) - 8} more" if len(empty) > 8 else ""
                 what = "cannot be learnt" if name == "train" else "AP is nan and left out of mAP"
@@ -163,14 +168,19 @@ def build_trainer(
         train_loop_per_worker,
         train_loop_config=loop_config,
         scaling_config=scaling(allocation),
-        run_config=ray.train.RunConfig(
-            name=run_name,
-            storage_path=config.train.storage,
+        run_config=run_config(
+            run_name,
+            config.train.storage,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="val/mAP"),
             callbacks=list(callbacks),
-            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
+
+
+def run_config(name: str, storage: str, **settings: Any) -> ray.train.RunConfig:
+    """Ray Train's run settings, with its own log lines quieted: a user sees the project's."""
+    quiet = ray.train.LoggingConfig(log_level="ERROR")
+    return ray.train.RunConfig(name=name, storage_path=storage, logging_config=quiet, **settings)  # type: ignore[call-arg]  # typed as Train V1
 
 
 def scaling(allocation: Allocation) -> ray.train.ScalingConfig:
@@ -225,7 +235,14 @@ class _Worker:
     def plan(self, first_epoch: int) -> TrainPlan:
         train = self.config.train
         return TrainPlan(
-            self.loop["sizes"]["train"], train.batch_size, self.rank, self.world, train.seed, first_epoch, train.epochs, _BLOCK_ROWS
+            self.loop["sizes"]["train"],
+            train.batch_size,
+            self.rank,
+            self.world,
+            train.seed,
+            first_epoch,
+            train.epochs,
+            _BLOCK_ROWS,
         )
 
     def send(self, kind: str, **content: Any) -> None:
@@ -249,7 +266,9 @@ class _Worker:
         with latest.as_directory() as folder:
             state = load_train_state(Path(folder))
         if state.data != self.loop["fingerprint"]:
-            raise UserError("the run was trained on other images or labels than those that the data set holds now; start a new run")
+            raise UserError(
+                "the run was trained on other images or labels than those that the data set holds now; start a new run"
+            )
         self.trainee.network.load_state_dict(state.model)
         self.trainee.optimizer.load_state_dict(dict(state.optimizer))
         self.trainee.scheduler.load_state_dict(dict(state.scheduler))
@@ -279,7 +298,7 @@ class _Worker:
                 step_rows=plan.step_rows,
                 device=self.device,
                 log_every=self.config.train.log_every,
-                on_progress=lambda progress, epoch=epoch: self.on_progress(epoch, progress),
+                on_progress=partial(self.on_progress, epoch),
                 count_bad=lambda: len(self.bad["train"].seen),
                 name_rows=self.image_ids,
             )
@@ -331,7 +350,9 @@ class _Worker:
 
     def score(self, split: str, network: torch.nn.Module) -> dict[str, Any]:
         """Metrics of a split, over every image exactly once; the same on every rank."""
-        scores = score_split(self.loop["tables"][split], self.loop["sizes"][split], network, self.config, self.device, self.bad[split])
+        scores = score_split(
+            self.loop["tables"][split], self.loop["sizes"][split], network, self.config, self.device, self.bad[split]
+        )
         num_bad = self.collect_bad(split)
         self.check_bad(split, num_bad)
         return split_metrics(split, scores, self.counts.names) | {f"{split}/bad_images": num_bad}
@@ -450,7 +471,7 @@ def listening(events: Queue, log: RunLog) -> Iterator[None]:
 
 
 def absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
-    """The config with its local paths made absolute: workers may have another working directory, and a saved config is run from anywhere."""
+    """The config with absolute local paths: workers may have another working directory, and a saved config is run from anywhere."""
     changes: dict[str, str] = {"train.storage": _absolute(config.train.storage)}
     for name, value in (("data.root", config.data.root), ("data.word_vectors", config.data.word_vectors)):
         if value is not None and "://" not in value:
@@ -523,4 +544,6 @@ def resume_config(run: Path) -> ExperimentConfig:
     folder = run.expanduser().resolve()
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{run}: not a run folder, it holds no {CONFIG_FILE}")
-    return load_config(folder / CONFIG_FILE).with_overrides({"train.storage": str(folder.parent), "train.run_name": folder.name})
+    return load_config(folder / CONFIG_FILE).with_overrides(
+        {"train.storage": str(folder.parent), "train.run_name": folder.name}
+    )

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as transform
@@ -48,13 +48,14 @@ def decode(data: bytes, *, max_pixels: int) -> Tensor:
                 raise UserError(f"{header.width} x {header.height} pixels are more than data.max_pixels={max_pixels}")
             if header.format == "JPEG" and header.mode in {"L", "RGB"}:  # torchvision is a quarter faster here
                 encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                return decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+                pixels: Tensor = decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+                return pixels
             return from_pil(header)
     except UserError:
         raise
     except Image.DecompressionBombError:
         raise UserError(f"the image has more pixels than data.max_pixels={max_pixels}") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise UserError("not an image of a known format") from None
     except (OSError, RuntimeError, ValueError, SyntaxError):  # what Pillow and torchvision raise on broken data
         raise UserError("the image data is broken or cut off") from None
@@ -74,7 +75,8 @@ def from_pil(image: Image.Image) -> Tensor:
 
 def resize(image: Tensor, size: int) -> Tensor:
     """Evaluation view: the whole picture, bilinear with antialiasing, aspect ratio not kept. -> [3, S, S] uint8."""
-    return transform.resize(image, [size, size], antialias=True)
+    view: Tensor = transform.resize(image, [size, size], antialias=True)
+    return view
 
 
 # (x, y) in quarters of the room that is left: corners and centre, then edges' middles and the inner quarter points
@@ -105,10 +107,12 @@ def multi_scale_crop(
         x, y = _POSITIONS[rng.integers(len(_POSITIONS))]
         crop_height, crop_width = (max(1, round(min(height, width) * scales[index])) for index in (row, column))
         top, left = (height - crop_height) * y // 4, (width - crop_width) * x // 4
-        view = transform.resized_crop(image, top, left, crop_height, crop_width, [size, size], antialias=True)
+        view: Tensor = transform.resized_crop(image, top, left, crop_height, crop_width, [size, size], antialias=True)
     else:
         view = resize(image, size)
-    return transform.horizontal_flip(view) if flip and rng.random() < 0.5 else view
+    if flip and rng.random() < 0.5:
+        view = transform.horizontal_flip(view)
+    return view
 
 
 def normalize(images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:

@@ -44,7 +44,8 @@ class SampleTable:
         notes: tuple[str, ...] = (),
     ) -> SampleTable:
         """Builds the table; targets: [n, C] int8 in {1, 0, -1}."""
-        assert targets.shape == (len(uris), len(label_names)) and len(image_ids) == len(uris)
+        assert targets.shape == (len(uris), len(label_names))
+        assert len(image_ids) == len(uris)
         target = pa.FixedSizeListArray.from_arrays(pa.array(targets.reshape(-1), pa.int8()), len(label_names))
         table = pa.table(
             {"image_id": pa.array(image_ids, pa.string()), "uri": pa.array(uris, pa.string()), "target": target}

@@ -54,10 +54,8 @@ def _entry(name: str, shape: tuple[int, ...], salt: int) -> np.ndarray:
     elif name.endswith("bias") or name == "B":
         value = rng.standard_normal(shape) * 0.1
     else:
-        if len(shape) == 4:
-            fan = int(np.prod(shape[1:]))
-        else:
-            fan = shape[0] if name.endswith((".W", ".a")) else shape[-1]
+        fans = {4: int(np.prod(shape[1:]))}
+        fan = fans.get(len(shape), shape[0] if name.endswith((".W", ".a")) else shape[-1])
         value = rng.standard_normal(shape) * np.sqrt(2 / fan)
     return value.astype(np.float32)
 

@@ -92,9 +92,10 @@ def test_prefix_and_unused_entries_make_no_difference(official: dict[str, Tensor
 
 
 def test_elementwise_head_is_read_where_the_mlp_head_is_absent(official: dict[str, Tensor]) -> None:
-    converted = convert_state_dict({name: tensor for name, tensor in official.items() if not name.startswith("fc")} | {
-        name: tensor for name, tensor in official.items() if name.startswith("fc_label")
-    })
+    converted = convert_state_dict(
+        {name: tensor for name, tensor in official.items() if not name.startswith("fc")}
+        | {name: tensor for name, tensor in official.items() if name.startswith("fc_label")}
+    )
     assert torch.equal(converted["head.weight"], official["W"])
     assert torch.equal(converted["head.bias"], official["B"])
 

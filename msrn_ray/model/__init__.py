@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import ModelSettings
 from .backbone import Backbone, load_pretrained
@@ -29,10 +29,8 @@ def build_model(
         UserError: for an unknown backbone, or weights that are missing or do not fit.
     """
     model: MSRN | PooledLinear
-    if settings.name == "msrn":
-        model = MSRN(settings, word_vectors, attend_mask)
-    else:
-        model = PooledLinear(settings, len(word_vectors))
+    msrn = settings.name == "msrn"
+    model = MSRN(settings, word_vectors, attend_mask) if msrn else PooledLinear(settings, len(word_vectors))
     if pretrained and settings.pretrained is not None:
         load_pretrained(model.backbone, settings.backbone, settings.pretrained)
     return model

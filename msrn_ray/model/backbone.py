@@ -80,9 +80,9 @@ class Backbone(nn.Module):
 
 def _width(stage: nn.Module) -> int:
     last = list(stage.children())[-1]
-    norm = getattr(last, "bn3", None) or last.bn2
-    width: int = norm.num_features
-    return width
+    norm = getattr(last, "bn3", None) or last.bn2  # a bottleneck or a basic block
+    assert isinstance(norm, nn.BatchNorm2d)
+    return norm.num_features
 
 
 def build_resnet(name: str) -> ResNet:
@@ -130,7 +130,9 @@ def read_pretrained(name: str, source: str) -> Mapping[str, Tensor]:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds here; all of them mean: not a safe state dict
-            raise UserError(f"model.pretrained {path}: not a plain state dict of tensors ({_first_line(error)})") from None
+            raise UserError(
+                f"model.pretrained {path}: not a plain state dict of tensors ({_first_line(error)})"
+            ) from None
         if not isinstance(state, dict):
             raise UserError(f"model.pretrained {path}: a state dict is expected, not {type(state).__name__}")
         state = state.get("state_dict", state)
@@ -149,7 +151,8 @@ def read_pretrained(name: str, source: str) -> Mapping[str, Tensor]:
                 f"model.pretrained {source}: could not be downloaded ({_first_line(error)}); give a file or None"
             ) from None
     return {
-        key: value.float() if torch.is_tensor(value) and value.is_floating_point() else value for key, value in state.items()
+        key: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+        for key, value in state.items()
     }
 
 

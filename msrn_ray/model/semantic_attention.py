@@ -25,7 +25,9 @@ class _TiltedMean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, semantics: Tensor) -> Tensor:
-        by_channel = features.permute(2, 0, 1).contiguous()  # [D,B,N]: positions last, so that softmax runs along memory
+        by_channel = features.permute(
+            2, 0, 1
+        ).contiguous()  # [D,B,N]: positions last, so that softmax runs along memory
         tilt = semantics.t().contiguous()  # [D,Q]
         output = features.new_empty(features.shape[2], features.shape[0], semantics.shape[0])  # [D,B,Q]
         for start in range(0, features.shape[2], _TILE):
@@ -36,7 +38,7 @@ class _TiltedMean(torch.autograd.Function):
         return output.permute(1, 2, 0).contiguous()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch ships it without types
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         by_channel, tilt, output = ctx.saved_tensors
         grad = grad.permute(2, 0, 1)  # [D,B,Q]
