@@ -18,7 +18,8 @@ from .pipeline import BadImages, limit_ray_data
 from .predictor import build_from_checkpoint
 from .resources import allocate, connect
 from .splits import load_splits
-from .trainer import absolute_paths, run_config, run_trainer, scaling, score_split, split_metrics
+from .trainer import absolute_paths, run_config, run_trainer, scaling
+from .worker import score_split, split_metrics
 
 
 def evaluate_checkpoint(path: Path, config: ExperimentConfig, split: str) -> dict[str, Any]:

@@ -26,9 +26,10 @@ from msrn_ray.__main__ import report_errors
 from msrn_ray.commands import PresetName
 from msrn_ray.config import LEVELS, ExperimentConfig
 from msrn_ray.errors import UserError
+from msrn_ray.materials import Materials, gather_materials
 from msrn_ray.presets import PRESETS
 from msrn_ray.resources import Allocation, allocate, connect
-from msrn_ray.trainer import Materials, absolute_paths, build_trainer, gather_materials, run_trainer
+from msrn_ray.trainer import absolute_paths, build_trainer, run_trainer
 
 METRIC = "val/mAP"
 LEVEL_SUBSETS = [",".join(subset) for size in range(1, 5) for subset in combinations(LEVELS, size)]
