@@ -76,7 +76,8 @@ class EpochStats:
     wait_seconds: float = 0.0
     first_batch_seconds: float = 0.0
     images: int = 0
-    loss_sum: float = 0.0
+    classification_sum: float = 0.0
+    group_sum: float = 0.0
     steps: int = 0
 
 
@@ -111,12 +112,12 @@ def train_step(trainee: Trainee, batch: Batch, num_rows: int) -> Tensor:
         num_rows: valid images of the step over all ranks; the loss is their mean, so a short batch weighs what it should.
 
     Returns:
-        [] float32, this rank's part of the loss, detached; the parts' mean over ranks is the loss of the step.
+        [2] float32, detached: this rank's classification loss and weighted group loss; their means over ranks are the step's.
     """
     trainee.optimizer.zero_grad(set_to_none=True)
     micro_batches = _split(batch, trainee.accumulation)
     scale = distributed.world_size() / num_rows  # DistributedDataParallel takes the mean over ranks
-    total = torch.zeros((), device=batch.images.device)
+    total = torch.zeros(2, device=batch.images.device)
     for index, micro in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
         no_sync: Any = nullcontext() if last else getattr(trainee.model, "no_sync", nullcontext)()
@@ -124,9 +125,9 @@ def train_step(trainee: Trainee, batch: Batch, num_rows: int) -> Tensor:
             with autocast(batch.images.device, trainee.amp_dtype):
                 output: MSRNOutput = trainee.model(normalize(micro.images))
             classification = (classification_loss(output.logits, micro.target) * micro.valid).sum() * scale
-            loss = classification + trainee.group_weight / len(micro_batches) * group_loss(output)
-            trainee.scaler.scale(loss).backward()
-        total += loss.detach()
+            groups = trainee.group_weight / len(micro_batches) * group_loss(output)
+            trainee.scaler.scale(classification + groups).backward()
+        total += torch.stack([classification, groups]).detach()
     if trainee.clip_norm is not None:
         trainee.scaler.unscale_(trainee.optimizer)
         torch.nn.utils.clip_grad_norm_(trainee.network.parameters(), trainee.clip_norm)
@@ -217,10 +218,10 @@ def _report(
     name_rows: Callable[[list[int]], list[str]],
 ) -> float:
     """Checks and reports the window on all ranks together; the one place of an epoch that waits for the device."""
-    losses = torch.stack(window.losses)
+    losses = torch.stack(window.losses)  # [steps, 2]
     now = time.perf_counter()
     device = losses.device
-    finite = torch.isfinite(losses)
+    finite = torch.isfinite(losses).all(1)
     first_bad = torch.where(finite, torch.inf, torch.tensor(window.steps, dtype=torch.float64, device=device)).min()
     bad_step = distributed.all_reduce(first_bad, "min").item()
     if bad_step != float("inf"):
@@ -231,14 +232,18 @@ def _report(
             f"the loss is not finite at step {int(bad_step)} of the epoch, images {', '.join(name_rows(rows))};"
             " lower optim.lr, or look at those images and labels"
         )
-    sums = torch.tensor([losses.sum().item(), window.images, window.wait, num_bad], dtype=torch.float64, device=device)
-    loss_sum, images, wait, bad = distributed.all_reduce(sums, "sum").tolist()
+    classification, groups = (losses.double().sum(0) / distributed.world_size()).tolist()
+    sums = torch.tensor(
+        [classification, groups, window.images, window.wait, num_bad], dtype=torch.float64, device=device
+    )
+    classification, groups, images, wait, bad = distributed.all_reduce(sums, "sum").tolist()
     seconds = max(now - mark, 1e-9)
-    stats.loss_sum += loss_sum / distributed.world_size()
+    stats.classification_sum += classification
+    stats.group_sum += groups
     on_progress(
         Progress(
             stats.steps,
-            loss_sum / distributed.world_size() / len(window.losses),
+            (classification + groups) / len(window.losses),
             images / seconds,
             wait / distributed.world_size() / seconds,
             int(bad),

@@ -52,13 +52,12 @@ def evaluate_checkpoint(path: Path, config: ExperimentConfig, split: str) -> dic
     }
     with tempfile.TemporaryDirectory(prefix="msrn_evaluate_") as storage:
         trainer = TorchTrainer(
-            _evaluate_loop,
+            _evaluate_loop,  # type: ignore[arg-type]  # typed as Train V1, which returned nothing
             train_loop_config=loop_config,
             scaling_config=scaling(allocation),
             run_config=run_config("evaluate", storage),
         )
-        metrics = run_trainer(trainer).metrics
-    assert metrics is not None
+        metrics: dict[str, Any] = run_trainer(trainer).return_value  # type: ignore[attr-defined]  # typed as Train V1
     if metrics[f"{split}/bad_images"] > config.data.max_bad_fraction * len(table):
         raise BadImagesError(
             f"{metrics[f'{split}/bad_images']} of {len(table)} {split} images cannot be decoded, more than"
@@ -87,7 +86,8 @@ def check_labels(checkpoint: Checkpoint, label_names: tuple[str, ...], name: str
     )
 
 
-def _evaluate_loop(loop_config: dict[str, Any]) -> None:
+def _evaluate_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
+    """Ray Train's entry of each worker; rank 0's value is what the driver gets."""
     config = ExperimentConfig.model_validate(loop_config["config"])
     limit_ray_data(loop_config["data_cpus"])
     checkpoint: Checkpoint = ray.get(loop_config["checkpoint"])
@@ -98,5 +98,4 @@ def _evaluate_loop(loop_config: dict[str, Any]) -> None:
     scores = score_split(loop_config["table"], loop_config["size"], network, config, device, bad)
     images = sorted(bad.gather().values(), key=lambda image: image.row)
     metrics = split_metrics(split, scores, checkpoint.label_names)
-    metrics |= {f"{split}/bad_images": len(images), "bad": [f"{image.uri} ({image.reason})" for image in images]}
-    ray.train.report(metrics)
+    return metrics | {f"{split}/bad_images": len(images), "bad": [f"{image.uri} ({image.reason})" for image in images]}

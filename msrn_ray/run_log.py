@@ -119,7 +119,7 @@ class RunLog:
         improved = self._note_best(metrics, event["checkpoint"])
         self._last_line = time.monotonic()
         self.say(
-            f"epoch {metrics['epoch']}/{self._epochs}  loss {metrics['train/loss']:.4f}  val/loss {metrics['val/loss']:.4f}"
+            f"epoch {metrics['epoch']}/{self._epochs}  train/loss {metrics['train/loss']:.4f}  val/loss {metrics['val/loss']:.4f}"
             f"  val/mAP {metrics['val/mAP']:.4f}{' *' if improved else ''}"
             f"  {metrics['train/images_per_second']:.1f} img/s  data wait {metrics['train/data_wait_fraction']:.0%}"
         )
@@ -178,7 +178,7 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     epochs = [line["epoch"] for line in history]
     for name, axis in (
-        ("train/loss", left),
+        ("train/classification_loss", left),
         ("val/loss", left),
         ("val/mAP", right),
         ("val/CF1", right),
@@ -188,7 +188,7 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
     best = max(history, key=lambda line: line["val/mAP"])
     right.axvline(best["epoch"], color="grey", linestyle=":", linewidth=1)
     right.set_title(f"best val/mAP {best['val/mAP']:.4f} at epoch {best['epoch']}")
-    left.set_title("loss")
+    left.set_title("classification loss")
     right.set_ylim(0, 1)
     for axis in (left, right):
         axis.set_xlabel("epoch")

@@ -151,7 +151,9 @@ class Worker:
             images, wait = distributed.all_reduce(sums, "sum").tolist()
             metrics = {
                 "epoch": epoch,
-                "train/loss": stats.loss_sum / stats.steps,
+                "train/loss": (stats.classification_sum + stats.group_sum) / stats.steps,
+                "train/classification_loss": stats.classification_sum / stats.steps,
+                "train/group_loss": stats.group_sum / stats.steps,
                 "train/lr": self.trainee.optimizer.param_groups[-1]["lr"],
                 "train/images": int(images),
                 "train/images_per_second": images / stats.seconds,

@@ -50,6 +50,8 @@ def test_text_file(glove: Path) -> None:
 def test_whole_name_comes_before_its_words(tmp_path: Path, glove: Path) -> None:
     glove.write_text(GLOVE + "t-shirt 7 7 7\n")
     assert load_word_vectors(["T-shirt"], str(glove)).tolist() == [[7, 7, 7]]
+    glove.write_text(GLOVE + "traffic_light 5 5 5\n")
+    assert load_word_vectors(["Traffic_Light"], str(glove)).tolist() == [[5, 5, 5]]
     path = pairs(tmp_path / "v.npz")
     assert load_word_vectors(["traffic_light", "Dog light"], str(path)).tolist() == [[2, 3], [2, 3]]
     assert load_word_vectors(["traffic light", "light", "dog"], str(path)).tolist() == [[2, 3], [4, 5], [0, 1]]
