@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import torch
 
 from .config import ResourceSettings
 from .errors import UserError
@@ -33,8 +34,11 @@ class Allocation:
 def connect(settings: ResourceSettings) -> None:
     """Joins the cluster that RAY_ADDRESS names, or starts one on this machine; does nothing where Ray is already up.
 
-    A machine's own cluster gets twice its cores as logical CPUs plus one for each train worker: decode tasks wait for files half of the
-    time, and workers reserve a CPU each.
+    A machine's own cluster has more logical CPUs than cores, since workers reserve some that decode tasks must not lack: a core for each
+    decode task where workers train on the CPU too, two where GPUs train and decode tasks wait for files half of the time.
+
+    Raises:
+        UserError: if the machine has fewer cores than the workers need.
     """
     if ray.is_initialized():
         return
@@ -44,7 +48,8 @@ def connect(settings: ResourceSettings) -> None:
         ray.init(**quiet)
         return
     cores = os.cpu_count() or 1
-    workers = settings.num_workers or default_workers(0)
+    gpus = torch.cuda.device_count()
+    workers = settings.num_workers or default_workers(gpus)
     if workers * settings.cpus_per_worker > cores:
         raise UserError(
             f"resources.num_workers={workers} x {settings.cpus_per_worker} CPUs are more than this machine's {cores} cores;"
@@ -52,7 +57,7 @@ def connect(settings: ResourceSettings) -> None:
         )
     ray.init(
         address="local",
-        num_cpus=2 * cores + workers * settings.cpus_per_worker,
+        num_cpus=(2 if gpus else 1) * cores + workers * settings.cpus_per_worker,
         include_dashboard=settings.dashboard,
         _node_ip_address="127.0.0.1",
         **quiet,

@@ -116,9 +116,9 @@ def multi_scale_crop(
 
 
 def normalize(images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
-    """[B, 3, S, S] uint8 -> float32, (x / 255 - mean) / std, on the device where the images are."""
+    """[B, 3, S, S] uint8 -> float32, (x / 255 - mean) / std, channels last, on the device where the images are."""
     factor, offset = _normalization(tuple(mean), tuple(std), images.device)
-    return images.float() * factor + offset
+    return images.to(torch.float32, memory_format=torch.channels_last) * factor + offset
 
 
 @lru_cache(maxsize=8)
