@@ -6,6 +6,8 @@ driver and reports metrics and checkpoints to Ray Train.
 
 from __future__ import annotations
 
+import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +31,7 @@ from .run_log import RunLog
 from .splits import fingerprint
 from .worker import train_loop_per_worker
 
-CONFIG_FILE = "config.yaml"
+CONFIG_FILE, FAILURE_FILE = "config.yaml", "failure.txt"
 
 
 @dataclass(frozen=True)
@@ -181,15 +183,23 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
         raise UserError(f"train.storage {folder}: cannot be written ({error.strerror})") from None
     log = RunLog(folder)
     events = Queue(actor_options={"num_cpus": 0})
-    with listening(events, log):
-        run_trainer(build_trainer(config, materials, allocation, run_name=name, events=events))
+    try:
+        with listening(events, log):
+            run_trainer(build_trainer(config, materials, allocation, run_name=name, events=events))
+    except UserError as error:
+        (folder / FAILURE_FILE).write_text(f"{error}\n", encoding="utf-8")
+        raise
+    except KeyboardInterrupt:
+        print(f"interrupted; go on with: msrn train --resume {folder}", file=sys.stderr)
+        raise
     best = find_model_file(folder).parent
     metrics = {key: value for key, value in load_checkpoint(best).metrics.items() if key.startswith("val/")} | log.test
     return TrainResult(folder, best, metrics)
 
 
 def run_trainer(trainer: TorchTrainer) -> ray.train.Result:
-    """`fit`, with a worker's UserError raised as itself instead of inside Ray's."""
+    """`fit`, with a worker's UserError raised as itself instead of inside Ray's, and Ctrl-C as KeyboardInterrupt."""
+    before = signal.getsignal(signal.SIGINT)
     try:
         return trainer.fit()
     except ray.train.TrainingFailedError as failure:
@@ -198,6 +208,11 @@ def run_trainer(trainer: TorchTrainer) -> ray.train.Result:
             if isinstance(cause, UserError):
                 raise cause from None
         raise
+    except SystemExit:  # Ray's handler of SIGINT stops the workers and then exits
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Ray sets no handler
+            signal.signal(signal.SIGINT, before)
 
 
 def resume_config(run: Path) -> ExperimentConfig:
