@@ -58,8 +58,9 @@ class DataSettings(Settings):
     """Mirror train images left-right with probability 1/2."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Largest part of a split's images that may fail to decode before the run stops and names them."""
-    max_pixels: Count = 100_000_000
-    """An image with more pixels than this counts as bad instead of being decoded (protects the memory)."""
+    max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 100_000_000
+    """An image with more pixels than this counts as bad instead of being decoded (protects the memory). Pillow's
+    own limit is the largest value."""
 
 
 class ModelSettings(Settings):

@@ -70,7 +70,7 @@ class Progress:
 
 @dataclass
 class EpochStats:
-    """Sums of one training epoch on this rank; seconds, images."""
+    """One training epoch: times (seconds) and images of this rank, loss sums over the steps as means over all ranks."""
 
     seconds: float = 0.0
     wait_seconds: float = 0.0
@@ -109,7 +109,8 @@ def train_step(trainee: Trainee, batch: Batch, num_rows: int) -> Tensor:
     Args:
         trainee: what is trained.
         batch: this rank's images of the step, on the model's device.
-        num_rows: valid images of the step over all ranks; the loss is their mean, so a short batch weighs what it should.
+        num_rows: planned images of the step over all ranks; the loss is the sum over the valid ones divided by this, so a short
+            batch weighs what it should (an image that could not be decoded adds nothing, but still counts here).
 
     Returns:
         [2] float32, detached: this rank's classification loss and weighted group loss; their means over ranks are the step's.
@@ -155,7 +156,7 @@ def train_one_epoch(
     Args:
         trainee: what is trained.
         batches: this rank's step batches on the CPU.
-        step_rows: valid images of step s over all ranks.
+        step_rows: planned images of step s over all ranks.
         device: where the model is.
         log_every: steps between two checks.
         on_progress: called on every rank with means over all ranks; may raise, on all ranks alike.

@@ -100,8 +100,9 @@ def _rank_epoch(
     rows, step = order[mine], place[mine] // batch_size
     sizes = np.bincount(step, minlength=-(-num_rows // batch_size))
     valid = np.ones(len(rows), bool)
-    empty = np.flatnonzero(sizes == 0)  # only a short last step can leave a rank without a row
-    if len(empty):
-        rows, valid = np.append(rows, order[-1]), np.append(valid, False)
-        sizes[empty] = 1
+    empty = np.flatnonzero(
+        sizes == 0
+    )  # a short last step, or every step where the batch is smaller than the number of ranks
+    rows, valid = np.append(rows, np.repeat(order[-1], len(empty))), np.append(valid, np.zeros(len(empty), bool))
+    sizes[empty] = 1
     return rows, valid, sizes

@@ -71,8 +71,7 @@ class Backbone(nn.Module):
         features = []
         out = images
         for index in range(self.depth + 1):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and index >= self.frozen_stages):
-                out = self._stem(out) if index == 0 else getattr(self, STAGES[index])(out)
+            out = self._stem(out) if index == 0 else getattr(self, STAGES[index])(out)
             if STAGES[index] in self.levels:
                 features.append(out)
         return features
@@ -110,8 +109,10 @@ def load_pretrained(backbone: Backbone, name: str, source: str) -> None:
     """
     state = read_pretrained(name, source)
     own = backbone.state_dict()
+    uncounted = {key: torch.zeros_like(own[key]) for key in own if key.endswith("num_batches_tracked")}
+    state = uncounted | dict(state)  # files from before torch counted batches
     missing = [key for key in own if key not in state]
-    wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
+    wrong = [key for key in own if key in state and getattr(state[key], "shape", None) != own[key].shape]
     if missing or wrong:
         example = (missing + wrong)[0]
         raise UserError(
@@ -136,6 +137,10 @@ def read_pretrained(name: str, source: str) -> Mapping[str, Tensor]:
         if not isinstance(state, dict):
             raise UserError(f"model.pretrained {path}: a state dict is expected, not {type(state).__name__}")
         state = state.get("state_dict", state)
+        if not isinstance(state, dict):
+            raise UserError(
+                f"model.pretrained {path}: its state_dict is not a dict of tensors but {type(state).__name__}"
+            )
     elif name == "resnet10":
         raise UserError("model.pretrained: there are no ImageNet weights for resnet10; use None or a file")
     else:

@@ -1,0 +1,304 @@
+"""The config tree: overrides, validation, files, presets."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from msrn_ray import config as config_module
+from msrn_ray.config import (
+    DataSettings,
+    ExperimentConfig,
+    LossSettings,
+    ModelSettings,
+    OptimSettings,
+    ResourceSettings,
+    Settings,
+    TrainSettings,
+    config_from_dict,
+    load_config,
+)
+from msrn_ray.errors import UserError
+from msrn_ray.presets import PRESETS
+
+GROUPS = {
+    "data": DataSettings,
+    "model": ModelSettings,
+    "loss": LossSettings,
+    "optim": OptimSettings,
+    "train": TrainSettings,
+    "resources": ResourceSettings,
+}
+BENCHMARKS = ("voc2007", "coco2014", "nuswide", "apparel")
+
+
+def unusual() -> ExperimentConfig:
+    """A config in which every group differs from its defaults, with None, tuples, long floats and odd text."""
+    return ExperimentConfig().with_overrides(
+        {
+            "preset": "voc2007",
+            "protocol": "paper",
+            "data.root": "/data/ümlaut: 'quoted' # not a comment",
+            "data.crop_scales": [],
+            "data.max_bad_fraction": 0.1 + 0.2,
+            "model.pretrained": None,
+            "model.levels": ["layer3", "layer4"],
+            "loss.group_weight": 1e-12,
+            "optim.step_epochs": [3, 9],
+            "optim.clip_norm": None,
+            "train.run_name": "1e3",
+            "resources.num_workers": 3,
+            "resources.use_gpu": False,
+        }
+    )
+
+
+def test_overrides_reach_nested_values_and_leave_the_rest() -> None:
+    before = ExperimentConfig()
+    after = before.with_overrides({"optim.lr": 0.01, "model.levels": ["layer4"], "protocol": "paper"})
+    assert after.optim.lr == 0.01
+    assert after.model.levels == ("layer4",)
+    assert after.protocol == "paper"
+    assert before == ExperimentConfig()
+    assert after.with_overrides({"optim.lr": 0.1, "model.levels": before.model.levels, "protocol": "honest"}) == before
+    assert before.with_overrides({}) == before
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("nonsense", ("data", "optim", "protocol")),
+        ("nonsense.lr", ("data", "optim", "protocol")),
+        ("optim.nonsense", ("optim", "lr", "weight_decay")),
+        ("optim.nonsense.lr", ("lr", "weight_decay")),
+        ("", ("data", "optim", "protocol")),
+        ("optim.", ("lr", "weight_decay")),
+    ],
+)
+def test_an_unknown_path_names_what_is_allowed_there(path: str, allowed: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as caught:
+        ExperimentConfig().with_overrides({path: 1})
+    assert repr(path) in str(caught.value)
+    assert all(name in str(caught.value) for name in allowed)
+
+
+@pytest.mark.parametrize("path", ["optim.lr.x", "data.root.x", "model.levels.0"])
+def test_nothing_lies_below_a_value(path: str) -> None:
+    with pytest.raises(UserError, match=f"unknown setting '{path}'"):
+        ExperimentConfig().with_overrides({path: 1})
+
+
+def test_a_group_cannot_be_set_at_once() -> None:
+    with pytest.raises(UserError, match=r"'optim' is a group; set one of: optim\.name, optim\.lr"):
+        ExperimentConfig().with_overrides({"optim": {"lr": 0.1}})
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("optim.lr", -1, ("optim.lr", "-1", "greater than 0")),
+        ("optim.lr", math.nan, ("optim.lr", "nan")),
+        ("optim.lr", math.inf, ("optim.lr", "inf")),
+        ("optim.momentum", 1.0, ("optim.momentum", "1.0", "less than 1")),
+        ("data.image_size", 63, ("data.image_size", "63", "64")),
+        ("data.image_size", 224.5, ("data.image_size", "224.5", "integer")),
+        ("data.dataset", "cifar", ("data.dataset", "'cifar'", "'coco'", "'apparel'")),
+        ("data.val_fraction", 0, ("data.val_fraction", "0", "greater than 0")),
+        ("data.crop_scales", [1.0, 1.5], ("data.crop_scales.1", "1.5", "less than or equal to 1")),
+        ("model.levels", ["layer5"], ("model.levels.0", "'layer5'", "'layer4'")),
+        ("model.tau", 0, ("model.tau", "0", "greater than 0")),
+        ("model.frozen_stages", 6, ("model.frozen_stages", "6", "less than or equal to 5")),
+        ("train.epochs", 0, ("train.epochs", "0", "greater than or equal to 1")),
+        ("train.seed", -1, ("train.seed", "-1", "greater than or equal to 0")),
+        ("resources.num_workers", 0, ("resources.num_workers", "0", "1")),
+        ("loss.group_weight", "much", ("loss.group_weight", "'much'", "number")),
+        ("protocol", "test", ("protocol", "'test'", "'honest'", "'paper'")),
+    ],
+)
+def test_a_bad_value_names_field_value_and_bound(path: str, value: object, words: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as caught:
+        ExperimentConfig().with_overrides({path: value})
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [word for word in words if word not in message] == []
+
+
+def test_every_wrong_field_is_named() -> None:
+    with pytest.raises(UserError, match=r"optim\.lr: .*; .*train\.epochs: "):
+        ExperimentConfig().with_overrides({"optim.lr": 0, "train.epochs": 0})
+
+
+def test_frozen() -> None:
+    config = ExperimentConfig()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.protocol = "paper"  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        config.optim.lr = 1.0  # type: ignore[misc]
+
+
+def test_an_unknown_field_is_refused() -> None:
+    with pytest.raises(UserError, match=r"optim\.learning_rate: .*not permitted"):
+        config_from_dict({"optim": {"learning_rate": 0.1}})
+    with pytest.raises(ValidationError, match="nonsense"):
+        TrainSettings(nonsense=1)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        ([], "model.levels is empty"),
+        (["layer3", "layer3"], "model.levels names a stage twice: layer3 layer3"),
+        (["layer4", "layer2"], "must go from fine to coarse: layer2 layer4"),
+    ],
+)
+def test_levels(levels: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ExperimentConfig().with_overrides({"model.levels": levels})
+
+
+def test_onecycle_has_its_own_warm_up() -> None:
+    onecycle = ExperimentConfig().with_overrides({"optim.schedule": "onecycle"})
+    with pytest.raises(UserError, match=r"optim\.warmup_epochs must be 0 with optim\.schedule=onecycle"):
+        onecycle.with_overrides({"optim.warmup_epochs": 0.5})
+    for schedule in ("step", "cosine", "constant"):
+        changed = onecycle.with_overrides({"optim.schedule": schedule, "optim.warmup_epochs": 0.5})
+        assert changed.optim.warmup_epochs == 0.5
+
+
+def test_no_more_micro_batches_than_images() -> None:
+    ExperimentConfig().with_overrides({"train.batch_size": 4, "optim.accumulation": 4})
+    with pytest.raises(UserError, match=r"optim\.accumulation=5 is larger than train\.batch_size=4"):
+        ExperimentConfig().with_overrides({"train.batch_size": 4, "optim.accumulation": 5})
+
+
+@pytest.mark.parametrize("name", ["config.json", "config.yaml", "config"])
+def test_files_give_the_identical_config_back(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    unusual().save(path)
+    assert load_config(path) == unusual()
+    assert load_config(path).to_dict() == unusual().to_dict()
+    assert all(getattr(unusual(), group) != kind() for group, kind in GROUPS.items()), "the trip must carry values"
+    if name.endswith(".json"):
+        assert json.loads(path.read_text(encoding="utf-8")) == unusual().to_dict()
+
+
+def test_plain_data_only() -> None:
+    def check(node: Any) -> None:
+        if isinstance(node, dict):
+            node = [*node, *node.values()]
+        if isinstance(node, list):
+            for inner in node:
+                check(inner)
+        else:
+            assert node is None or type(node) in {str, int, float, bool}
+
+    check(unusual().to_dict())
+    assert config_from_dict(unusual().to_dict()) == unusual()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read"),
+        (b"optim: {lr: 0.1", "not YAML or JSON"),
+        (b"\xff\xfe\x00\x80binary", "not YAML or JSON"),
+        (b"\x00\x01\x02", "not YAML or JSON"),
+        (b"- optim\n- train\n", "a mapping of settings is expected, not list"),
+        (b"", "a mapping of settings is expected, not NoneType"),
+        (b"optim: {learning_rate: 0.1}\n", "optim.learning_rate"),
+        (b"optim: {lr: -1}\n", "optim.lr: input should be greater than 0 (got -1)"),
+        (b"optim: 3\n", "optim: "),
+        (b"!!python/object/apply:os.mkdir [ran]\n", "not YAML or JSON"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "some config.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists(), "a config file must not run code"
+
+
+def test_a_folder_is_no_config(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(tmp_path)
+
+
+def test_every_setting_is_described() -> None:
+    kinds = [kind for kind in vars(config_module).values() if isinstance(kind, type) and issubclass(kind, Settings)]
+    assert set(GROUPS.values()) < set(kinds)
+    silent = [
+        f"{kind.__name__}.{name}"
+        for kind in kinds
+        for name, field in kind.model_fields.items()
+        if not field.description and name not in GROUPS  # a group is described by its class
+    ]
+    assert silent == []
+    assert all(kind.__doc__ for kind in kinds)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_complete(tmp_path: Path, name: str) -> None:
+    config, about, expected = PRESETS[name]
+    assert config.preset == name
+    assert about
+    assert expected
+    assert config_from_dict(config.to_dict()) == config
+    config.save(tmp_path / "preset.yaml")
+    assert load_config(tmp_path / "preset.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "group_ratio"),
+    [("voc2007", "voc", 0.2), ("coco2014", "coco", 0.05), ("nuswide", "nuswide", 0.05), ("apparel", "apparel", 0.2)],
+)
+def test_benchmarks_follow_the_paper(name: str, dataset: str, group_ratio: float) -> None:
+    config = PRESETS[name].config
+    assert config.data.dataset == dataset
+    assert config.data.image_size == 448
+    assert config.data.crop_scales == (1.0, 0.9, 0.8, 0.7, 0.6)
+    assert config.data.flip
+    model = config.model
+    assert (model.name, model.backbone, model.pretrained) == ("msrn", "resnet101", "IMAGENET1K_V1")
+    assert (model.head, model.levels) == ("mlp", ("layer2", "layer3", "layer4"))
+    assert (model.embed_dim, model.label_hidden_dim, model.graph_hidden_dim, model.mlp_hidden_dim) == (
+        512,
+        256,
+        300,
+        2048,
+    )
+    assert (model.group_ratio, model.tau, model.prior_bias) == (group_ratio, 0.4, False)
+    assert (model.frozen_stages, model.frozen_batchnorm) == (0, False)
+    optim = config.optim
+    assert (optim.name, optim.lr, optim.backbone_lr_factor) == ("sgd", 0.1, 0.1)
+    assert (optim.momentum, optim.weight_decay) == (0.9, 1e-4)
+    assert (optim.schedule, optim.step_epochs, optim.step_factor, optim.warmup_epochs) == ("step", (30,), 0.1, 0)
+    assert (optim.accumulation, optim.ema_decay) == (1, 0)
+    assert config.train.batch_size == 16
+    assert config.train.epochs > 30
+    assert config.loss.group_weight == 1e-4
+
+
+def test_expected_figures_are_the_published_ones() -> None:
+    figures = {"voc2007": "96.0", "coco2014": "83.4", "nuswide": "61.5"}
+    assert {name: figure for name, figure in figures.items() if figure not in PRESETS[name].expected} == {}
+    assert set(PRESETS) == {"scenes", *BENCHMARKS}
+
+
+def test_the_small_preset_needs_nothing_from_outside() -> None:
+    config = PRESETS["scenes"].config
+    assert config.data.root is None
+    assert config.model.pretrained is None
+    assert config.data.word_vectors is None

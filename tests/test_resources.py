@@ -1,0 +1,155 @@
+"""How many workers a run gets, and what it may not ask for; Ray itself is never started."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from msrn_ray.config import ResourceSettings
+from msrn_ray.errors import UserError
+from msrn_ray.resources import Allocation, allocate, connect, default_workers
+
+
+def cluster(monkeypatch: pytest.MonkeyPatch, *, cpus: float, gpus: float | None = None, cores: int = 16) -> None:
+    """Pretends to be connected to a cluster, from a machine with `cores`."""
+    there = {"CPU": cpus} | ({} if gpus is None else {"GPU": gpus})
+    monkeypatch.setattr(ray, "cluster_resources", lambda: there)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+
+
+@pytest.mark.parametrize(
+    ("cores", "cpus", "gpus", "settings", "expected"),
+    [
+        (1, 2, None, {}, Allocation(1, False, 1, 1.0)),
+        (2, 4, None, {}, Allocation(2, False, 1, 1.0)),
+        (16, 18, None, {}, Allocation(2, False, 1, 8.0)),
+        (16, 2, None, {}, Allocation(1, False, 1, 1.0)),
+        (16, 17, 0, {"cpus_per_worker": 8}, Allocation(2, False, 8, 1.0)),
+        (16, 36, 4, {}, Allocation(4, True, 1, 8.0)),
+        (1, 9, 1, {}, Allocation(1, True, 1, 8.0)),
+        (16, 36, 4, {"num_workers": 2}, Allocation(2, True, 1, 17.0)),
+        (16, 36, 4, {"use_gpu": False}, Allocation(2, False, 1, 17.0)),
+        (16, 36, 4, {"use_gpu": False, "num_workers": 5}, Allocation(5, False, 1, 6.0)),
+        (2, 40, None, {"num_workers": 8, "cpus_per_worker": 2}, Allocation(8, False, 2, 3.0)),
+        (2, 5, None, {"num_workers": 4}, Allocation(4, False, 1, 1.0)),
+    ],
+)
+def test_what_a_run_takes(
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    cpus: float,
+    gpus: float | None,
+    settings: dict[str, Any],
+    expected: Allocation,
+) -> None:
+    cluster(monkeypatch, cpus=cpus, gpus=gpus, cores=cores)
+    assert allocate(ResourceSettings(**settings)) == expected
+    assert expected.num_workers * expected.cpus_per_worker < cpus, "something is left to decode images"
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "settings", "words"),
+    [
+        (4, None, {"num_workers": 5}, ("resources.num_workers=5", "4 CPUs")),
+        (4, None, {"num_workers": 4}, ("resources.num_workers=4", "one for decoding", "4 CPUs")),
+        (4, None, {"num_workers": 2, "cpus_per_worker": 2}, ("resources.num_workers=2 x 2 CPUs", "4 CPUs")),
+        (4.5, None, {"num_workers": 4}, ("resources.num_workers=4", "4.5 CPUs")),
+        (64, 4, {"num_workers": 5}, ("resources.num_workers=5", "has 4", "resources.use_gpu")),
+        (64, None, {"use_gpu": True, "num_workers": 1}, ("resources.num_workers=1", "has 0")),
+        (64, None, {"use_gpu": True}, ("GPUs", "has 0")),
+        (8, 8, {}, ("resources.num_workers=8", "8 CPUs")),
+        (1, None, {}, ("one for decoding", "1 CPUs")),
+        (0, None, {}, ("0 CPUs",)),
+    ],
+)
+def test_more_than_there_is_is_refused_with_both_numbers(
+    monkeypatch: pytest.MonkeyPatch, cpus: float, gpus: float | None, settings: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    cluster(monkeypatch, cpus=cpus, gpus=gpus)
+    with pytest.raises(UserError) as caught:
+        allocate(ResourceSettings(**settings))
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_default_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, gpus, expected in ((1, 0, 1), (2, 0, 2), (16, 0, 2), (None, 0, 1), (16, 1, 1), (1, 8, 8)):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        assert default_workers(gpus) == expected
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Notes how Ray would be started, on a machine with 4 cores, no GPU and no cluster to join."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: calls.append(settings))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_workers": 5}, ("resources.num_workers=5", "4 cores")),
+        ({"num_workers": 2, "cpus_per_worker": 3}, ("resources.num_workers=2 x 3 CPUs", "4 cores")),
+        ({"cpus_per_worker": 3}, ("resources.num_workers=2 x 3 CPUs", "4 cores")),
+    ],
+)
+def test_more_workers_than_cores_are_refused_before_ray_starts(
+    started: list[dict[str, Any]], settings: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    with pytest.raises(UserError, match="RAY_ADDRESS") as caught:
+        connect(ResourceSettings(**settings))
+    assert [word for word in words if word not in str(caught.value)] == []
+    assert started == []
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings", "num_cpus"),
+    [
+        (0, {}, 4 + 2),
+        (0, {"num_workers": 4}, 4 + 4),
+        (2, {}, 8 + 2),
+        (1, {"num_workers": 1, "cpus_per_worker": 4}, 8 + 4),
+    ],
+)
+def test_the_machines_own_cluster(
+    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, gpus: int, settings: dict[str, Any], num_cpus: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    connect(ResourceSettings(**settings))
+    (call,) = started
+    assert (call["address"], call["num_cpus"], call["include_dashboard"]) == ("local", num_cpus, False)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(num_cpus), "GPU": float(gpus)})
+    allocate(ResourceSettings(**settings))  # what was started is enough
+
+
+def test_a_cluster_is_joined_as_it_is(started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    connect(ResourceSettings(num_workers=100))
+    (call,) = started
+    assert not {"address", "num_cpus", "include_dashboard"} & set(call), "a joined cluster takes no such settings"
+
+
+def test_ray_that_is_up_is_left_alone(started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    connect(ResourceSettings(num_workers=100))
+    assert started == []
+
+
+def test_usage_statistics_are_off_unless_asked_for(
+    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED")
+    connect(ResourceSettings())
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
+    connect(ResourceSettings())
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "1"

@@ -1,0 +1,211 @@
+"""Semantic attention against its definition written out, its limits and its memory."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from msrn_ray.model import semantic_attention
+
+quick = settings(deadline=None, max_examples=30)
+
+
+def direct(features: Tensor, semantics: Tensor) -> Tensor:
+    """w = softmax over p of q_k P[b,p,k];  o = sum_p w P."""
+    tilted = semantics[None, None] * features[:, :, None]  # [B,N,Q,D]
+    weight = tilted.softmax(1)
+    return (weight * features[:, :, None]).sum(1)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def with_gradients(function: Any, features: Tensor, semantics: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Output and the gradients of <weight, output>."""
+    features, semantics = features.detach().requires_grad_(), semantics.detach().requires_grad_()
+    output = function(features, semantics)
+    by_features, by_semantics = torch.autograd.grad((output * weight).sum(), (features, semantics))
+    return output.detach(), by_features, by_semantics
+
+
+SIZES = {"batch": st.integers(1, 3), "positions": st.integers(1, 12), "vectors": st.integers(1, 6)}
+WIDTHS = st.sampled_from([1, 2, 15, 16, 17, 31, 32, 33, 50])
+MAGNITUDES = st.sampled_from([0.0, 1e-3, 1.0, 30.0, 1e4])
+
+
+@quick
+@given(**SIZES, width=WIDTHS, magnitude=MAGNITUDES, seed=st.integers(0, 1000))
+def test_definition(batch: int, positions: int, vectors: int, width: int, magnitude: float, seed: int) -> None:
+    features, semantics = random(batch, positions, width, seed=seed), random(vectors, width, seed=seed + 1)
+    semantics = semantics.clamp(-1, 1) * magnitude
+    weight = random(batch, vectors, width, seed=seed + 2)
+    expected = with_gradients(direct, features, semantics, weight)
+    actual = with_gradients(semantic_attention, features, semantics, weight)
+    for name, ours, theirs in zip(("output", "features", "semantics"), actual, expected, strict=True):
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11 * max(1, magnitude), msg=lambda m, n=name: n + m)
+    assert (actual[0] >= features.amin(1, keepdim=True) - 1e-12).all()
+    assert (actual[0] <= features.amax(1, keepdim=True) + 1e-12).all()
+
+
+@quick
+@given(**SIZES, width=WIDTHS, magnitude=MAGNITUDES, seed=st.integers(0, 1000))
+def test_single_precision(batch: int, positions: int, vectors: int, width: int, magnitude: float, seed: int) -> None:
+    """The output is as good as the input's own rounding allows; the bounds hold to one rounding."""
+    features = random(batch, positions, width, seed=seed, dtype=torch.float32)
+    semantics = random(vectors, width, seed=seed + 1, dtype=torch.float32).clamp(-1, 1) * magnitude
+    weight = random(batch, vectors, width, seed=seed + 2, dtype=torch.float32)
+    output, by_features, by_semantics = with_gradients(semantic_attention, features, semantics, weight)
+    assert output.dtype == by_features.dtype == by_semantics.dtype == torch.float32
+    for tensor in (output, by_features, by_semantics):
+        assert torch.isfinite(tensor).all()
+    assert (output >= features.amin(1, keepdim=True) - 2e-6).all()
+    assert (output <= features.amax(1, keepdim=True) + 2e-6).all()
+    if magnitude <= 30:
+        exact = with_gradients(direct, features.double(), semantics.double(), weight.double())
+        scale = max(1.0, magnitude)
+        torch.testing.assert_close(output.double(), exact[0], rtol=0, atol=1e-5 * scale)
+        torch.testing.assert_close(by_features.double(), exact[1], rtol=1e-4 * scale, atol=1e-5 * scale)
+        torch.testing.assert_close(by_semantics.double(), exact[2], rtol=1e-4 * scale, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize(("batch", "positions", "vectors", "width"), [(2, 4, 3, 2), (1, 1, 1, 1), (1, 2, 1, 17)])
+def test_gradcheck(batch: int, positions: int, vectors: int, width: int) -> None:
+    features = random(batch, positions, width).requires_grad_()
+    semantics = random(vectors, width, seed=1, scale=2).requires_grad_()
+    assert torch.autograd.gradcheck(semantic_attention, (features, semantics))
+
+
+def test_only_one_input_needs_a_gradient() -> None:
+    features, semantics, weight = random(2, 5, 20), random(3, 20, seed=1), random(2, 3, 20, seed=2)
+    _, by_features, by_semantics = with_gradients(direct, features, semantics, weight)
+    alone = semantics.clone().requires_grad_()
+    (semantic_attention(features, alone) * weight).sum().backward()
+    torch.testing.assert_close(alone.grad, by_semantics)
+    alone = features.clone().requires_grad_()
+    (semantic_attention(alone, semantics) * weight).sum().backward()
+    torch.testing.assert_close(alone.grad, by_features)
+
+
+def test_zero_is_mean_and_infinity_max_pooling() -> None:
+    features = random(2, 7, 18)
+    semantics = torch.stack([torch.zeros(18), torch.full((18,), 1e6), torch.full((18,), -1e6)]).double()
+    output = semantic_attention(features, semantics)
+    torch.testing.assert_close(output[:, 0], features.mean(1))
+    torch.testing.assert_close(output[:, 1], features.amax(1), rtol=0, atol=1e-9)
+    torch.testing.assert_close(output[:, 2], features.amin(1), rtol=0, atol=1e-9)
+
+
+def test_derivative_of_log_sum_exp() -> None:
+    """o = d/dq log sum_p exp(q P)."""
+    features, semantics = random(1, 6, 20), random(1, 20, seed=1).requires_grad_()
+    (slope,) = torch.autograd.grad((semantics * features[0]).logsumexp(0).sum(), semantics)
+    torch.testing.assert_close(semantic_attention(features, semantics.detach())[0], slope)
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1.0, 1e4])
+def test_constant_features(magnitude: float) -> None:
+    features = random(2, 1, 17, dtype=torch.float32).expand(2, 9, 17)
+    semantics = random(3, 17, seed=1, dtype=torch.float32, scale=magnitude)
+    output, by_features, by_semantics = with_gradients(semantic_attention, features, semantics, torch.ones(2, 3, 17))
+    torch.testing.assert_close(output, features[:, :1].expand(2, 3, 17), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(by_features, torch.full((2, 9, 17), 3 / 9), rtol=1e-2 if magnitude > 1 else 1e-5, atol=0)
+    assert by_semantics.abs().max() < 1e-6, "without variance there is nothing to learn"
+
+
+def test_one_position_passes_through() -> None:
+    features = random(2, 1, 20)
+    output = semantic_attention(features, random(4, 20, seed=1, scale=100))
+    assert torch.equal(output, features.expand(2, 4, 20))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("tilt", [-3.0, 0.0, 3.0])
+def test_what_is_not_finite_becomes_nan(bad: float, tilt: float) -> None:
+    features, semantics = random(2, 5, 20), torch.full((3, 20), tilt, dtype=torch.float64)
+    features[1, 2, 18] = bad
+    output = semantic_attention(features, semantics)
+    assert output[1, :, 18].isnan().all()
+    output[1, :, 18] = 0
+    assert torch.isfinite(output).all(), "nothing else is touched"
+    features[1, 2, 18] = 1
+    semantics[2, 3] = math.nan
+    output = semantic_attention(features, semantics)
+    assert output[:, 2, 3].isnan().all()
+    output[:, 2, 3] = 0
+    assert torch.isfinite(output).all()
+    semantics[2, 3] = math.inf
+    assert semantic_attention(features, semantics)[:, 2, 3].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("features", "semantics"),
+    [((2, 5, 8), (3, 7)), ((2, 0, 8), (3, 8)), ((5, 8), (3, 8)), ((2, 5, 8), (8,)), ((2, 5, 8), (2, 3, 8))],
+)
+def test_shapes_that_do_not_fit(features: tuple[int, ...], semantics: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="must be") as error:
+        semantic_attention(torch.zeros(features), torch.zeros(semantics))
+    assert str(features) in str(error.value)
+    assert str(semantics) in str(error.value)
+
+
+def test_full_precision_under_autocast() -> None:
+    features = random(2, 30, 33, dtype=torch.float32)
+    semantics = random(5, 33, seed=1, dtype=torch.float32, scale=3)
+    expected = direct(features.double(), semantics.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        output = semantic_attention(features, semantics)
+        from_half = semantic_attention(features.bfloat16(), semantics)
+    assert output.dtype == from_half.dtype == torch.float32
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        from_half.double(), direct(features.bfloat16().double(), semantics.double()), rtol=1e-5, atol=1e-5
+    )
+    leaf = features.bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = semantic_attention(leaf, semantics).sum()
+    loss.backward()
+    assert leaf.grad is not None
+    assert leaf.grad.dtype == torch.bfloat16
+    exact = leaf.detach().double().requires_grad_()
+    direct(exact, semantics.double()).sum().backward()
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=2e-2, atol=1e-2)
+
+
+def test_inputs_need_not_be_contiguous() -> None:
+    features, semantics = random(2, 20, 3).permute(0, 2, 1), random(20, 4, seed=1).t()
+    assert not features.is_contiguous()
+    assert not semantics.is_contiguous()
+    weight = random(4, 2, 20, seed=2).transpose(0, 1)
+    expected = with_gradients(direct, features, semantics, weight)
+    for ours, theirs in zip(with_gradients(semantic_attention, features, semantics, weight), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    strided = random(4, 10, 40)[::2, ::2, ::2]
+    torch.testing.assert_close(semantic_attention(strided, semantics), direct(strided, semantics))
+
+
+@pytest.mark.parametrize(
+    ("batch", "positions", "vectors", "width"), [(2, 49, 24, 64), (2, 196, 24, 64), (2, 49, 96, 64)]
+)
+def test_memory_kept_for_backward(batch: int, positions: int, vectors: int, width: int) -> None:
+    """BND + QD + BQD numbers at most: neither [B,N,Q,D] nor a part of it."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    features = random(batch, positions, width, dtype=torch.float32).requires_grad_()
+    semantics = random(vectors, width, seed=1, dtype=torch.float32).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = semantic_attention(features, semantics)
+    assert output.requires_grad
+    allowed = 4 * (batch * positions * width + vectors * width + batch * vectors * width)
+    assert 0 < sum(kept.values()) <= allowed

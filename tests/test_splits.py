@@ -1,0 +1,268 @@
+"""Which images are train, val and test under each protocol, and what is gathered from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from msrn_ray.config import ExperimentConfig
+from msrn_ray.errors import UserError
+from msrn_ray.label_graph import count_labels
+from msrn_ray.materials import describe, gather_materials
+from msrn_ray.splits import default_scenes_root, fingerprint, load_splits
+from msrn_ray.types import SampleTable
+
+from .tiny import CATEGORIES, make_coco
+
+TRAIN = [[0], [0, 1], [1], [0, 1], [2], [], [0], [0, 2], [1], [0]] * 4  # 40 images, 4 of them without a label
+HELD_OUT = [[2], [1, 2], [], [0]]
+THIRD = [[0, 1, 2], [2]]
+
+
+def config(root: Path | None, **overrides: object) -> ExperimentConfig:
+    base = {"data.dataset": "coco", "data.root": None if root is None else str(root), "model.pretrained": None}
+    return ExperimentConfig().with_overrides(base | {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+def ids(table: SampleTable | None) -> list[str]:
+    assert table is not None
+    column: list[str] = table.table["image_id"].to_pylist()
+    return column
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    """A data set with the splits that COCO publishes."""
+    return make_coco(tmp_path / "two", {"train": TRAIN, "val": HELD_OUT})
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Path:
+    return make_coco(tmp_path / "three", {"train": TRAIN, "val": HELD_OUT, "test": THIRD})
+
+
+def test_honest_with_two_published_splits(two: Path) -> None:
+    splits = load_splits(config(two, data__val_fraction=0.25))
+    labelled = [str(1000 + row) for row, labels in enumerate(TRAIN) if labels]
+    assert len(splits.train) == 27
+    assert len(splits.val) == 9, "round(0.25 * 36)"
+    assert sorted(ids(splits.train) + ids(splits.val)) == labelled, "each train image once, in one of the two"
+    assert ids(splits.test) == ["2000", "2001", "2002", "2003"]
+    assert (splits.val.targets == 1).sum(0).tolist() == [6, 4, 2], "a quarter of 24, 16 and 8"
+    assert any("9 of 36 train images are val (data.val_fraction=0.25)" in note for note in splits.notes)
+    assert any("instances_val2014.json is test" in note for note in splits.notes)
+    for table in (splits.train, splits.val):  # rows keep their own image and labels
+        for image, uri, target in zip(
+            *(table.table[name].to_pylist() for name in table.table.column_names), strict=True
+        ):
+            row = int(image) - 1000
+            assert uri == str(two / f"train2014/train_{row:03}.jpg")
+            assert [label for label in range(3) if target[label] == 1] == TRAIN[row]
+
+
+def test_unlabelled_images_as_asked(two: Path) -> None:
+    splits = load_splits(config(two, data__keep_unlabelled_train=True, data__keep_unlabelled_eval=False))
+    assert len(splits.train) + len(splits.val) == 40
+    assert ids(splits.test) == ["2000", "2001", "2003"]
+    paper = load_splits(config(two, protocol="paper"))
+    assert (len(paper.train), len(paper.val)) == (36, 4)
+
+
+def test_the_seed_decides_the_split(two: Path) -> None:
+    first, again = load_splits(config(two)), load_splits(config(two))
+    assert ids(first.val) == ids(again.val)
+    assert ids(first.train) == ids(again.train)
+    other = load_splits(config(two, train__seed=1))
+    assert ids(first.val) != ids(other.val)
+    assert len(first.val) == len(other.val)
+    assert ids(first.test) == ids(other.test)
+
+
+def test_honest_with_three_published_splits(three: Path) -> None:
+    splits = load_splits(config(three))
+    assert len(splits.train) == 36
+    assert ids(splits.val) == ["2000", "2001", "2002", "2003"]
+    assert ids(splits.test) == ["3000", "3001"]
+    assert [splits.named(name) for name in ("train", "val", "test")] == [splits.train, splits.val, splits.test]
+
+
+def test_paper_protocol_chooses_on_the_test_split(two: Path, three: Path) -> None:
+    splits = load_splits(config(two, protocol="paper"))
+    assert len(splits.train) == 36, "all of train is learnt from"
+    assert ids(splits.val) == ["2000", "2001", "2002", "2003"]
+    assert splits.test is None
+    assert any("chosen on the test split (instances_val2014.json)" in note for note in splits.notes)
+    with pytest.raises(UserError, match="protocol=paper val is the published test split"):
+        splits.named("test")
+    splits = load_splits(config(three, protocol="paper"))
+    assert ids(splits.val) == ["3000", "3001"]
+    assert splits.test is None
+
+
+@pytest.mark.parametrize("empty", ["train", "val", "test"])
+def test_a_split_without_any_label_is_refused(tmp_path: Path, empty: str) -> None:
+    rows = {"train": TRAIN, "val": HELD_OUT, "test": THIRD} | {empty: [[], []]}
+    make_coco(tmp_path / "set", rows)
+    with pytest.raises(UserError, match=rf"{empty} split .*instances_{empty}2014\.json.*no image has a label"):
+        load_splits(config(tmp_path / "set", data__keep_unlabelled_train=True))
+
+
+@pytest.mark.parametrize("dataset", ["coco", "voc", "nuswide", "apparel"])
+def test_a_benchmark_needs_its_folder(tmp_path: Path, dataset: str) -> None:
+    with pytest.raises(UserError, match=rf"data\.root is needed: the folder of the {dataset} data set"):
+        load_splits(config(None, data__dataset=dataset))
+    with pytest.raises(UserError, match="nowhere"):
+        load_splits(config(tmp_path / "nowhere", data__dataset=dataset))
+
+
+def test_the_embedded_data_set_lives_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert default_scenes_root() == tmp_path / "cache" / "msrn_ray" / "scenes"
+    for unset in ("", None):
+        monkeypatch.delenv("XDG_CACHE_HOME") if unset is None else monkeypatch.setenv("XDG_CACHE_HOME", unset)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert default_scenes_root() == tmp_path / ".cache" / "msrn_ray" / "scenes"
+    assert list(tmp_path.iterdir()) == []
+
+
+def table(targets: npt.ArrayLike, names: tuple[str, ...] = ("a", "b"), uri: str = "/x", first: int = 0) -> SampleTable:
+    values = np.array(targets, np.int8)
+    numbers = range(first, first + len(values))
+    return SampleTable.from_columns([str(n) for n in numbers], [f"{uri}/{n}.jpg" for n in numbers], values, names, "s")
+
+
+def test_fingerprint_is_of_content_not_of_place() -> None:
+    original = fingerprint(table([[1, 0], [0, -1]]))
+    assert original == fingerprint(table([[1, 0], [0, -1]], uri="s3://elsewhere"))
+    assert len(original) == 64
+    others = [
+        table([[1, 0], [0, 0]]),
+        table([[1, 0], [0, 1]]),
+        table([[0, -1], [1, 0]]),
+        table([[1, 0]]),
+        table([[1, 0], [0, -1]], names=("a", "c")),
+        table([[1, 0], [0, -1]], names=("b", "a")),
+        table([[1, 0], [0, -1]], first=1),
+    ]
+    prints = {original, *map(fingerprint, others)}
+    assert len(prints) == len(others) + 1
+    assert fingerprint(table([[1, 0], [0, -1]]).take(np.array([1, 0]))) not in prints
+
+
+def test_apparel_is_split_by_seed(shared: Path) -> None:
+    options = {"data__dataset": "apparel", "data__val_fraction": 0.2}
+    splits = load_splits(config(shared / "data/apparel_mini", **options))
+    sizes = [len(part) for part in (splits.train, splits.val, splits.test) if part is not None]
+    assert sizes == [313, 78, 130], "a quarter of 521 is test, a fifth of the rest val"
+    every = ids(splits.train) + ids(splits.val) + ids(splits.test)
+    assert len(set(every)) == 521
+    assert any("130 images by seed 0 is test" in note for note in splits.notes)
+    for part in (splits.train, splits.val, splits.test):
+        assert part is not None
+        assert (part.targets == 1).sum(1).tolist() == [2] * len(part)
+    other = load_splits(config(shared / "data/apparel_mini", train__seed=1, **options))
+    assert set(ids(other.test)) != set(ids(splits.test)), "a seed for the whole split"
+    paper = load_splits(config(shared / "data/apparel_mini", protocol="paper", **options))
+    assert (len(paper.train), len(paper.val)) == (391, 130)
+
+
+def test_voc_and_its_difficult_objects(shared: Path) -> None:
+    root = shared / "data/voc_mini"
+    splits = load_splits(config(root, data__dataset="voc", protocol="paper"))
+    assert (len(splits.train), len(splits.val), splits.test) == (137, 87, None)
+    unknown = (splits.train.targets == -1).sum()
+    assert unknown > 0
+    positive = load_splits(config(root, data__dataset="voc", protocol="paper", data__voc_difficult="positive"))
+    assert (positive.train.targets == 1).sum() - (splits.train.targets == 1).sum() == unknown
+    negative = load_splits(config(root, data__dataset="voc", protocol="paper", data__voc_difficult="negative"))
+    assert (negative.train.targets == 1).sum() == (splits.train.targets == 1).sum()
+    assert (negative.train.targets == -1).sum() == 0
+    honest = load_splits(config(root, data__dataset="voc"))
+    assert [len(part) for part in (honest.train, honest.val, honest.test) if part is not None] == [123, 14, 87]
+
+
+def test_nuswide_and_its_unlabelled_images(shared: Path) -> None:
+    root = shared / "data/nuswide_mini"
+    splits = load_splits(config(root, data__dataset="nuswide", protocol="paper"))
+    assert (len(splits.train), len(splits.val)) == (178 - 29, 114)
+    assert (splits.train.targets == 1).any(1).all()
+    options = {"data__keep_unlabelled_train": True, "data__keep_unlabelled_eval": False}
+    kept = load_splits(config(root, data__dataset="nuswide", protocol="paper", **options))
+    assert (len(kept.train), len(kept.val)) == (178, 114 - 13)
+
+
+def test_nuswide_says_what_became_of_unlabelled_images(shared: Path) -> None:
+    notes = load_splits(config(shared / "data/nuswide_mini", data__dataset="nuswide")).notes
+    assert "Train: 178 images, 29 without a label dropped" in notes
+    assert "Test: 114 images, 13 without a label kept" in notes
+
+
+def test_the_graph_is_counted_on_train_alone(two: Path) -> None:
+    settings = config(two, data__val_fraction=0.25)
+    materials = gather_materials(settings)
+    assert materials.label_names == CATEGORIES
+    assert materials.splits.test is not None
+    train = materials.splits.train.targets == 1
+    np.testing.assert_array_equal(materials.counts.count, train.sum(0))
+    pairs = train.T.astype(int) @ train.astype(int)
+    np.fill_diagonal(pairs, 0)
+    np.testing.assert_array_equal(materials.counts.cooccurrence, pairs)
+    whole = count_labels(load_splits(config(two, protocol="paper")).train.targets, CATEGORIES)
+    assert (materials.counts.count < whole.count).all(), "val must not leak into the graph"
+    assert materials.counts.cooccurrence[1, 2] == 0, "bench and cat meet only in the test split"
+    assert materials.word_vectors.shape == (3, 50)
+    assert materials.word_vectors.dtype == torch.float32
+
+
+def test_frequency_leaves_unknown_out(shared: Path) -> None:
+    materials = gather_materials(config(shared / "data/voc_mini", data__dataset="voc", protocol="paper"))
+    targets = materials.splits.train.targets
+    expected = [(np.count_nonzero(column == 1) + 1) / (np.count_nonzero(column != -1) + 2) for column in targets.T]
+    assert materials.frequency.dtype == torch.float32
+    np.testing.assert_allclose(materials.frequency.numpy(), expected, rtol=1e-6)
+    sheep = materials.label_names.index("sheep")
+    assert (targets[:, sheep] == 1).sum() == 0
+    assert 0 < materials.frequency[sheep] < 0.01
+    unknown = (targets == -1).sum(0)
+    assert unknown.max() > 0
+    np.testing.assert_array_equal(materials.counts.count, (targets == 1).sum(0))
+
+
+def test_what_is_wrong_is_found_before_training(two: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"resnet11.*resnet10"):
+        gather_materials(config(two, model__backbone="resnet11"))
+    with pytest.raises(UserError, match=r"none\.pth: no such file"):
+        gather_materials(config(two, model__pretrained=str(tmp_path / "none.pth")))
+    with pytest.raises(UserError, match=r"none\.npz: no such file"):
+        gather_materials(config(two, data__word_vectors=str(tmp_path / "none.npz")))
+
+
+def test_describe_says_what_is_about_to_happen(tmp_path: Path) -> None:
+    rows = [[0, 1], [0, 1], [0], [1]] * 3
+    root = make_coco(tmp_path / "set", {"train": rows, "val": [[0], [2]], "test": [[1], [2]]})
+    settings = config(root, model__tau=0.6)
+    lines = list(describe(gather_materials(settings), settings))
+    assert "train2014: 12 images, 0 without a label dropped" in lines
+    assert "coco: 3 labels, images: train 12, val 2, test 2" in lines
+    assert "label graph at tau 0.6: 2 edges" in lines
+    assert "train: no image with cat; cannot be learnt" in lines
+    assert "val: no image with bench; AP is nan and left out of mAP" in lines
+    assert "test: no image with apple; AP is nan and left out of mAP" in lines
+    settings = config(root, model__tau=0.7, protocol="paper")
+    lines = list(describe(gather_materials(settings), settings))
+    assert "coco: 3 labels, images: train 12, val 2" in lines
+    assert any("0 edges (labels only see themselves; a lower model.tau adds edges)" in line for line in lines)
+    assert not any(line.startswith("test:") for line in lines)
+
+
+def test_describe_names_eight_empty_labels_and_counts_the_rest(shared: Path) -> None:
+    settings = config(shared / "data/nuswide_mini", data__dataset="nuswide", protocol="paper")
+    materials = gather_materials(settings)
+    empty = np.count_nonzero(~(materials.splits.train.targets == 1).any(0))
+    (line,) = [line for line in describe(materials, settings) if line.startswith("train: ")]
+    assert f" and {empty - 8} more; cannot be learnt" in line
+    assert line.count(", ") == 7
