@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import pytest
 import msrn_ray
 from msrn_ray import commands
 from msrn_ray.__main__ import main
-from msrn_ray.checkpoint import load_checkpoint
+from msrn_ray.checkpoint import load_checkpoint, save_checkpoint
 from msrn_ray.commands import starting_config
 from msrn_ray.config import DataSettings, ExperimentConfig, ResourceSettings, load_config
 from msrn_ray.errors import UserError
@@ -61,7 +62,12 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+    """A checkpoint in which everything that `evaluate` starts from is unlike the defaults."""
+    folder = make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+    changes = {"protocol": "paper", "train.eval_batch_size": 5, "data.val_fraction": 0.3, "resources.num_workers": 1}
+    tiny = load_checkpoint(folder)
+    save_checkpoint(folder, replace(tiny, config=tiny.config.with_overrides(changes)))
+    return folder
 
 
 class Trained(NamedTuple):
@@ -409,10 +415,10 @@ def test_evaluate_starts_from_the_checkpoint(
     assert re.search(r"dog\W+no positive", done.out)
     assert re.search(r"cat\W+0\.9000", done.out)
 
-    argv = ["--split", "test", "--batch-size", "3", "--protocol", "paper", "--data.root", "/r"]
+    argv = ["--split", "test", "--batch-size", "3", "--protocol", "honest", "--data.root", "/r"]
     assert cli("evaluate", checkpoint, *argv, "--resources.num-workers", "2").code == 0
     path, config, split = evaluated[1]
-    changes = {"train.eval_batch_size": 3, "protocol": "paper", "data.root": "/r", "resources.num_workers": 2}
+    changes = {"train.eval_batch_size": 3, "protocol": "honest", "data.root": "/r", "resources.num_workers": 2}
     assert (path, split) == (checkpoint, "test")
     assert config == load_checkpoint(checkpoint).config.with_overrides(changes)
 
