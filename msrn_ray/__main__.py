@@ -7,12 +7,13 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import tyro
 from pydantic import ValidationError
 
-from .commands import Evaluate, Graph, ImportOfficial, Predict, Presets, Train, starting_config
+from .commands import Evaluate, Graph, ImportOfficial, Predict, Presets, Train, first_positional, starting_config
 from .config import describe_errors
 from .errors import UserError
 
@@ -63,7 +64,7 @@ def _parse(argv: list[str]) -> Any:
         union |= other
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            return tyro.cli(union, prog="msrn", description=_ABOUT, args=argv)
+            return _check_order(tyro.cli(union, prog="msrn", description=_ABOUT, args=argv), argv)
     except SystemExit as stop:
         error: BaseException | None = stop
         while error is not None:  # a value out of range: pydantic's words are clear, tyro's frame around them is not
@@ -73,6 +74,20 @@ def _parse(argv: list[str]) -> Any:
     return tyro.cli(
         union, prog="msrn", description=_ABOUT, args=argv
     )  # again, with tyro's own help or error on the screen
+
+
+def _check_order(command: Any, argv: list[str]) -> Any:
+    """Refuses a preset or checkpoint that `starting_config` did not see, behind a flag: its settings would not be used."""
+    seen = first_positional(argv[1:])
+    if isinstance(command, Evaluate):
+        named, used = command.checkpoint, Path(seen or "")
+    elif isinstance(command, (Train, Graph)):
+        named, used = Path(command.preset), Path(seen or "scenes")
+    else:
+        return command
+    if named != used:
+        raise UserError(f"give {named} first, before the options: msrn {argv[0]} {named} ...")
+    return command
 
 
 def _with_defaults(argv: list[str]) -> Any:

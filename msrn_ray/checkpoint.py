@@ -125,8 +125,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_train_state(folder: Path) -> TrainState:
-    """Reads `train_state.pt` of a checkpoint folder."""
-    return TrainState(**_load(folder / STATE_FILE))
+    """Reads `train_state.pt` of a checkpoint folder.
+
+    Raises:
+        UserError: if it is missing, would run code, or lacks an entry.
+    """
+    file = folder / STATE_FILE
+    try:
+        return TrainState(**_load(file))
+    except TypeError as error:
+        raise UserError(f"{file}: not a train state of msrn_ray ({error}); the file is damaged") from None
 
 
 def find_model_file(path: Path) -> Path:
@@ -161,7 +169,7 @@ def _save(path: Path, content: Mapping[str, Any]) -> None:
 def _load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise UserError(f"checkpoint {path}: cannot be read ({error.strerror})") from None
     except Exception as error:  # torch raises many kinds here; all of them mean: not safely readable
         first = (str(error).splitlines() or [type(error).__name__])[0]

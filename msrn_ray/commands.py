@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from .config import DataSettings, ExperimentConfig, ResourceSettings, load_config
 from .errors import UserError
@@ -82,7 +82,10 @@ class Evaluate:
         """Prints the metrics and each label's AP."""
         from .checkpoint import load_checkpoint
         from .evaluation import evaluate_checkpoint
+        from .prediction import check_output
 
+        if self.out is not None:
+            check_output(self.out, (".json",))
         trained = load_checkpoint(self.checkpoint).config
         config = trained.model_copy(
             update={
@@ -129,11 +132,13 @@ class Predict:
 
         if not self.images:
             raise UserError("no image given; name files, folders, patterns or URIs")
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size {self.batch_size}: must be at least 1")
         if self.out is not None:
             check_output(self.out)
         predictor = Predictor.from_checkpoint(self.checkpoint)
         predictions = list(predict_images(predictor, expand_images(self.images), self.batch_size))
-        table = Table("image", "labels (probability)")
+        table = Table(Column("image", overflow="fold"), "labels (probability)")
         for one in predictions:
             ranked = sorted(
                 zip(one.probabilities, predictor.thresholds.tolist(), predictor.label_names, strict=False), reverse=True
@@ -268,10 +273,11 @@ def starting_config(argv: list[str]) -> ExperimentConfig:
         UserError: if the file that it names cannot be read.
     """
     command, rest = argv[0], argv[1:]
-    if command == "evaluate" and rest and not rest[0].startswith("-"):
+    if command == "evaluate":
         from .checkpoint import load_checkpoint
 
-        return load_checkpoint(Path(rest[0])).config
+        named = first_positional(rest)
+        return PRESETS["scenes"].config if named is None else load_checkpoint(Path(named)).config
     for option in ("--config", "--resume"):
         for index, word in enumerate(rest):
             if word == option and index + 1 < len(rest):
@@ -286,6 +292,13 @@ def starting_config(argv: list[str]) -> ExperimentConfig:
             from .trainer import resume_config
 
             return resume_config(Path(value))
-    if rest and rest[0] in PRESETS:
-        return PRESETS[rest[0]].config
-    return PRESETS["scenes"].config
+    named = first_positional(rest)
+    return PRESETS[named if named in PRESETS else "scenes"].config
+
+
+def first_positional(words: Sequence[str]) -> str | None:
+    """The first word that is neither an option nor follows one without `=`; after a flag without a value it is not found."""
+    for before, word in zip(["", *words], words, strict=False):
+        if not word.startswith("-") and ("=" in before or not before.startswith("-")):
+            return word
+    return None

@@ -27,7 +27,9 @@ Count = Annotated[int, Field(ge=1)]
 class Settings(BaseModel):
     """Base of all settings: frozen, no unknown fields, field docstrings become the help text."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class DataSettings(Settings):
@@ -211,10 +213,13 @@ class ExperimentConfig(Settings):
             *parents, leaf = path.split(".")
             node: Any = tree
             for parent in parents:
-                node = node.get(parent) if isinstance(node, dict) else None
-            if not isinstance(node, dict) or leaf not in node:
-                allowed = sorted(node) if isinstance(node, dict) else sorted(tree)
-                raise UserError(f"unknown setting {path!r}; allowed here: {', '.join(allowed)}")
+                if not isinstance(node.get(parent), dict):
+                    break
+                node = node[parent]
+            else:
+                parents = []
+            if parents or leaf not in node:
+                raise UserError(f"unknown setting {path!r}; allowed here: {', '.join(sorted(node))}")
             if isinstance(node[leaf], dict):
                 raise UserError(f"{path!r} is a group; set one of: {', '.join(f'{path}.{key}' for key in node[leaf])}")
             node[leaf] = value

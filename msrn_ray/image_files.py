@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from typing import cast
+from urllib.parse import unquote
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 
@@ -19,8 +22,15 @@ def read_bytes(uri: str) -> bytes:
         with open(uri, "rb") as file:
             return file.read()
     bucket, _, _ = rest.partition("/")
-    with _filesystem(scheme, bucket).open_input_file(rest) as stream:
-        return cast(bytes, stream.read())
+    if scheme == "file":
+        if not os.path.exists(rest):
+            rest = unquote(rest)  # a name as it is, or percent-encoded as `Path.as_uri` writes it
+        bucket = ""
+    try:
+        with _filesystem(scheme, bucket).open_input_file(rest) as stream:
+            return cast(bytes, stream.read())
+    except pa.ArrowInvalid as error:  # no scheme that pyarrow knows, https for one
+        raise OSError(f"{uri}: {error}") from None
 
 
 @lru_cache(maxsize=32)

@@ -74,10 +74,11 @@ def write_predictions(path: Path, predictions: Sequence[Prediction], label_names
         UserError: for another suffix, or if the file cannot be written.
     """
     check_output(path)
-    columns: dict[str, list[str] | list[float | None]] = {"image": [one.uri for one in predictions]}
+    image, reason = (name + "_" * (name in label_names) for name in ("image", "error"))  # a label may be called so
+    columns: dict[str, list[str] | list[float | None]] = {image: [one.uri for one in predictions]}
     for index, label in enumerate(label_names):
         columns[label] = [one.probabilities[index] if one.probabilities else None for one in predictions]
-    columns["error"] = [one.error for one in predictions]
+    columns[reason] = [one.error for one in predictions]
     table = pa.table(columns)
     partial = path.with_name(f".{path.name}")
     try:
@@ -90,11 +91,13 @@ def write_predictions(path: Path, predictions: Sequence[Prediction], label_names
         partial.replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def check_output(path: Path) -> None:
-    """Raises UserError for a suffix that `write_predictions` does not know; called before the work starts."""
-    if path.suffix not in OUTPUTS:
-        raise UserError(f"--out {path}: the suffix must be one of {' '.join(OUTPUTS)}")
+def check_output(path: Path, suffixes: Sequence[str] = OUTPUTS) -> None:
+    """Raises UserError for another suffix or a folder that does not exist; called before the work starts."""
+    if path.suffix not in suffixes:
+        raise UserError(f"--out {path}: the suffix must be one of {' '.join(suffixes)}")
     if not path.resolve().parent.is_dir():
         raise UserError(f"--out {path}: the folder {path.resolve().parent} does not exist")

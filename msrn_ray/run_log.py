@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import sys
 import time
@@ -75,6 +76,7 @@ class RunLog:
         self.history = [line for line in self.history if line["epoch"] <= first]
         _write_history(self.folder / METRICS_FILE, self.history)
         self.best = None
+        (self.folder / BEST_FILE).unlink(missing_ok=True)
         for line in self.history:
             self._note_best(line, line["checkpoint"])
         self.say(event["text"])
@@ -128,7 +130,7 @@ class RunLog:
             self._last_curves = time.monotonic()
 
     def _note_best(self, metrics: Mapping[str, Any], checkpoint: str) -> bool:
-        if self.best is not None and metrics["val/mAP"] <= self.best[0]:
+        if math.isnan(metrics["val/mAP"]) or (self.best is not None and metrics["val/mAP"] <= self.best[0]):
             return False
         self.best = (metrics["val/mAP"], checkpoint)
         partial = self.folder / f".{BEST_FILE}"
@@ -185,7 +187,7 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
         ("val/OF1", right),
     ):
         axis.plot(epochs, [line[name] for line in history], marker="o", markersize=3, label=name)
-    best = max(history, key=lambda line: line["val/mAP"])
+    best = max(history, key=lambda line: -1.0 if math.isnan(line["val/mAP"]) else line["val/mAP"])
     right.axvline(best["epoch"], color="grey", linestyle=":", linewidth=1)
     right.set_title(f"best val/mAP {best['val/mAP']:.4f} at epoch {best['epoch']}")
     left.set_title("classification loss")

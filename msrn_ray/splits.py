@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from .config import Dataset, DataSettings, ExperimentConfig
 from .datasets.apparel import read_apparel
 from .datasets.coco import has_split, read_coco
@@ -129,16 +127,8 @@ def _voc(settings: DataSettings, seed: int) -> Published:
 
 def _nuswide(settings: DataSettings, seed: int) -> Published:
     root = _root(settings)
-    train, test = read_nuswide(root, "Train"), read_nuswide(root, "Test")
-    return Published(
-        _drop_unlabelled(train, settings.keep_unlabelled_train),
-        None,
-        _drop_unlabelled(test, settings.keep_unlabelled_eval),
-    )
-
-
-def _drop_unlabelled(table: SampleTable, keep: bool) -> SampleTable:
-    return table if keep else table.take(np.flatnonzero((table.targets == 1).any(1)))
+    train = read_nuswide(root, "Train", keep_unlabelled=settings.keep_unlabelled_train)
+    return Published(train, None, read_nuswide(root, "Test", keep_unlabelled=settings.keep_unlabelled_eval))
 
 
 def _apparel(settings: DataSettings, seed: int) -> Published:

@@ -26,12 +26,13 @@ NUSWIDE_LABELS = (
 SPLITS = ("Train", "Test")
 
 
-def read_nuswide(root: Path, split: str) -> SampleTable:
+def read_nuswide(root: Path, split: str, *, keep_unlabelled: bool = True) -> SampleTable:
     """Reads one official split.
 
     Args:
         root: the folder that holds `ImageList/`, `Groundtruth/`, `Concepts81.txt` and `Flickr/`.
         split: "Train" or "Test".
+        keep_unlabelled: whether images without a label stay in, as rows of zeros.
 
     Returns:
         n rows in the order of the list, targets in {1, 0}; `image_id` is the path in `Flickr/`. Labels are in the order
@@ -60,11 +61,13 @@ def read_nuswide(root: Path, split: str) -> SampleTable:
         targets[:, column] = _read_labels(path, len(image_ids), listing)
     require_images(root / "Flickr", image_ids, listing)
 
-    unlabelled = np.count_nonzero(~targets.any(1))
-    note = f"{split}: {len(image_ids)} images, {unlabelled} without a label kept"
+    labelled = targets.any(1)
+    verb = "kept" if keep_unlabelled else "dropped"
+    note = f"{split}: {len(image_ids)} images, {np.count_nonzero(~labelled)} without a label {verb}"
     base = os.path.abspath(root / "Flickr")
     uris = [os.path.join(base, image_id) for image_id in image_ids]
-    return SampleTable.from_columns(image_ids, uris, targets, label_names, listing.name, (note,))
+    samples = SampleTable.from_columns(image_ids, uris, targets, label_names, listing.name, (note,))
+    return samples if keep_unlabelled else samples.take(np.flatnonzero(labelled))
 
 
 def _read(path: Path) -> bytes:

@@ -64,6 +64,7 @@ def vary(rng: Rng, *colours: Colour, by: int = 16) -> Colour:
 
 
 def darker(colour: Colour, factor: float = 0.7) -> Colour:
+    """The colour with each channel times `factor`."""
     red, green, blue = (int(channel * factor) for channel in colour)
     return red, green, blue
 
