@@ -11,13 +11,14 @@ of size [B,N,Q,D] ever exists.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_TILE = 16  # channels whose [B,Q,N,tile] weights exist at one time; larger tiles leave the cache
+_TILE_ELEMENTS = 2**19  # weights [tile,B,Q,N] that exist at one time: 2 MB of float32, larger ones leave the cache
 
 
 class _TiltedMean(torch.autograd.Function):
@@ -30,8 +31,7 @@ class _TiltedMean(torch.autograd.Function):
         ).contiguous()  # [D,B,N]: positions last, so that softmax runs along memory
         tilt = semantics.t().contiguous()  # [D,Q]
         output = features.new_empty(features.shape[2], features.shape[0], semantics.shape[0])  # [D,B,Q]
-        for start in range(0, features.shape[2], _TILE):
-            tile = slice(start, start + _TILE)
+        for tile in _tiles(by_channel, tilt):
             weight = _weights(by_channel[tile], tilt[tile])
             torch.matmul(weight, by_channel[tile].unsqueeze(-1), out=output[tile].unsqueeze(-1))
         ctx.save_for_backward(by_channel, tilt, output)
@@ -44,8 +44,7 @@ class _TiltedMean(torch.autograd.Function):
         grad = grad.permute(2, 0, 1)  # [D,B,Q]
         grad_features = torch.empty_like(by_channel)
         grad_semantics = torch.empty_like(tilt)
-        for start in range(0, by_channel.shape[0], _TILE):
-            tile = slice(start, start + _TILE)
+        for tile in _tiles(by_channel, tilt):
             weight = _weights(by_channel[tile], tilt[tile])
             deviation = by_channel[tile].unsqueeze(2) - output[tile].unsqueeze(-1)  # [d,B,Q,N]
             weight *= grad[tile].unsqueeze(-1)
@@ -54,6 +53,13 @@ class _TiltedMean(torch.autograd.Function):
             weight += moment * tilt[tile][:, None, :, None]
             grad_features[tile] = weight.sum(2)  # g * w * (1 + q (P - o))
         return grad_features.permute(1, 2, 0), grad_semantics.t()
+
+
+def _tiles(features: Tensor, tilt: Tensor) -> Iterator[slice]:
+    """Slices of channels; features: [D,B,N], tilt: [D,Q]."""
+    size = max(1, _TILE_ELEMENTS // (features[0].numel() * tilt.shape[1]))
+    for start in range(0, len(features), size):
+        yield slice(start, start + size)
 
 
 def _weights(features: Tensor, tilt: Tensor) -> Tensor:
