@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -254,14 +253,15 @@ def _print_summary(out: Console, metrics: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes plain values; nan becomes null, which JSON has.
+    """Writes plain values.
 
     Raises:
         UserError: if the file cannot be written.
     """
-    plain = {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}
+    from .run_log import to_json
+
     try:
-        path.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+        path.write_text(to_json(values, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
@@ -278,22 +278,31 @@ def starting_config(argv: list[str]) -> ExperimentConfig:
 
         named = first_positional(rest)
         return PRESETS["scenes"].config if named is None else load_checkpoint(Path(named)).config
-    for option in ("--config", "--resume"):
-        for index, word in enumerate(rest):
-            if word == option and index + 1 < len(rest):
-                value = rest[index + 1]
-            elif word.startswith(f"{option}="):
-                value = word.removeprefix(f"{option}=")
-            else:
-                continue
-            if option == "--config":
-                config = load_config(Path(value))
-                return config.with_overrides({"train.run_name": None})  # the same experiment, not the same run
-            from .trainer import resume_config
-
-            return resume_config(Path(value))
+    starts = {option: value for option in ("--config", "--resume") if (value := _option(rest, option)) is not None}
     named = first_positional(rest)
+    if len(starts) + (named in PRESETS) > 1:
+        raise UserError(
+            f"give one start only: a preset, --config or --resume, not {', '.join([*filter(None, [named]), *starts])}"
+        )
+    if "--config" in starts:
+        return load_config(Path(starts["--config"])).with_overrides(
+            {"train.run_name": None}
+        )  # the same experiment, not the same run
+    if "--resume" in starts:
+        from .trainer import resume_config
+
+        return resume_config(Path(starts["--resume"]))
     return PRESETS[named if named in PRESETS else "scenes"].config
+
+
+def _option(words: Sequence[str], option: str) -> str | None:
+    """The value of `option VALUE` or `option=VALUE`."""
+    for word, after in zip(words, [*words[1:], None], strict=False):
+        if word == option:
+            return after
+        if word.startswith(f"{option}="):
+            return word.removeprefix(f"{option}=")
+    return None
 
 
 def first_positional(words: Sequence[str]) -> str | None:

@@ -54,7 +54,8 @@ def import_official(
     counts = load_counts(graph, names)
     vectors = load_word_vectors(names, str(word_vectors))
     mask = attend_mask(counts, config.model.tau)
-    own = build_model(config.model, vectors, mask).state_dict()
+    with torch.device("meta"):  # shapes alone are needed, not 264 M random weights
+        own = build_model(config.model, vectors, mask).state_dict()
     weights = converted | {"label_semantics.word_vectors": vectors, "label_semantics.attend_mask": mask}
     wrong = [
         f"{name} is {tuple(weights[name].shape) if name in weights else 'missing'}, not {tuple(own[name].shape)}"

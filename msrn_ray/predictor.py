@@ -13,17 +13,27 @@ from PIL import Image
 from torch import Tensor
 
 from .checkpoint import Checkpoint, load_checkpoint
+from .errors import UserError
 from .label_graph import attend_mask
 from .model import MSRN, PooledLinear, build_model
 from .transforms import decode, from_pil, normalize, resize
 
 
 def build_from_checkpoint(checkpoint: Checkpoint) -> MSRN | PooledLinear:
-    """The checkpoint's network with its weights, in eval mode, on the CPU."""
+    """The checkpoint's network with its weights, in eval mode, on the CPU.
+
+    Raises:
+        UserError: if weights and config do not fit, so that the file is damaged.
+    """
     settings = checkpoint.config.model
     vectors = checkpoint.weights.get("label_semantics.word_vectors", torch.zeros(len(checkpoint.label_names), 1))
     model = build_model(settings, vectors, attend_mask(checkpoint.counts, settings.tau), pretrained=False)
-    model.load_state_dict(dict(checkpoint.weights))
+    try:
+        model.load_state_dict(dict(checkpoint.weights))
+    except RuntimeError as error:
+        raise UserError(
+            f"the checkpoint's weights do not fit its config ({' '.join(str(error).split())[:300]})"
+        ) from None
     return model.eval()
 
 

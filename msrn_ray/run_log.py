@@ -113,7 +113,7 @@ class RunLog:
         metrics: dict[str, Any] = {**event["metrics"], "checkpoint": event["checkpoint"]}
         self.history.append(metrics)
         with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(to_json(metrics) + "\n")
         for name, value in metrics.items():
             if isinstance(value, (int, float)):
                 self._tensorboard.add_scalar(name, value, metrics["epoch"])
@@ -150,7 +150,13 @@ class RunLog:
 
     def _on_test(self, event: Event) -> None:
         self.test = dict(event["metrics"])
-        (self.folder / "test.json").write_text(json.dumps(self.test, indent=2) + "\n", encoding="utf-8")
+        (self.folder / "test.json").write_text(to_json(self.test, indent=2) + "\n", encoding="utf-8")
+
+
+def to_json(values: Mapping[str, Any], indent: int | None = None) -> str:
+    """Plain values as JSON; nan becomes null, since JSON has no nan."""
+    plain = {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}
+    return json.dumps(plain, indent=indent)
 
 
 def _clock(seconds: float) -> str:
@@ -163,12 +169,13 @@ def _read_history(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]  # a line cut by a kill is not whole
+    whole = [json.loads(line) for line in lines if line.endswith("}")]  # a line cut by a kill ends otherwise
+    return [{name: math.nan if value is None else value for name, value in line.items()} for line in whole]
 
 
 def _write_history(path: Path, history: list[dict[str, Any]]) -> None:
     partial = path.with_name(f".{path.name}")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in history), encoding="utf-8")
+    partial.write_text("".join(to_json(line) + "\n" for line in history), encoding="utf-8")
     os.replace(partial, path)
 
 

@@ -491,3 +491,12 @@ def test_groups_of_evaluate_have_no_own_defaults() -> None:
     """The subcommand's own defaults are never used: they come from the checkpoint."""
     assert DataSettings() == ExperimentConfig().data
     assert ResourceSettings() == ExperimentConfig().resources
+
+
+def test_two_starts_at_once_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "saved.yaml"
+    PRESETS["voc2007"].config.save(path)
+    with pytest.raises(UserError, match=r"give one start only.*voc2007, --config"):
+        starting_config(["train", "voc2007", "--config", str(path)])
+    with pytest.raises(UserError, match=r"give one start only.*--config, --resume"):
+        starting_config(["train", "--config", str(path), f"--resume={tmp_path}"])

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from msrn_ray.__main__ import report_errors
 from msrn_ray.commands import PresetName
-from msrn_ray.config import LEVELS, ExperimentConfig
+from msrn_ray.config import LEVELS, Dataset, ExperimentConfig
 from msrn_ray.errors import UserError
 from msrn_ray.materials import Materials, gather_materials
 from msrn_ray.presets import PRESETS
@@ -43,6 +43,8 @@ class Search:
     """Experiment that every trial starts from."""
     root: str | None = None
     """Folder of the data set (`data.root`)."""
+    dataset: Dataset | None = None
+    """Reader of its layout (`data.dataset`), where it is not the preset's."""
     trials: int = 8
     """Number of trials."""
     epochs: int = 3
@@ -91,6 +93,7 @@ def search(options: Search) -> Path:
         PRESETS[options.preset].config.with_overrides(
             {
                 "data.root": options.root,
+                "data.dataset": options.dataset or PRESETS[options.preset].config.data.dataset,
                 "train.epochs": options.epochs,
                 "train.seed": options.seed,
                 "train.storage": str(folder),
