@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .transforms import IMAGENET_MEAN, IMAGENET_STD
 
 MODEL_FILE, STATE_FILE, BEST_FILE = "model.pt", "train_state.pt", "best.txt"
 FORMAT = 1
+_VERSIONED = ("msrn-ray", "torch", "torchvision", "numpy")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Checkpoint:
         metrics: values on val at this epoch, `val/mAP` and others.
         epoch: finished training epochs.
         mean, std: ImageNet constants of the input, in RGB order, for pixels in [0, 1].
-        versions: of torch and others that wrote the file.
+        versions: of the packages that wrote the file.
     """
 
     config: ExperimentConfig
@@ -48,7 +50,7 @@ class Checkpoint:
     epoch: int
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    versions: Mapping[str, str] = field(default_factory=lambda: {"torch": str(torch.__version__)})
+    versions: Mapping[str, str] = field(default_factory=lambda: {name: version(name) for name in _VERSIONED})
 
 
 @dataclass(frozen=True)

@@ -96,8 +96,8 @@ class Evaluate:
         )
         metrics = evaluate_checkpoint(self.checkpoint, config, self.split)
         out = _out()
-        for line in metrics.pop("bad"):
-            out.print(f"left out: {line}", markup=False)
+        for line in [*metrics.pop("notes"), *(f"left out: {image}" for image in metrics.pop("bad"))]:
+            out.print(line, markup=False)
         table = Table("label", "AP")
         prefix = f"{self.split}/AP/"
         for name, value in metrics.items():

@@ -43,6 +43,8 @@ class DataSettings(Settings):
     """Side S of the square network input, pixels; 448 is the paper's. At least 64: the deepest stage must keep 2x2 positions."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Part of train taken as val where the benchmark publishes only train and test (protocol `honest`); stratified by label."""
+    split_seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of what is split off (val from train; test of Apparel); apart from `train.seed`, so that runs of several seeds compare."""
     keep_unlabelled_train: bool = False
     """Keep train images without any label. Off as in the reference: COCO train2014 then has 82,081 of 82,783."""
     keep_unlabelled_eval: bool = True

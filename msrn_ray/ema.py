@@ -18,11 +18,12 @@ def build_ema(model: nn.Module, decay: float) -> AveragedModel:
     Source: the warm-up is that of TensorFlow's ExponentialMovingAverage(num_updates).
     """
 
-    def update(shadow: _Tensors, weights: _Tensors, num_averaged: Tensor | int) -> None:
-        count = float(num_averaged)
+    def update(shadow: _Tensors, weights: _Tensors, _num_averaged: Tensor | int) -> None:
+        count = float(ema.n_averaged)  # the module's own stays on the CPU; what is handed in was copied to the device
         torch._foreach_lerp_(shadow, weights, 1 - min(decay, (1 + count) / (10 + count)))
 
-    return AveragedModel(model, multi_avg_fn=update)
+    ema = AveragedModel(model, multi_avg_fn=update)
+    return ema
 
 
 @torch.no_grad()

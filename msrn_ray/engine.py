@@ -59,13 +59,13 @@ class Trainee:
 
 @dataclass
 class Progress:
-    """What a log interval shows: means over all ranks since the last one."""
+    """What a log interval shows: means over all ranks since the last one; `bad_reports` is the sum of what each rank met."""
 
     step: int
     loss: float
     images_per_second: float
     data_wait_fraction: float
-    num_bad: int
+    bad_reports: int
 
 
 @dataclass

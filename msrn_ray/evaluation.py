@@ -31,14 +31,15 @@ def evaluate_checkpoint(path: Path, config: ExperimentConfig, split: str) -> dic
         split: `train`, `val` or `test`.
 
     Returns:
-        `split/mAP`, ..., `split/AP/<label>`, `split/images`, `split/bad_images`.
+        `split/mAP`, ..., `split/AP/<label>`, `split/images`, `split/bad_images`; `notes` on the data and the protocol, `bad` images.
 
     Raises:
         UserError: if the checkpoint cannot be read, or its labels are not those of the data set.
     """
     checkpoint = load_checkpoint(path)
     config = absolute_paths(config)
-    table = load_splits(config).named(split)
+    splits = load_splits(config)
+    table = splits.named(split)
     check_labels(checkpoint, table.label_names, str(path))
     connect(config.resources)
     allocation = allocate(config.resources)
@@ -63,7 +64,7 @@ def evaluate_checkpoint(path: Path, config: ExperimentConfig, split: str) -> dic
             f"{metrics[f'{split}/bad_images']} of {len(table)} {split} images cannot be decoded, more than"
             f" data.max_bad_fraction={config.data.max_bad_fraction} allows: {'; '.join(metrics['bad'][:5])}"
         )
-    return metrics
+    return metrics | {"notes": list(splits.notes)}
 
 
 def check_labels(checkpoint: Checkpoint, label_names: tuple[str, ...], name: str) -> None:

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from msrn_ray.errors import UserError
-from msrn_ray.types import PRESENT
-from msrn_ray.word_vectors import read_arrays
+from .errors import UserError
+from .types import PRESENT
+from .word_vectors import read_arrays
 
 
 @dataclass(frozen=True)

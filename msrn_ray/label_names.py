@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from .datasets.apparel import APPAREL_LABELS
 from .datasets.nuswide import NUSWIDE_LABELS
-
-VOC_LABELS = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
-    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)  # fmt: skip
+from .datasets.voc import VOC_LABELS
 
 COCO_LABELS = (
     "airplane", "apple", "backpack", "banana", "baseball bat", "baseball glove", "bear", "bed", "bench", "bicycle",

@@ -26,8 +26,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from msrn_ray.errors import UserError
-from msrn_ray.types import ABSENT, PRESENT, UNKNOWN
+from .errors import UserError
+from .types import ABSENT, PRESENT, UNKNOWN
 
 THRESHOLD = 0.5
 TOP_K = 3

@@ -177,7 +177,8 @@ def _cut(
     for size in sizes:
         while sum(len(block["row"]) for block in held) < size:
             held.append(next(blocks))
-        merged = {name: np.concatenate([block[name] for block in held]) for name in held[0]}
+        first, *others = held
+        merged = {name: np.concatenate([block[name] for block in held]) for name in first} if others else first
         now = {name: column[:size] for name, column in merged.items()}
         held = [{name: column[size:] for name, column in merged.items()}] if len(merged["row"]) > size else []
         assert np.array_equal(now["row"], planned[start : start + size]), "Ray Data delivered rows out of plan order"

@@ -1,7 +1,8 @@
 """Whole experiments by name.
 
 The four benchmarks follow the paper's recipe (arXiv 2106.11596 and the authors' released settings): ResNet-101 pre-trained on
-ImageNet, 448 pixels, SGD 0.1 / 0.01 with a step at epoch 30, batch 16, the `mlp` head, layer2 to layer4.
+ImageNet, 448 pixels, SGD 0.1 / 0.01 with a step at epoch 30, batch 16, the `mlp` head, layer2 to layer4. Gradients are clipped at
+norm 10 after backward; the release clips them before, so never.
 """
 
 from __future__ import annotations

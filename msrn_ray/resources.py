@@ -47,8 +47,8 @@ def connect(settings: ResourceSettings) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
         return
-    cores = os.cpu_count() or 1
-    gpus = torch.cuda.device_count()
+    cores = len(os.sched_getaffinity(0))
+    gpus = 0 if settings.use_gpu is False else torch.cuda.device_count()
     workers = settings.num_workers or default_workers(gpus)
     if workers * settings.cpus_per_worker > cores:
         raise UserError(
@@ -66,7 +66,7 @@ def connect(settings: ResourceSettings) -> None:
 
 def default_workers(num_gpus: int) -> int:
     """Every GPU of the cluster; without one 2 workers on a machine with two cores or more, else 1."""
-    return num_gpus or (2 if (os.cpu_count() or 1) >= 2 else 1)
+    return num_gpus or (2 if len(os.sched_getaffinity(0)) >= 2 else 1)
 
 
 def allocate(settings: ResourceSettings) -> Allocation:

@@ -68,12 +68,16 @@ class RunLog:
             draw_curves(self.history, self.folder / CURVES_FILE)
 
     def _on_start(self, event: Event) -> None:
-        """Also after a resume: epochs after the checkpoint that the run goes on from are forgotten."""
+        """Also after a resume: epochs after the checkpoint that the run goes on from are forgotten, and epochs that Ray Train has a
+        checkpoint of but whose line a kill cut off are taken up."""
         first = event["first_epoch"]
         self._per_epoch, self._epochs = event["steps_per_epoch"], event["epochs"]
         self._first, self._total = first * self._per_epoch, self._epochs * self._per_epoch
         self._start = time.monotonic()
         self.history = [line for line in self.history if line["epoch"] <= first]
+        known = {line["epoch"] for line in self.history}
+        self.history += [line for line in event["reported"] if line["epoch"] not in known]
+        self.history.sort(key=lambda line: line["epoch"])
         _write_history(self.folder / METRICS_FILE, self.history)
         self.best = None
         (self.folder / BEST_FILE).unlink(missing_ok=True)
@@ -119,10 +123,11 @@ class RunLog:
                 self._tensorboard.add_scalar(name, value, metrics["epoch"])
         self._tensorboard.flush()
         improved = self._note_best(metrics, event["checkpoint"])
+        paper = metrics["protocol"] == "paper"
         self._last_line = time.monotonic()
         self.say(
             f"epoch {metrics['epoch']}/{self._epochs}  train/loss {metrics['train/loss']:.4f}  val/loss {metrics['val/loss']:.4f}"
-            f"  val/mAP {metrics['val/mAP']:.4f}{' *' if improved else ''}"
+            f"  val/mAP {metrics['val/mAP']:.4f}{' *' if improved else ''}{' (val is the test split)' if paper else ''}"
             f"  {metrics['train/images_per_second']:.1f} img/s  data wait {metrics['train/data_wait_fraction']:.0%}"
         )
         if time.monotonic() - self._last_curves > _CURVES_SECONDS:
@@ -130,8 +135,8 @@ class RunLog:
             self._last_curves = time.monotonic()
 
     def _note_best(self, metrics: Mapping[str, Any], checkpoint: str) -> bool:
-        if math.isnan(metrics["val/mAP"]) or (self.best is not None and metrics["val/mAP"] <= self.best[0]):
-            return False
+        if math.isnan(metrics["val/mAP"]) or (self.best is not None and metrics["val/mAP"] < self.best[0]):
+            return False  # the later of equals is kept: Ray Train deletes the earlier one's checkpoint
         self.best = (metrics["val/mAP"], checkpoint)
         partial = self.folder / f".{BEST_FILE}"
         partial.write_text(checkpoint + "\n", encoding="utf-8")
@@ -140,12 +145,16 @@ class RunLog:
 
     def _on_bad(self, event: Event) -> None:
         path = self.folder / BAD_FILE
-        fresh = not path.exists()
-        with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if fresh:
-                writer.writerow(["split", "uri", "reason"])
-            writer.writerows([event["split"], uri, reason] for uri, reason in event["images"])
+        rows = [["split", "uri", "reason"]]
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = list(csv.reader(file))
+        known = {(row[0], row[1]) for row in rows}  # a resumed run meets the same files again
+        rows += [[event["split"], uri, reason] for uri, reason in event["images"] if (event["split"], uri) not in known]
+        partial = path.with_name(f".{path.name}")
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
+        os.replace(partial, path)
         self.say(f"{event['split']}: {len(event['images'])} images could not be decoded and are left out, see {path}")
 
     def _on_test(self, event: Event) -> None:
@@ -194,9 +203,10 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
         ("val/OF1", right),
     ):
         axis.plot(epochs, [line[name] for line in history], marker="o", markersize=3, label=name)
-    best = max(history, key=lambda line: -1.0 if math.isnan(line["val/mAP"]) else line["val/mAP"])
+    best = max(reversed(history), key=lambda line: -1.0 if math.isnan(line["val/mAP"]) else line["val/mAP"])
+    chosen = " on the test split (protocol paper)" if history[-1]["protocol"] == "paper" else ""
     right.axvline(best["epoch"], color="grey", linestyle=":", linewidth=1)
-    right.set_title(f"best val/mAP {best['val/mAP']:.4f} at epoch {best['epoch']}")
+    right.set_title(f"best val/mAP {best['val/mAP']:.4f} at epoch {best['epoch']}{chosen}")
     left.set_title("classification loss")
     right.set_ylim(0, 1)
     for axis in (left, right):

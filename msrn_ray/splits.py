@@ -67,7 +67,7 @@ def load_splits(config: ExperimentConfig) -> Splits:
     Raises:
         UserError: for anything wrong with the data set, naming file and mend.
     """
-    published = READERS[config.data.dataset](config.data, config.train.seed)
+    published = READERS[config.data.dataset](config.data)
     train, held_out = published.train, published.held_out
     notes = [*train.notes, *(published.val.notes if published.val else ()), *held_out.notes]
     if config.protocol == "paper":
@@ -78,7 +78,7 @@ def load_splits(config: ExperimentConfig) -> Splits:
     elif published.val is not None:
         splits = Splits(train, published.val, held_out, tuple(notes))
     else:
-        rest, part = stratified_split(train.targets, config.data.val_fraction, config.train.seed)
+        rest, part = stratified_split(train.targets, config.data.val_fraction, config.data.split_seed)
         notes.append(
             f"protocol honest: {len(part)} of {len(train)} train images are val (data.val_fraction={config.data.val_fraction}),"
             f" {held_out.source} is test"
@@ -93,6 +93,8 @@ def load_splits(config: ExperimentConfig) -> Splits:
 def _root(settings: DataSettings) -> Path:
     if settings.root is None:
         raise UserError(f"data.root is needed: the folder of the {settings.dataset} data set (--data.root DIR)")
+    if "://" in settings.root:
+        raise UserError(f"data.root {settings.root}: give a folder on this machine or a mounted one")
     return Path(settings.root).expanduser().resolve()
 
 
@@ -102,11 +104,11 @@ def default_scenes_root() -> Path:
     return Path(cache) / "msrn_ray" / "scenes"
 
 
-def _coco(settings: DataSettings, seed: int) -> Published:
+def _coco(settings: DataSettings) -> Published:
     return _coco_layout(_root(settings), settings)
 
 
-def _scenes(settings: DataSettings, seed: int) -> Published:
+def _scenes(settings: DataSettings) -> Published:
     root = _root(settings) if settings.root else default_scenes_root()
     return _coco_layout(generate_scenes(root), settings)
 
@@ -119,28 +121,30 @@ def _coco_layout(root: Path, settings: DataSettings) -> Published:
     return Published(train, None, val)
 
 
-def _voc(settings: DataSettings, seed: int) -> Published:
+def _voc(settings: DataSettings) -> Published:
     root = _root(settings)
     train, test = (read_voc(root, split, difficult=settings.voc_difficult) for split in ("trainval", "test"))
     return Published(train, None, test)
 
 
-def _nuswide(settings: DataSettings, seed: int) -> Published:
+def _nuswide(settings: DataSettings) -> Published:
     root = _root(settings)
     train = read_nuswide(root, "Train", keep_unlabelled=settings.keep_unlabelled_train)
     return Published(train, None, read_nuswide(root, "Test", keep_unlabelled=settings.keep_unlabelled_eval))
 
 
-def _apparel(settings: DataSettings, seed: int) -> Published:
+def _apparel(settings: DataSettings) -> Published:
     table = read_apparel(_root(settings))
-    rest, part = stratified_split(table.targets, _APPAREL_TEST_FRACTION, seed)
+    rest, part = stratified_split(table.targets, _APPAREL_TEST_FRACTION, settings.split_seed)
     test = table.take(part)
     return Published(
-        table.take(rest), None, SampleTable(test.table, test.label_names, f"{len(part)} images by seed {seed}")
+        table.take(rest),
+        None,
+        SampleTable(test.table, test.label_names, f"{len(part)} images by seed {settings.split_seed}"),
     )
 
 
-READERS: dict[Dataset, Callable[[DataSettings, int], Published]] = {
+READERS: dict[Dataset, Callable[[DataSettings], Published]] = {
     "scenes": _scenes,
     "coco": _coco,
     "voc": _voc,
@@ -149,9 +153,11 @@ READERS: dict[Dataset, Callable[[DataSettings, int], Published]] = {
 }
 
 
-def fingerprint(table: SampleTable) -> str:
+def fingerprint(*tables: SampleTable) -> str:
     """sha256 of label names, image ids and targets; where the files lie makes no difference."""
-    digest = hashlib.sha256("\n".join(table.label_names).encode())
-    digest.update("\n".join(table.table["image_id"].to_pylist()).encode())
-    digest.update(table.targets.tobytes())
+    digest = hashlib.sha256()
+    for table in tables:
+        digest.update("\n".join(table.label_names).encode())
+        digest.update("\n".join(table.table["image_id"].to_pylist()).encode())
+        digest.update(table.targets.tobytes())
     return digest.hexdigest()

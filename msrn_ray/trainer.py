@@ -6,11 +6,12 @@ driver and reports metrics and checkpoints to Ray Train.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ def build_trainer(
         "counts": materials.counts,
         "word_vectors": materials.word_vectors,
         "frequency": materials.frequency,
-        "fingerprint": fingerprint(splits.train),
+        "fingerprint": fingerprint(splits.train, splits.val),
         "data_cpus": allocation.data_cpus,
         "events": events,
     }
@@ -117,15 +118,19 @@ def scaling(allocation: Allocation) -> ray.train.ScalingConfig:
 def listening(events: Queue, log: RunLog) -> Iterator[None]:
     """Hands events to the log from a thread until the block ends and the queue is empty."""
     stop = threading.Event()
+    failure: list[Exception] = []
 
     def pump() -> None:
-        while True:
-            last = stop.is_set()
-            for event in events.get_nowait_batch(min(events.qsize(), 64)):
-                log.handle(event)
-            if last and events.empty():
-                return
-            stop.wait(0.1)
+        try:
+            while True:
+                last = stop.is_set()
+                for event in events.get_nowait_batch(min(events.qsize(), 64)):
+                    log.handle(event)
+                if last and events.empty():
+                    return
+                stop.wait(0.1)
+        except Exception as error:  # whatever it is, it is raised again in the main thread
+            failure.append(error)
 
     thread = threading.Thread(target=pump, name="run-log", daemon=True)
     thread.start()
@@ -133,12 +138,21 @@ def listening(events: Queue, log: RunLog) -> Iterator[None]:
         yield
     finally:
         stop.set()
-        thread.join(timeout=30)
+        thread.join()
         log.close()
+    if failure:
+        error = failure[0]
+        if isinstance(error, OSError):
+            raise UserError(f"{log.folder}: cannot be written ({error.strerror}); the checkpoints are whole") from error
+        raise error
 
 
 def absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
     """The config with absolute local paths: workers may have another working directory, and a saved config is run from anywhere."""
+    if "://" in config.train.storage:
+        raise UserError(
+            f"train.storage {config.train.storage}: give a folder; on a cluster one that every node has mounted"
+        )
     changes: dict[str, str] = {"train.storage": _absolute(config.train.storage)}
     for name, value in (("data.root", config.data.root), ("data.word_vectors", config.data.word_vectors)):
         if value is not None and "://" not in value:
@@ -167,8 +181,8 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
     name = config.train.run_name or f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     config = config.with_overrides({"train.run_name": name})
     folder = Path(config.train.storage) / name
-    if resume and not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"{folder}: no run to resume, it holds no {CONFIG_FILE}")
+    if resume:
+        check_resumable(folder, config)
     if not resume and folder.exists():
         raise UserError(f"{folder} exists already; give another train.run_name, or --resume {folder}")
     materials = gather_materials(config)
@@ -178,7 +192,8 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
     allocation = allocate(config.resources)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        config.save(folder / CONFIG_FILE)
+        config.save(folder / f".{CONFIG_FILE}")
+        os.replace(folder / f".{CONFIG_FILE}", folder / CONFIG_FILE)
     except OSError as error:
         raise UserError(f"train.storage {folder}: cannot be written ({error.strerror})") from None
     log = RunLog(folder)
@@ -213,6 +228,42 @@ def run_trainer(trainer: TorchTrainer) -> ray.train.Result:
     finally:
         if threading.current_thread() is threading.main_thread():  # elsewhere Ray sets no handler
             signal.signal(signal.SIGINT, before)
+
+
+_MAY_CHANGE = (
+    "resources.",
+    "train.epochs",
+    "train.log_every",
+    "train.storage",
+    "train.run_name",
+    "train.eval_batch_size",
+)
+_MAY_MOVE = ("data.root", "data.max_bad_fraction", "data.max_pixels", "data.word_vectors", "model.pretrained")
+
+
+def check_resumable(folder: Path, config: ExperimentConfig) -> None:
+    """Refuses to go on with a run under settings that change what is trained.
+
+    Raises:
+        UserError: if the folder is not a run, or a setting differs that must not, with its name and both values.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"{folder}: no run to resume, it holds no {CONFIG_FILE}")
+    saved, now = (flatten(one.to_dict()) for one in (load_config(folder / CONFIG_FILE), config))
+    changed = [name for name in now if saved[name] != now[name] and not name.startswith(_MAY_CHANGE + _MAY_MOVE)]
+    if changed:
+        details = ", ".join(f"{name} was {saved[name]!r}, now {now[name]!r}" for name in changed)
+        raise UserError(
+            f"{folder}: a run goes on with its own settings ({details}); start a new run with --config for others"
+        )
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted paths."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def resume_config(run: Path) -> ExperimentConfig:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from msrn_ray.errors import UserError
+from .errors import UserError
 
 Vector = npt.NDArray[np.float32]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,13 +122,22 @@ class Worker:
             self.trainee.ema.load_state_dict(dict(state.ema))
         return state.epoch
 
+    def reported(self) -> list[dict[str, Any]]:
+        """Metrics of the checkpoints that Ray Train holds, as lines of metrics.jsonl."""
+        return [
+            {**plain_metrics(one.metrics), "checkpoint": Path(one.checkpoint.path).name}
+            for one in ray.train.get_all_reported_checkpoints()
+        ]
+
     def run(self) -> None:
+        """Takes up the latest checkpoint, trains what is left, scores test once."""
         first_epoch = self.resume()
         plan = self.plan(first_epoch)
         self.send(
             "start",
             first_epoch=first_epoch,
             epochs=plan.epochs,
+            reported=self.reported(),
             steps_per_epoch=plan.num_steps,
             text=f"training on {self.world} x {self.device.type}, epochs {first_epoch + 1} to {plan.epochs}, {plan.num_steps} steps each"
             if first_epoch < plan.epochs
@@ -163,6 +172,7 @@ class Worker:
                 "train/data_wait_fraction": wait / self.world / stats.seconds,
                 "train/first_batch_seconds": stats.first_batch_seconds,
                 "train/bad_images": self.collect_bad("train"),
+                "protocol": self.config.protocol,
             } | self.score("val", self.evaluated)
             metrics["epoch_seconds"] = time.perf_counter() - start
             self.report(metrics, epoch)
@@ -171,28 +181,33 @@ class Worker:
 
     def on_progress(self, epoch: int, progress: Progress) -> None:
         self.send("progress", epoch=epoch, **vars(progress))
-        self.check_bad("train", progress.num_bad)
+        if progress.bad_reports > self.bad_limit(
+            "train"
+        ):  # ranks may have met the same image, so this only asks for a count
+            self.collect_bad("train")
 
-    def check_bad(self, split: str, num_bad: int) -> None:
-        """Stops all ranks alike, with the names, once too many images of a split are bad."""
-        limit = self.config.data.max_bad_fraction * self.loop["sizes"][split]
-        if num_bad > limit:
-            images = list(self.bad[split].gather().values())
-            self.send("bad", split=split, images=[(image.uri, image.reason) for image in images])
-            names = "; ".join(f"{image.uri} ({image.reason})" for image in images[:5])
-            more = f"; and {len(images) - 5} more" if len(images) > 5 else ""
-            raise BadImagesError(
-                f"{len(images)} of {self.loop['sizes'][split]} {split} images cannot be decoded, more than"
-                f" data.max_bad_fraction={self.config.data.max_bad_fraction} allows: {names}{more}"
-            )
+    def bad_limit(self, split: str) -> float:
+        """Images of the split that may be bad before the run stops."""
+        return self.config.data.max_bad_fraction * int(self.loop["sizes"][split])
 
     def collect_bad(self, split: str) -> int:
-        """Images of the split found bad so far, over all ranks; new ones are sent to the driver."""
+        """Images of the split found bad so far over all ranks, each counted once; new ones are sent to the driver.
+
+        Raises:
+            BadImagesError: on all ranks alike, with the names, once there are too many.
+        """
         images = self.bad[split].gather()
         fresh = [image for row, image in sorted(images.items()) if row not in self.told[split]]
         self.told[split].update(images)
         if fresh:
             self.send("bad", split=split, images=[(image.uri, image.reason) for image in fresh])
+        if len(images) > self.bad_limit(split):
+            names = "; ".join(f"{image.uri} ({image.reason})" for _, image in sorted(images.items())[:5])
+            more = f"; and {len(images) - 5} more" if len(images) > 5 else ""
+            raise BadImagesError(
+                f"{len(images)} of {self.loop['sizes'][split]} {split} images cannot be decoded, more than"
+                f" data.max_bad_fraction={self.config.data.max_bad_fraction} allows: {names}{more}"
+            )
         return len(images)
 
     def score(self, split: str, network: torch.nn.Module) -> dict[str, Any]:
@@ -201,7 +216,6 @@ class Worker:
             self.loop["tables"][split], self.loop["sizes"][split], network, self.config, self.device, self.bad[split]
         )
         num_bad = self.collect_bad(split)
-        self.check_bad(split, num_bad)
         return split_metrics(split, scores, self.counts.names) | {f"{split}/bad_images": num_bad}
 
     def report(self, metrics: dict[str, Any], epoch: int) -> None:
@@ -212,14 +226,13 @@ class Worker:
             return
         with tempfile.TemporaryDirectory(prefix="msrn_") as folder:
             trainee = self.trainee
-            numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
             checkpoint = Checkpoint(
                 self.config,
                 self.counts.names,
                 self.counts,
                 self.evaluated.state_dict(),
                 (0.5,) * len(self.counts.names),
-                numbers,
+                {key: value for key, value in metrics.items() if isinstance(value, (int, float))},
                 epoch,
             )
             state = TrainState(
@@ -233,18 +246,23 @@ class Worker:
             )
             save_checkpoint(Path(folder), checkpoint, state)
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=name)
-        self.send("epoch", metrics=numbers, checkpoint=name)
+        self.send("epoch", metrics=plain_metrics(metrics), checkpoint=name)
 
     def score_test(self) -> None:
         """Scores the test split once, with the weights of the best epoch on val."""
-        reported = ray.train.get_all_reported_checkpoints()
-        best = max(reported, key=lambda one: one.metrics["val/mAP"])
+        kept = ray.train.get_all_reported_checkpoints()
+        best = max(reversed(kept), key=lambda one: one.metrics["val/mAP"])  # the later of equals, as everywhere
         with best.checkpoint.as_directory() as folder:
             weights = load_checkpoint(Path(folder)).weights
         network = self.trainee.network
         network.load_state_dict(dict(weights))
         metrics = self.score("test", network)
         self.send("test", metrics=metrics)
+
+
+def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that are numbers or text."""
+    return {name: value for name, value in metrics.items() if isinstance(value, (int, float, str))}
 
 
 def train_loop_per_worker(loop_config: dict[str, Any]) -> None:

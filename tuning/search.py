@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,10 @@ def search(options: Search) -> Path:
             }
         )
     )
-    materials = gather_materials(config)
+    gathered = gather_materials(config)
+    materials = replace(
+        gathered, splits=replace(gathered.splits, test=None)
+    )  # test is scored once, by whoever trains the best config
     connect(config.resources)
     allocation = allocate(config.resources)
     # Tune does not count what a trial's workers take; one CPU of each trial is for decoding
@@ -126,10 +129,14 @@ def search(options: Search) -> Path:
         run_config=ray.tune.RunConfig(name="tune", storage_path=str(folder), verbose=0),
     )
     results = tuner.fit()
-    return _report([results[index] for index in range(len(results))], config, folder)
+    start = PRESETS[options.preset].config.with_overrides(
+        {"data.root": config.data.root, "data.dataset": config.data.dataset, "train.seed": options.seed}
+    )
+    return _report([results[index] for index in range(len(results))], start, folder)
 
 
 def _report(results: Sequence[Any], config: ExperimentConfig, folder: Path) -> Path:
+    """Prints the trials, best first, and saves the best one's parameters on top of `config`, the preset at its full length."""
     finished = [result for result in results if result.error is None and METRIC in (result.metrics or {})]
     for result in results:
         if result.error is not None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from msrn_ray.errors import UserError
-from msrn_ray.types import PRESENT, SampleTable
+from ..errors import UserError
+from ..types import PRESENT, SampleTable
 
 # The order of the authors' release: colours, then garments.
 APPAREL_LABELS = ("black", "blue", "brown", "green", "red", "white", "dress", "pants", "shirt", "shoes", "shorts")

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from pycocotools.coco import COCO
 
-from msrn_ray.errors import UserError
-from msrn_ray.types import PRESENT, SampleTable
+from ..errors import UserError
+from ..types import PRESENT, SampleTable
 
 YEARS = (2014, 2017)
 FIELDS: dict[str, dict[str, type]] = {

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from msrn_ray.datasets.coco import require_images
-from msrn_ray.errors import UserError
-from msrn_ray.types import SampleTable
+from ..errors import UserError
+from ..types import SampleTable
+from .coco import require_images
 
 # The order of the authors' release and so of their checkpoints; the official list is alphabetical.
 NUSWIDE_LABELS = (

@@ -49,8 +49,8 @@ from typing import Any
 
 import numpy as np
 
-from msrn_ray.datasets.scenes_drawing import Box, paint
-from msrn_ray.errors import UserError
+from ..errors import UserError
+from .scenes_drawing import Box, paint
 
 GENERATOR = "msrn_ray scenes"
 VERSION = "1"  # part of the cache key: raise it with every change that alters a pixel or a label

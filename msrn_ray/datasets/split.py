@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from msrn_ray.errors import UserError
-from msrn_ray.types import PRESENT
+from ..errors import UserError
+from ..types import PRESENT
 
 Rows = npt.NDArray[np.int64]
 

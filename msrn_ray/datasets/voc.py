@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from msrn_ray.datasets.coco import require_images
-from msrn_ray.errors import UserError
-from msrn_ray.types import ABSENT, PRESENT, UNKNOWN, SampleTable
+from ..errors import UserError
+from ..types import ABSENT, PRESENT, UNKNOWN, SampleTable
+from .coco import require_images
 
 VOC_LABELS = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),

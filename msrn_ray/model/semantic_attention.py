@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_TILE_ELEMENTS = 2**19  # weights [tile,B,Q,N] that exist at one time: 2 MB of float32, larger ones leave the cache
+# weights [tile,B,Q,N] that exist at one time: 2 MB of float32 on a CPU, larger ones leave the cache; 256 MB on a GPU, smaller ones are
+# too many launches
+_CPU_TILE_ELEMENTS, _GPU_TILE_ELEMENTS = 2**19, 2**26
 
 
 class _TiltedMean(torch.autograd.Function):
@@ -57,7 +59,8 @@ class _TiltedMean(torch.autograd.Function):
 
 def _tiles(features: Tensor, tilt: Tensor) -> Iterator[slice]:
     """Slices of channels; features: [D,B,N], tilt: [D,Q]."""
-    size = max(1, _TILE_ELEMENTS // (features[0].numel() * tilt.shape[1]))
+    elements = _CPU_TILE_ELEMENTS if features.device.type == "cpu" else _GPU_TILE_ELEMENTS
+    size = max(1, elements // (features[0].numel() * tilt.shape[1]))
     for start in range(0, len(features), size):
         yield slice(start, start + size)
 
