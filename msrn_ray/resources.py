@@ -47,7 +47,7 @@ def connect(settings: ResourceSettings) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
         return
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     gpus = 0 if settings.use_gpu is False else torch.cuda.device_count()
     workers = settings.num_workers or default_workers(gpus)
     if workers * settings.cpus_per_worker > cores:
@@ -64,9 +64,14 @@ def connect(settings: ResourceSettings) -> None:
     )
 
 
+def usable_cores() -> int:
+    """Cores that this process may use; where the system does not say (macOS), the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_workers(num_gpus: int) -> int:
     """Every GPU of the cluster; without one 2 workers on a machine with two cores or more, else 1."""
-    return num_gpus or (2 if len(os.sched_getaffinity(0)) >= 2 else 1)
+    return num_gpus or (2 if usable_cores() >= 2 else 1)
 
 
 def allocate(settings: ResourceSettings) -> Allocation:

@@ -398,7 +398,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, ExperimentCon
 
     def note(path: Path, config: ExperimentConfig, split: str) -> dict[str, Any]:
         calls.append((path, config, split))
-        return scored(split, 0.75) | {f"{split}/images": 7, "bad": ["x (cut off)"]}
+        return scored(split, 0.75) | {f"{split}/images": 7, "bad": ["x (cut off)"], "notes": ["a note"]}
 
     monkeypatch.setattr(evaluation, "evaluate_checkpoint", note)
     return calls

@@ -284,7 +284,7 @@ def test_epoch_stats_are_exact() -> None:
     assert stats["wait_seconds"] >= 0.06
     assert_same(model.state_dict(), other.state_dict())
     assert [one["step"] for one in told] == [2, 3]
-    assert [one["num_bad"] for one in told] == [2, 2]
+    assert [one["bad_reports"] for one in told] == [2, 2]
     assert told[0]["loss"] == pytest.approx(expected[:2].sum().item() / 2, rel=1e-5)
     assert told[1]["loss"] == pytest.approx(expected[2].sum().item(), rel=1e-5), "means start anew in each window"
     windows = [images / one["images_per_second"] for images, one in zip((8, 2), told, strict=True)]
@@ -563,7 +563,7 @@ def test_ranks_report_the_whole_batch(groups: Any, world: int) -> None:
         assert stats["classification_sum"] == pytest.approx(expected[:, 0].sum().item(), rel=1e-5)
         assert stats["group_sum"] == pytest.approx(expected[:, 1].sum().item(), rel=1e-5)
         assert [one["step"] for one in told] == [2, 3]
-        assert [one["num_bad"] for one in told] == [world * (world + 1) // 2] * 2
+        assert [one["bad_reports"] for one in told] == [world * (world + 1) // 2] * 2
         assert told[0]["loss"] == pytest.approx(expected[:2].sum().item() / 2, rel=1e-5)
         assert told[1]["loss"] == pytest.approx(expected[2].sum().item(), rel=1e-5)
         windows = [images / one["images_per_second"] for images, one in zip((8, 2), told, strict=True)]

@@ -18,7 +18,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch, *, cpus: float, gpus: float | None 
     """Pretends to be connected to a cluster, from a machine with `cores`."""
     there = {"CPU": cpus} | ({} if gpus is None else {"GPU": gpus})
     monkeypatch.setattr(ray, "cluster_resources", lambda: there)
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_more_than_there_is_is_refused_with_both_numbers(
 
 
 def test_default_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cores, gpus, expected in ((1, 0, 1), (2, 0, 2), (16, 0, 2), (None, 0, 1), (16, 1, 1), (1, 8, 8)):
-        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+    for cores, gpus, expected in ((1, 0, 1), (2, 0, 2), (16, 0, 2), (16, 1, 1), (1, 8, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores))
         assert default_workers(gpus) == expected
 
 
@@ -87,7 +87,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **settings: calls.append(settings))
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")

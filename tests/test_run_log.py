@@ -53,12 +53,20 @@ def open_log(folder: Path, screen: io.StringIO) -> RunLog:
 
 def start(first_epoch: int = 0, epochs: int = 5) -> dict[str, Any]:
     text = f"training from epoch {first_epoch} [not a markup]"
-    return {"kind": "start", "first_epoch": first_epoch, "epochs": epochs, "steps_per_epoch": 10, "text": text}
+    return {
+        "kind": "start",
+        "first_epoch": first_epoch,
+        "epochs": epochs,
+        "steps_per_epoch": 10,
+        "text": text,
+        "reported": [],
+    }
 
 
 def epoch(number: int, mean: float, loss: float = 0.5) -> dict[str, Any]:
     metrics = {
         "epoch": number,
+        "protocol": "honest",
         "train/loss": loss,
         "train/classification_loss": loss,
         "train/images_per_second": 12.34,
@@ -91,14 +99,16 @@ def test_a_run_from_start_to_end(tmp_path: Path, log: RunLog, screen: io.StringI
         log.handle(event)
         assert history(tmp_path)[-1] == event["metrics"] | {"checkpoint": f"checkpoint_{number}"}
         assert len(history(tmp_path)) == number
-        assert best(tmp_path) == f"checkpoint_{(1, 2, 2, 2, 5)[number - 1]}\n", "the first of equals"
+        assert best(tmp_path) == f"checkpoint_{(1, 2, 2, 4, 5)[number - 1]}\n", (
+            "the last of equals, which Ray Train keeps"
+        )
     log.handle({"kind": "test", "metrics": {"test/mAP": 0.65}})
     assert log.test == json.loads((tmp_path / "test.json").read_text()) == {"test/mAP": 0.65}
     log.close()
     lines = screen.getvalue().splitlines()
     assert lines[0] == "training from epoch 0 [not a markup]"
     assert lines[2] == ("epoch 2/5  train/loss 0.5000  val/loss 0.6000  val/mAP 0.6000 *  12.3 img/s  data wait 25%")
-    assert [line.count(" *") for line in lines[1:]] == [1, 1, 0, 0, 1]
+    assert [line.count(" *") for line in lines[1:]] == [1, 1, 0, 1, 1]
     assert len(lines) == 6
     assert (tmp_path / "curves.png").stat().st_size > 5000
     assert Image.open(tmp_path / "curves.png").format == "PNG"
@@ -277,3 +287,39 @@ def test_on_a_terminal_the_bar_leaves_the_lines_whole(tmp_path: Path, clock: Clo
     text = screen.getvalue()
     assert "training from epoch 0 [not a markup]" in text
     assert "val/mAP 0.5000 *" in text
+
+
+def test_an_epoch_that_only_ray_train_knows_is_taken_up(tmp_path: Path, log: RunLog) -> None:
+    """A kill between the checkpoint and its line in metrics.jsonl loses no figure and leaves no dangling best."""
+    log.handle(start())
+    log.handle(epoch(1, 0.4))
+    unwritten = epoch(2, 0.6)["metrics"] | {"checkpoint": "checkpoint_2"}
+    resumed = RunLog(tmp_path, Console(file=io.StringIO()))
+    resumed.handle(start(2) | {"reported": [unwritten]})
+    assert [line["epoch"] for line in history(tmp_path)] == [1, 2]
+    assert best(tmp_path) == "checkpoint_2\n"
+    resumed.close()
+
+
+def test_a_bad_image_is_listed_once(tmp_path: Path, log: RunLog) -> None:
+    for images in ([("a.jpg", "empty")], [("a.jpg", "empty"), ("b.jpg", "cut")]):
+        log.handle({"kind": "bad", "split": "train", "images": images})
+    log.handle({"kind": "bad", "split": "val", "images": [("a.jpg", "empty")]})
+    rows = (tmp_path / "bad_images.csv").read_text().splitlines()
+    assert rows == ["split,uri,reason", "train,a.jpg,empty", "train,b.jpg,cut", "val,a.jpg,empty"]
+
+
+def test_the_paper_protocol_is_said_in_the_epoch_line_and_the_curves(
+    tmp_path: Path, log: RunLog, screen: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.axes import Axes
+
+    titles: list[str] = []
+    monkeypatch.setattr(Axes, "set_title", lambda self, label, **_: titles.append(label))
+    log.handle(start())
+    event = epoch(1, 0.4)
+    event["metrics"]["protocol"] = "paper"
+    log.handle(event)
+    log.close()
+    assert "val is the test split" in screen.getvalue()
+    assert any("on the test split (protocol paper)" in title for title in titles)

@@ -76,7 +76,7 @@ def test_the_seed_decides_the_split(two: Path) -> None:
     first, again = load_splits(config(two)), load_splits(config(two))
     assert ids(first.val) == ids(again.val)
     assert ids(first.train) == ids(again.train)
-    other = load_splits(config(two, train__seed=1))
+    other = load_splits(config(two, data__split_seed=1))
     assert ids(first.val) != ids(other.val)
     assert len(first.val) == len(other.val)
     assert ids(first.test) == ids(other.test)
@@ -164,7 +164,7 @@ def test_apparel_is_split_by_seed(shared: Path) -> None:
     for part in (splits.train, splits.val, splits.test):
         assert part is not None
         assert (part.targets == 1).sum(1).tolist() == [2] * len(part)
-    other = load_splits(config(shared / "data/apparel_mini", train__seed=1, **options))
+    other = load_splits(config(shared / "data/apparel_mini", data__split_seed=1, **options))
     assert set(ids(other.test)) != set(ids(splits.test)), "a seed for the whole split"
     paper = load_splits(config(shared / "data/apparel_mini", protocol="paper", **options))
     assert (len(paper.train), len(paper.val)) == (391, 130)
