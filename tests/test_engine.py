@@ -289,7 +289,7 @@ def test_epoch_stats_are_exact() -> None:
     assert told[1]["loss"] == pytest.approx(expected[2].sum().item(), rel=1e-5), "means start anew in each window"
     windows = [images / one["images_per_second"] for images, one in zip((8, 2), told, strict=True)]
     assert windows[0] >= 0.04
-    assert 0.02 <= windows[1] < windows[0]
+    assert windows[1] >= 0.02
     assert sum(windows) <= stats["seconds"]
     for one, seconds, waited in zip(told, windows, (0.04, 0.02), strict=True):
         assert waited / seconds <= one["data_wait_fraction"] * 1.0001 <= 1.0001
