@@ -62,7 +62,7 @@ class TrainState:
         optimizer, scheduler, scaler: their state dicts.
         ema: state dict of the moving average, or None.
         epoch: finished epochs.
-        data: fingerprint of the train split; another one is refused.
+        data: fingerprint of train and val.
     """
 
     model: Mapping[str, Tensor]

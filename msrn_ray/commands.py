@@ -235,7 +235,7 @@ class Presets:
 
 
 def _print_summary(out: Console, metrics: Mapping[str, Any]) -> None:
-    splits = sorted({name.split("/")[0] for name in metrics}, key=("train", "val", "test").index)
+    splits = sorted({name.split("/")[0] for name in metrics if "/" in name}, key=("train", "val", "test").index)
     rows = {"at 0.5": "", "top-3": "_top3", "top-3, >= 0.5": "_top3_at_0.5"}
     for split in splits:
         values = {

@@ -31,7 +31,7 @@ def evaluate_checkpoint(path: Path, config: ExperimentConfig, split: str) -> dic
         split: `train`, `val` or `test`.
 
     Returns:
-        `split/mAP`, ..., `split/AP/<label>`, `split/images`, `split/bad_images`; `notes` on the data and the protocol, `bad` images.
+        `split/mAP`, ..., `split/AP/<label>`, `split/images`, `split/bad_images`; `protocol`; `notes` on the data, `bad` images.
 
     Raises:
         UserError: if the checkpoint cannot be read, or its labels are not those of the data set.
@@ -59,12 +59,15 @@ def evaluate_checkpoint(path: Path, config: ExperimentConfig, split: str) -> dic
             run_config=run_config("evaluate", storage),
         )
         metrics: dict[str, Any] = run_trainer(trainer).return_value  # type: ignore[attr-defined]  # typed as Train V1
-    if metrics[f"{split}/bad_images"] > config.data.max_bad_fraction * len(table):
-        raise BadImagesError(
-            f"{metrics[f'{split}/bad_images']} of {len(table)} {split} images cannot be decoded, more than"
-            f" data.max_bad_fraction={config.data.max_bad_fraction} allows: {'; '.join(metrics['bad'][:5])}"
-        )
-    return metrics | {"notes": list(splits.notes)}
+    trained = checkpoint.config
+    notes = list(splits.notes)
+    if split != "test" and (trained.protocol, trained.data.val_fraction, trained.data.split_seed) != (
+        config.protocol,
+        config.data.val_fraction,
+        config.data.split_seed,
+    ):
+        notes.append(f"the checkpoint was trained under another split: {split} may hold images that it has learnt from")
+    return metrics | {"notes": notes, "protocol": config.protocol}
 
 
 def check_labels(checkpoint: Checkpoint, label_names: tuple[str, ...], name: str) -> None:
@@ -98,5 +101,11 @@ def _evaluate_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     split = loop_config["split"]
     scores = score_split(loop_config["table"], loop_config["size"], network, config, device, bad)
     images = sorted(bad.gather().values(), key=lambda image: image.row)
+    listed = [f"{image.uri} ({image.reason})" for image in images]
+    if len(images) > config.data.max_bad_fraction * loop_config["size"]:
+        raise BadImagesError(
+            f"{len(images)} of {loop_config['size']} {split} images cannot be decoded, more than"
+            f" data.max_bad_fraction={config.data.max_bad_fraction} allows: {'; '.join(listed[:5])}"
+        )
     metrics = split_metrics(split, scores, checkpoint.label_names)
-    return metrics | {f"{split}/bad_images": len(images), "bad": [f"{image.uri} ({image.reason})" for image in images]}
+    return metrics | {f"{split}/bad_images": len(images), "bad": listed}

@@ -32,7 +32,7 @@ from .run_log import RunLog
 from .splits import fingerprint
 from .worker import train_loop_per_worker
 
-CONFIG_FILE, FAILURE_FILE = "config.yaml", "failure.txt"
+CONFIG_FILE, FAILURE_FILE, DATA_FILE = "config.yaml", "failure.txt", "data.sha256"
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,15 @@ def listening(events: Queue, log: RunLog) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        log.close()
+        try:
+            log.close()
+        except OSError as error:  # a full disk stops the log before it stops the training
+            failure.append(error)
     if failure:
-        error = failure[0]
-        if isinstance(error, OSError):
-            raise UserError(f"{log.folder}: cannot be written ({error.strerror}); the checkpoints are whole") from error
-        raise error
+        first = failure[0]
+        if isinstance(first, OSError):
+            raise UserError(f"{log.folder}: cannot be written ({first.strerror}); the checkpoints are whole") from first
+        raise first
 
 
 def absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
@@ -186,6 +189,9 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
     if not resume and folder.exists():
         raise UserError(f"{folder} exists already; give another train.run_name, or --resume {folder}")
     materials = gather_materials(config)
+    data = fingerprint(materials.splits.train, materials.splits.val)
+    if resume:
+        check_data(folder, data)
     for line in describe(materials, config):
         print(line, flush=True)
     connect(config.resources)
@@ -194,6 +200,8 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
         folder.mkdir(parents=True, exist_ok=True)
         config.save(folder / f".{CONFIG_FILE}")
         os.replace(folder / f".{CONFIG_FILE}", folder / CONFIG_FILE)
+        (folder / DATA_FILE).write_text(f"{data}\n", encoding="utf-8")
+        (folder / FAILURE_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"train.storage {folder}: cannot be written ({error.strerror})") from None
     log = RunLog(folder)
@@ -250,12 +258,25 @@ def check_resumable(folder: Path, config: ExperimentConfig) -> None:
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{folder}: no run to resume, it holds no {CONFIG_FILE}")
     saved, now = (flatten(one.to_dict()) for one in (load_config(folder / CONFIG_FILE), config))
+    if config.train.epochs < load_config(folder / CONFIG_FILE).train.epochs:
+        raise UserError(f"{folder}: train.epochs can be raised when a run goes on, not lowered")
     changed = [name for name in now if saved[name] != now[name] and not name.startswith(_MAY_CHANGE + _MAY_MOVE)]
     if changed:
         details = ", ".join(f"{name} was {saved[name]!r}, now {now[name]!r}" for name in changed)
         raise UserError(
             f"{folder}: a run goes on with its own settings ({details}); start a new run with --config for others"
         )
+
+
+def check_data(folder: Path, data: str) -> None:
+    """Refuses to go on with a run on other images or labels; `data` is the fingerprint of train and val.
+
+    Raises:
+        UserError: if it is not the run's.
+    """
+    path = folder / DATA_FILE
+    if path.is_file() and path.read_text(encoding="utf-8").strip() != data:
+        raise UserError(f"{folder} was trained on other images or labels than data.root holds now; start a new run")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

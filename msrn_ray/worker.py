@@ -5,6 +5,7 @@ Rank 0 sends plain events to the driver and hands metrics and checkpoints to Ray
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from .checkpoint import Checkpoint, TrainState, load_checkpoint, load_train_stat
 from .config import ExperimentConfig
 from .ema import build_ema, copy_buffers
 from .engine import Progress, Scores, Trainee, evaluate, gather_scores, train_one_epoch
-from .errors import BadImagesError, UserError
+from .errors import BadImagesError
 from .label_graph import LabelCounts, attend_mask
 from .metrics import MultiLabelMetrics
 from .model import build_model, set_prior_bias
@@ -110,10 +111,7 @@ class Worker:
             return 0
         with latest.as_directory() as folder:
             state = load_train_state(Path(folder))
-        if state.data != self.loop["fingerprint"]:
-            raise UserError(
-                "the run was trained on other images or labels than those that the data set holds now; start a new run"
-            )
+        assert state.data == self.loop["fingerprint"], "the driver has compared the data"
         self.trainee.network.load_state_dict(state.model)
         self.trainee.optimizer.load_state_dict(dict(state.optimizer))
         self.trainee.scheduler.load_state_dict(dict(state.scheduler))
@@ -251,13 +249,18 @@ class Worker:
     def score_test(self) -> None:
         """Scores the test split once, with the weights of the best epoch on val."""
         kept = ray.train.get_all_reported_checkpoints()
-        best = max(reversed(kept), key=lambda one: one.metrics["val/mAP"])  # the later of equals, as everywhere
+        best = kept[best_index([one.metrics["val/mAP"] for one in kept])]
         with best.checkpoint.as_directory() as folder:
             weights = load_checkpoint(Path(folder)).weights
         network = self.trainee.network
         network.load_state_dict(dict(weights))
         metrics = self.score("test", network)
         self.send("test", metrics=metrics)
+
+
+def best_index(scores: Sequence[float]) -> int:
+    """The place of the largest score, the last of equals as Ray Train keeps it; nan loses to any number."""
+    return max(range(len(scores)), key=lambda index: (not math.isnan(scores[index]), scores[index], index))
 
 
 def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def commands() -> list[str]:
 
 def test_the_readme_has_the_commands_that_are_looked_for() -> None:
     used = {shlex.split(command)[1] for command in commands()}
-    assert used >= set(_COMMANDS) - {"presets"} | {"presets"}
+    assert used >= set(_COMMANDS)
 
 
 @pytest.mark.parametrize("command", commands())

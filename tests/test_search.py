@@ -5,13 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
 
 from msrn_ray.config import LEVELS, load_config
+from msrn_ray.errors import UserError
 from msrn_ray.presets import PRESETS
-from tuning.search import LEVEL_SUBSETS, apply, suggest
+from tuning.search import LEVEL_SUBSETS, _report, apply, suggest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,6 +33,22 @@ def test_a_sample_of_the_space_is_a_config() -> None:
         assert ",".join(config.model.levels) == trial.params["model.levels"]
         assert config.model.tau == trial.params["model.tau"]
         assert config.optim.lr == trial.params["optim.lr"]
+
+
+def test_the_best_trial_is_saved_at_the_presets_full_length(tmp_path: Path) -> None:
+    def result(score: float, tau: float) -> SimpleNamespace:
+        params = {"model.levels": "layer4", "model.tau": tau, "optim.lr": 1e-3, "optim.backbone_lr_factor": 0.5}
+        return SimpleNamespace(error=None, metrics={"val/mAP": score}, config=params)
+
+    failed = SimpleNamespace(error=RuntimeError("lost"), metrics=None, config={})
+    start = PRESETS["scenes"].config
+    path = _report([result(0.2, 0.1), failed, result(0.9, 0.3), result(0.5, 0.6)], start, tmp_path)
+    config = load_config(path)
+    assert config.model.tau == 0.3
+    assert config.model.levels == ("layer4",)
+    assert config.train == start.train
+    with pytest.raises(UserError, match="none of the 1 trials finished"):
+        _report([failed], start, tmp_path)
 
 
 def search(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -139,6 +139,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished: TrainResult, sce
     assert process.returncode == 130, errors
     assert f"--resume {tmp_path / 'stopped'}" in errors
     assert "Traceback" not in errors
+    assert len(errors) < 500, "Ray's own log noise"
 
     resumed = train(resume_config(tmp_path / "stopped"), resume=True)
     lines = (resumed.run_folder / "metrics.jsonl").read_text().splitlines()
@@ -173,8 +174,50 @@ def test_resuming_on_other_data_is_refused(finished: TrainResult, scenes: Path, 
     content["annotations"] = [one for one in content["annotations"] if one["image_id"] in kept]
     path.write_text(json.dumps(content))
     config = resume_config(run).with_overrides({"data.root": str(other), "train.epochs": 3})
+    before = (run / "config.yaml").read_bytes()
     with pytest.raises(UserError, match="trained on other images"):
         train(config, resume=True)
+    assert (run / "config.yaml").read_bytes() == before
+    assert not (run / "failure.txt").exists()
+
+
+def test_fewer_epochs_than_a_run_has_done_are_refused(finished: TrainResult) -> None:
+    config = resume_config(finished.run_folder).with_overrides({"train.epochs": 1})
+    with pytest.raises(UserError, match="can be raised when a run goes on, not lowered"):
+        train(config, resume=True)
+
+
+def test_the_checkpoint_holds_the_average_and_the_synchronised_statistics(finished: TrainResult) -> None:
+    """model.pt has the weights that were scored: the moving average, with BatchNorm statistics that all ranks share."""
+    last = max(finished.run_folder.glob("epoch_0002*"))
+    weights, state = load_checkpoint(last).weights, load_train_state(last)
+    assert state.ema is not None
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, state.ema[f"module.{name}"]), name
+        if "running_" in name:
+            assert torch.equal(tensor, state.model[name]), name
+    assert any(not torch.equal(tensor, state.model[name]) for name, tensor in weights.items())
+
+
+def test_one_worker_scores_val_as_two_did_in_the_last_epoch(finished: TrainResult) -> None:
+    last = max(finished.run_folder.glob("epoch_0002*"))
+    line = json.loads((finished.run_folder / "metrics.jsonl").read_text().splitlines()[-1])
+    config = load_config(finished.run_folder / "config.yaml").with_overrides({"resources.num_workers": 1})
+    metrics = evaluate_checkpoint(last, config, "val")
+    compared = [name for name, value in line.items() if name.startswith("val/") and value is not None]
+    assert len(compared) > 20
+    for name in compared:
+        assert metrics[name] == pytest.approx(line[name], abs=1e-6), name
+    assert metrics["protocol"] == "honest"
+
+
+def test_a_split_of_bad_images_is_named_by_evaluate(finished: TrainResult, scenes: Path, tmp_path: Path) -> None:
+    root = coco_copy(scenes, tmp_path / "rotten")
+    for image in (root / "test2014").glob("*.jpg"):
+        image.write_bytes(b"")
+    config = load_config(finished.run_folder / "config.yaml").with_overrides({"data.root": str(root)})
+    with pytest.raises(BadImagesError, match=r"10 of 10 test images cannot be decoded.*the file is empty"):
+        evaluate_checkpoint(finished.best_checkpoint, config, "test")
 
 
 def test_a_loss_that_is_not_finite_stops_all_ranks_with_step_and_images(
