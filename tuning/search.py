@@ -116,7 +116,7 @@ def search(options: Search) -> Path:
     folder.mkdir(parents=True)
     trainable = ray.tune.with_parameters(run_trial, config=config, materials=materials, allocation=allocation)
     tuner = ray.tune.Tuner(
-        ray.tune.with_resources(trainable, {"CPU": 0}),
+        ray.tune.with_resources(trainable, {"CPU": 0.01}),  # it only waits for its workers; Tune takes no empty request
         tune_config=ray.tune.TuneConfig(
             metric=METRIC,
             mode="max",
