@@ -156,6 +156,8 @@ def find_model_file(path: Path) -> Path:
         raise UserError(f"{path}: its best checkpoint {best.parent.name} is gone")
     if not path.exists():
         raise UserError(f"checkpoint {path}: no such file or folder")
+    if (path / "config.yaml").is_file():
+        raise UserError(f"checkpoint {path}: this run has no checkpoint yet; go on with msrn train --resume {path}")
     raise UserError(f"checkpoint {path}: holds neither {MODEL_FILE} nor {BEST_FILE}; give a checkpoint or a run folder")
 
 
@@ -173,6 +175,7 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise UserError(f"checkpoint {path}: cannot be read ({error.strerror})") from None
-    except Exception as error:  # torch raises many kinds here; all of them mean: not safely readable
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"checkpoint {path}: damaged, or would run code; refused ({first[:120]})") from None
+    except Exception:  # torch raises many kinds here; all of them mean: not safely readable
+        raise UserError(
+            f"checkpoint {path}: damaged, not a checkpoint, or would run code; refused. Give a run or checkpoint folder"
+        ) from None

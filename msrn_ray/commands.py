@@ -54,10 +54,8 @@ class Train:
         ]
         out.print(f"{', '.join(scores)}{chosen} in {time.monotonic() - start:.0f} s", markup=False)
         out.print(f"best checkpoint {result.best_checkpoint}", markup=False)
-        out.print(
-            f"curves {result.run_folder / 'curves.png'}, all figures {result.run_folder / 'metrics.jsonl'}",
-            markup=False,
-        )
+        out.print(f"curves {result.run_folder / 'curves.png'}", markup=False)
+        out.print(f"all figures {result.run_folder / 'metrics.jsonl'}", markup=False)
 
 
 @dataclass(frozen=True)

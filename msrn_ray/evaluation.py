@@ -41,6 +41,7 @@ def evaluate_checkpoint(path: Path, config: ExperimentConfig, split: str) -> dic
     splits = load_splits(config)
     table = splits.named(split)
     check_labels(checkpoint, table.label_names, str(path))
+    print(f"scoring {len(table)} {split} images; starting Ray and the workers", flush=True)
     connect(config.resources)
     allocation = allocate(config.resources)
     loop_config = {

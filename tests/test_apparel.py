@@ -86,3 +86,10 @@ def test_one_level_too_high(tmp_path: Path, beside: tuple[str, ...]) -> None:
 def test_folders_without_any_image(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no image in its 1 folders; add files with \.jpg"):
         read_apparel(fill(tmp_path, "red_dress/a.txt"))
+
+
+def test_folders_of_another_name_are_left_out_and_said_so(tmp_path: Path) -> None:
+    samples = read_apparel(fill(tmp_path, "red_hat/a.jpg", "hats/b.jpg", ".cache/c.jpg"))
+    assert samples.table["image_id"].to_pylist() == ["red_hat/a.jpg"]
+    (note,) = [note for note in samples.notes if "left out" in note]
+    assert note.endswith(": hats")

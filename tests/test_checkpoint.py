@@ -247,3 +247,9 @@ def test_weights_of_a_model_come_back_as_tensors_on_the_cpu(tmp_path: Path) -> N
     save_checkpoint(tmp_path, replace(example(), weights=layer))
     after = load_checkpoint(tmp_path).weights
     assert {tensor.device.type for tensor in after.values()} == {"cpu"}
+
+
+def test_a_run_without_a_checkpoint_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("preset: scenes\n")
+    with pytest.raises(UserError, match=r"no checkpoint yet; go on with msrn train --resume"):
+        load_checkpoint(tmp_path)

@@ -57,6 +57,12 @@ def read_apparel(root: Path) -> SampleTable:
     if num_other:
         notes.append(f"{root.name}: {num_other} files skipped that are not images ({', '.join(IMAGE_SUFFIXES)})")
 
+    ignored = sorted(
+        one.name for one in root.iterdir() if one.is_dir() and one.name not in folders and not one.name.startswith(".")
+    )
+    if ignored:
+        notes.append(f"{root.name}: folders not named <label>_<label> are left out: {', '.join(ignored)}")
+
     image_ids.sort()
     targets = np.zeros((len(image_ids), len(label_names)), np.int8)
     for row, image_id in enumerate(image_ids):
