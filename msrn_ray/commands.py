@@ -25,6 +25,11 @@ def _out() -> Console:
     return Console(highlight=False, soft_wrap=True)
 
 
+def _from_here(path: Path) -> Path:
+    """The path as one would type it in the working directory."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 @dataclass(frozen=True)
 class Train:
     """Train on Ray: a preset, changed by options, or a saved config, or an interrupted run."""
@@ -53,9 +58,9 @@ class Train:
             if f"{split}/mAP" in result.metrics
         ]
         out.print(f"{', '.join(scores)}{chosen} in {time.monotonic() - start:.0f} s", markup=False)
-        out.print(f"best checkpoint {result.best_checkpoint}", markup=False)
-        out.print(f"curves {result.run_folder / 'curves.png'}", markup=False)
-        out.print(f"all figures {result.run_folder / 'metrics.jsonl'}", markup=False)
+        out.print(f"best checkpoint {_from_here(result.best_checkpoint)}", markup=False)
+        out.print(f"curves {_from_here(result.run_folder / 'curves.png')}", markup=False)
+        out.print(f"all figures {_from_here(result.run_folder / 'metrics.jsonl')}", markup=False)
 
 
 @dataclass(frozen=True)

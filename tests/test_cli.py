@@ -343,6 +343,19 @@ def test_a_preset_is_trained_as_it_is(cli: Cli, trained: list[Trained], name: st
     assert "best checkpoint runs/x/checkpoint_7" in done.out
 
 
+def test_results_are_named_from_the_working_directory(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from msrn_ray import trainer
+
+    monkeypatch.chdir(tmp_path)
+    result = trainer.TrainResult(tmp_path / "runs" / "a", Path("/elsewhere/checkpoint_7"), scored("val", 0.5))
+    monkeypatch.setattr(trainer, "train", lambda config, resume: result)
+    lines = cli("train").out.splitlines()
+    assert "curves runs/a/curves.png" in lines
+    assert "best checkpoint /elsewhere/checkpoint_7" in lines
+
+
 def test_options_change_single_values(cli: Cli, trained: list[Trained]) -> None:
     argv = ["--optim.lr", "0.02", "--model.levels", "layer3", "layer4", "--data.no-flip", "--optim.clip-norm", "None"]
     assert cli("train", "coco2014", *argv, "--protocol", "paper").code == 0

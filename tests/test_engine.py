@@ -105,9 +105,10 @@ def trainee_of(model: nn.Module, lr: float = LR, **change: Any) -> Trainee:
         "clip_norm": None,
         "accumulation": 1,
         "group_weight": GROUP_WEIGHT,
+        "scaler": torch.amp.GradScaler("cpu", enabled=False),
     }
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    return Trainee(model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False), **(fields | change))
+    return Trainee(model, optimizer, scheduler, **(fields | change))
 
 
 def losses_of(model: nn.Module, rows: Sequence[int], side: int) -> tuple[Tensor, Tensor]:
@@ -240,6 +241,25 @@ def test_small_gradients_are_left_alone() -> None:
     train_step(trainee_of(clipped, clip_norm=1e3), batch_of(range(4), side=8), 4)
     train_step(trainee_of(free, clip_norm=None), batch_of(range(4), side=8), 4)
     assert_same(clipped.state_dict(), free.state_dict(), 0)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.1])
+def test_a_scaled_loss_trains_the_same(clip_norm: float | None) -> None:
+    scaled, plain = Toy(), Toy()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    settings: dict[str, Any] = {"clip_norm": clip_norm, "group_weight": 1.0, "accumulation": 2}
+    for trainee in (trainee_of(scaled, 0.5, **settings, scaler=scaler), trainee_of(plain, 0.5, **settings)):
+        assert train_step(trainee, batch_of(range(4), side=8), 4).max() < 100
+    assert_same(scaled.state_dict(), plain.state_dict())
+
+
+def test_a_gradient_that_overflows_skips_the_update_and_lowers_the_scale() -> None:
+    model = Toy()
+    before = copy.deepcopy(model.state_dict())
+    scaler = torch.amp.GradScaler("cpu", init_scale=3e38)
+    train_step(trainee_of(model, scaler=scaler, clip_norm=0.1, group_weight=1e4), batch_of(range(4), side=8), 4)
+    assert_same(model.state_dict(), before, 0)
+    assert scaler.get_scale() == pytest.approx(1.5e38)
 
 
 def test_images_that_are_not_valid_count_nothing() -> None:
