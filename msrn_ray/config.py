@@ -98,6 +98,9 @@ class ModelSettings(Settings):
     """Keep the backbone's BatchNorm statistics and affine weights as they are."""
     prior_bias: bool = True
     """Start the last layer's biases at the log-odds of the label frequencies; off in the paper's recipe."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Kernels of the semantic attention: `on` compiles them (once a machine, some seconds), `off` runs them tile by tile, several
+    times slower; `auto` compiles where a compiler works (g++ for CPUs, Triton for GPUs). Results differ in the last bits."""
 
     @model_validator(mode="after")
     def _check_levels(self) -> Self:
@@ -142,6 +145,9 @@ class OptimSettings(Settings):
     """Largest L2 norm of the whole gradient, applied after backward. None: no clipping."""
     accumulation: Count = 1
     """Micro-batches a step is computed in; the result is that of the whole batch (BatchNorm sees micro-batches)."""
+    compress_gradients: bool = False
+    """Send gradients between workers as bf16: half the traffic, gradients rounded to 8 bits. For the 264 M weights of the `mlp` head on
+    a slow network."""
     ema_decay: Fraction = 0.0
     """Decay of the exponential moving average of the weights that is evaluated and saved; 0 for none."""
 

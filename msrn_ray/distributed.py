@@ -7,6 +7,8 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
@@ -35,6 +37,21 @@ def all_gather(value: T) -> list[T]:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return cast(list[T], gathered)
+
+
+def parallel_settings(accumulation: int) -> dict[str, Any]:
+    """How DistributedDataParallel wraps a network whose steps have `accumulation` micro-batches.
+
+    Gradients are views of the buckets that are sent, so they exist once. BatchNorm statistics stay each rank's own; see `average_buffers`.
+    The graph is the same in every step, which DDP may know only where every backward is sent: not with micro-batches.
+    """
+    return {"broadcast_buffers": False, "gradient_as_bucket_view": True, "static_graph": accumulation == 1}
+
+
+def compress_gradients(model: nn.Module) -> None:
+    """Sends the gradients of a DistributedDataParallel model as bf16; leaves any other model alone, which sends none."""
+    if isinstance(model, DistributedDataParallel):
+        model.register_comm_hook(None, bf16_compress_hook)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from ray.train.torch import TorchTrainer
 from .checkpoint import Checkpoint, load_checkpoint
 from .config import ExperimentConfig
 from .errors import BadImagesError, UserError
+from .model import choose_kernels
 from .pipeline import BadImages, limit_ray_data
 from .predictor import build_from_checkpoint
 from .resources import allocate, connect
@@ -98,6 +99,7 @@ def _evaluate_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     checkpoint: Checkpoint = ray.get(loop_config["checkpoint"])
     device = ray.train.torch.get_device()
     network = build_from_checkpoint(checkpoint).to(device)
+    choose_kernels(network, checkpoint.config.model, device)
     bad = BadImages()
     split = loop_config["split"]
     scores = score_split(loop_config["table"], loop_config["size"], network, config, device, bad)

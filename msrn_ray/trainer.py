@@ -241,6 +241,7 @@ def run_trainer(trainer: TorchTrainer) -> ray.train.Result:
 
 _MAY_CHANGE = (
     "resources.",
+    "model.compile",
     "train.epochs",
     "train.log_every",
     "train.storage",

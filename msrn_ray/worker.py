@@ -27,7 +27,7 @@ from .engine import Progress, Scores, Trainee, evaluate, gather_scores, train_on
 from .errors import BadImagesError
 from .label_graph import LabelCounts, attend_mask
 from .metrics import MultiLabelMetrics
-from .model import build_model, set_prior_bias
+from .model import build_model, choose_kernels, set_prior_bias
 from .optim import build_optimizer, build_scheduler
 from .pipeline import BadImages, eval_batches, limit_ray_data, train_epochs
 from .sampling import EvalPlan, TrainPlan
@@ -61,9 +61,12 @@ class Worker:
         if config.model.prior_bias:
             set_prior_bias(network, self.loop["frequency"])
         amp = amp_dtype(config.train.amp, self.device)
+        self.kernels = choose_kernels(network, config.model, self.device)
         model = ray.train.torch.prepare_model(
-            network, parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True}
+            network, parallel_strategy_kwargs=distributed.parallel_settings(config.optim.accumulation)
         )
+        if config.optim.compress_gradients:
+            distributed.compress_gradients(model)
         optimizer = build_optimizer(network, config.optim)
         plan = self.plan(0)
         return Trainee(
@@ -137,7 +140,8 @@ class Worker:
             epochs=plan.epochs,
             reported=self.reported(),
             steps_per_epoch=plan.num_steps,
-            text=f"training on {self.world} x {self.device.type}, epochs {first_epoch + 1} to {plan.epochs}, {plan.num_steps} steps each"
+            text=f"training on {self.world} x {self.device.type}{self.kernels and f', {self.kernels}'},"
+            f" epochs {first_epoch + 1} to {plan.epochs}, {plan.num_steps} steps each"
             if first_epoch < plan.epochs
             else f"all {plan.epochs} epochs are done",
         )

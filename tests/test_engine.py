@@ -456,8 +456,8 @@ def test_alone_the_collectives_do_nothing() -> None:
 # several processes ----------------------------------------------------------------------------------------------------
 
 
-def parallel(model: nn.Module) -> nn.Module:
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+def parallel(model: nn.Module, accumulation: int = 1) -> nn.Module:
+    return DistributedDataParallel(model, **distributed.parallel_settings(accumulation))
 
 
 def on_each_rank(rank: int, world: int) -> dict[str, Any]:
@@ -471,10 +471,20 @@ def on_each_rank(rank: int, world: int) -> dict[str, Any]:
     found["weights"] = model.state_dict()
 
     model = msrn()
-    trainee = trainee_of(parallel(model), accumulation=2)
+    trainee = trainee_of(parallel(model, 2), accumulation=2)
     for step, batch in enumerate(step_batches(plan)):
         train_step(trainee, batch, plan.step_rows(step))
     found["accumulated"] = model.state_dict()
+
+    for compress in (False, True):
+        model = Toy()
+        wrapped = parallel(model)
+        if compress:
+            distributed.compress_gradients(wrapped)
+        train_step(trainee_of(wrapped), step_batches(plan, 8)[0], plan.step_rows(0))
+        found["compressed" if compress else "sent whole"] = {
+            name: parameter.grad for name, parameter in model.named_parameters()
+        }
 
     model = Toy()
     model.head.weight.data *= 100
@@ -589,6 +599,19 @@ def test_ranks_report_the_whole_batch(groups: Any, world: int) -> None:
         windows = [images / one["images_per_second"] for images, one in zip((8, 2), told, strict=True)]
         assert 0.5 * stats["seconds"] < sum(windows) <= 1.01 * stats["seconds"], "images of all ranks are counted"
         assert all(0 <= one["data_wait_fraction"] < 1 for one in told)
+
+
+@WORLDS
+def test_compressed_gradients_differ_by_the_rounding_of_bf16(groups: Any, world: int) -> None:
+    for found in groups[world]:
+        largest = 0.0
+        for name, whole in found["sent whole"].items():
+            compressed = found["compressed"][name]
+            assert torch.equal(compressed, groups[world][0]["compressed"][name]), "ranks must not part"
+            assert torch.equal(compressed, compressed.bfloat16().float())
+            torch.testing.assert_close(compressed, whole, rtol=0, atol=world * 2**-8 * float(whole.abs().max()))
+            largest = max(largest, float((compressed - whole).abs().max() / whole.abs().max()))
+        assert largest > 1e-5, "something was rounded"
 
 
 @WORLDS

@@ -47,6 +47,7 @@ def small_config(root: Path, storage: Path, **overrides: object) -> ExperimentCo
             "data.root": str(root),
             "data.image_size": 64,
             "model.embed_dim": 32,
+            "model.compile": "off",
             "optim.schedule": "cosine",
             "optim.ema_decay": 0.9,
             "train.epochs": 2,
@@ -153,6 +154,17 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished: TrainResult, sce
     for name, tensor in theirs.ema.items():
         assert torch.equal(ours.ema[name], tensor), name
     assert ours.scheduler["last_epoch"] == theirs.scheduler["last_epoch"] == 8
+
+
+def test_kernels_are_chosen_and_said(
+    local_ray: None, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By default compiled where there is a compiler, which takes gradients through DistributedDataParallel like any other."""
+    result = train(small_config(scenes, tmp_path, **{"model.compile": "auto", "train.epochs": 1}))
+    assert re.search(
+        r"training on 2 x cpu, attention kernels (compiled in \d+ s|eager \(.*\)), epochs", capsys.readouterr().out
+    )
+    assert result.metrics["val/images"] == 13
 
 
 def test_resuming_with_other_settings_is_refused(finished: TrainResult) -> None:

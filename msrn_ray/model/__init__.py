@@ -11,7 +11,7 @@ from .baselines import PooledLinear
 from .msrn import MSRN
 from .semantic_attention import semantic_attention
 
-__all__ = ["MSRN", "Backbone", "PooledLinear", "build_model", "semantic_attention", "set_prior_bias"]
+__all__ = ["MSRN", "Backbone", "PooledLinear", "build_model", "choose_kernels", "semantic_attention", "set_prior_bias"]
 
 
 def build_model(
@@ -34,6 +34,20 @@ def build_model(
     if pretrained and settings.pretrained is not None:
         load_pretrained(model.backbone, settings.backbone, settings.pretrained)
     return model
+
+
+def choose_kernels(model: MSRN | PooledLinear, settings: ModelSettings, device: torch.device) -> str:
+    """Compiles the attention's kernels for `device` as `settings.compile` says.
+
+    Returns:
+        What was chosen, for the log; empty where the model has no attention.
+
+    Raises:
+        UserError: if `settings.compile` is `on` and nothing can be compiled here, with the reason.
+    """
+    if isinstance(model, PooledLinear):
+        return ""
+    return f"attention kernels {model.attention.choose_kernels(settings.compile, device)}"
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from ..config import ModelSettings
 from ..types import MSRNOutput
 from .backbone import Backbone
 from .label_semantics import GroupSemantics, LabelSemantics
-from .semantic_attention import semantic_attention
+from .semantic_attention import SemanticAttention
 
 
 class MLPHead(nn.Module):
@@ -94,6 +94,7 @@ class MSRN(nn.Module):
             embed_dim=settings.embed_dim,
         )
         self.group_semantics = GroupSemantics(settings.embed_dim, num_groups)
+        self.attention = SemanticAttention()
         self.head: MLPHead | ElementwiseHead = (
             MLPHead(num_labels, num_groups, width, settings.mlp_hidden_dim)
             if settings.head == "mlp"
@@ -116,6 +117,6 @@ class MSRN(nn.Module):
             label_embedding = self.label_semantics()
             group_embedding, assignment = self.group_semantics(label_embedding, self.label_semantics.attend_mask)
         semantics = torch.cat([label_embedding, group_embedding])
-        attended = torch.cat([semantic_attention(level, semantics) for level in self.forward_features(images)], 2)
+        attended = self.attention(self.forward_features(images), semantics)
         labels, groups = attended.split([len(label_embedding), len(group_embedding)], 1)
         return MSRNOutput(self.head(labels, groups, assignment), label_embedding, group_embedding, assignment)

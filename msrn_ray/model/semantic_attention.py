@@ -1,84 +1,135 @@
 """Semantic-guided attention: every semantic vector pools every channel of a feature map with its own spatial softmax.
 
-Shapes: B images, N positions, D channels, Q semantic vectors (labels and groups).
+Shapes: B images, N positions, D channels, Q semantic vectors (labels and groups), R = B * D rows, a row being one channel of one image.
 
     w[b,p,q,k] = softmax over p of ( q_k * P[b,p,k] )        o[b,q,k] = sum_p w[b,p,q,k] * P[b,p,k]
 
 Source: arXiv 2106.11596, section 3.3. o is the mean of P under an exponential tilt, so its derivative by q_k is the variance of P
-under the same weights; q_k = 0 is mean pooling, q_k -> inf is max pooling. The weights are recomputed tile by tile, so nothing
-of size [B,N,Q,D] ever exists.
+under the same weights; q_k = 0 is mean pooling, q_k -> inf is max pooling. The largest exponent is known without a pass: it is
+at the largest P where q_k > 0 and at the smallest elsewhere. So two passes of exp are all: one for the three moments forward, one for
+the gradient of P backward. Each runs as one compiled kernel, or tile by tile, and nothing of size [B,N,Q,D] ever exists.
+
+exp is computed as 2^(q x log2 e): GPUs have it in hardware, and Inductor's CPU code generator would write an `exp` that three sums
+share to memory, [R,Q,N] of it, instead of keeping it in a register.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# weights [tile,B,Q,N] that exist at one time: 2 MB of float32 on a CPU, larger ones leave the cache; 256 MB on a GPU, smaller ones are
-# too many launches
-_CPU_TILE_ELEMENTS, _GPU_TILE_ELEMENTS = 2**19, 2**26
+from ..errors import UserError
+
+# numbers of [rows,Q,N] that eager code holds at one time: 1 MB of float32 on a CPU, larger tiles leave the cache; 256 MB on a GPU, smaller
+# ones are too many launches
+_CPU_TILE_ELEMENTS, _GPU_TILE_ELEMENTS = 2**18, 2**26
+
+
+def _moments(features: Tensor, tilt: Tensor, extreme: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over positions of w, w x and w x^2, [R,Q] each, where x = P - extreme and w = 2^(tilt x) <= 1.
+
+    Args:
+        features: P, [R,N].
+        tilt: q log2 e, [R,Q].
+        extreme: [R,Q], where w is 1.
+    """
+    offset = features[:, None] - extreme[..., None]
+    weight = (tilt[..., None] * offset).exp2_()
+    moment = weight * offset
+    return weight.sum(-1), moment.sum(-1), (moment * offset).sum(-1)
+
+
+def _pull_back(features: Tensor, tilt: Tensor, extreme: Tensor, constant: Tensor, slope: Tensor) -> Tensor:
+    """Sum over semantic vectors of w (constant + slope x), [R,N]; constant and slope: [R,Q], the rest as in `_moments`."""
+    offset = features[:, None] - extreme[..., None]
+    weight = (tilt[..., None] * offset).exp2_()
+    return (weight * (constant[..., None] + slope[..., None] * offset)).sum(1)
+
+
+def _run_tiled(kernel: Callable[..., Any], features: Tensor, *by_vector: Tensor) -> Any:
+    """`kernel` over tiles of rows that stay in the cache; features: [R,N], by_vector: [R,Q] each."""
+    elements = _CPU_TILE_ELEMENTS if features.device.type == "cpu" else _GPU_TILE_ELEMENTS
+    size = max(1, elements // (features.shape[1] * by_vector[0].shape[1]))
+    tiles = [
+        kernel(*(tensor[start : start + size] for tensor in (features, *by_vector)))
+        for start in range(0, len(features), size)
+    ]
+    if isinstance(tiles[0], Tensor):
+        return torch.cat(tiles)
+    return tuple(torch.cat(parts) for parts in zip(*tiles, strict=True))
+
+
+def _run_compiled(kernel: Callable[..., Any], *inputs: Tensor) -> Any:
+    """`kernel` compiled, for any sizes but one, for which the compiler would write other kernels; inputs: [R,N] or [R,Q]."""
+    if min(size for tensor in inputs for size in tensor.shape) == 1:
+        return _run_tiled(kernel, *inputs)
+    return _compiled(kernel)(*inputs)
+
+
+@cache
+def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """One kernel for all levels, batch sizes and numbers of labels; a kernel a shape would compile anew for each level and short batch."""
+    return torch.compile(kernel, dynamic=True, fullgraph=True)
+
+
+def _tilt(semantics: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """semantics: [Q,D], low and high: [R,1], least and largest feature -> tilt and extreme of each row, [R,Q]."""
+    tilt = (semantics.t() * math.log2(math.e)).repeat(len(low) // semantics.shape[1], 1)
+    return tilt, torch.where(tilt > 0, high, low)
 
 
 class _TiltedMean(torch.autograd.Function):
-    """The exponentially tilted mean with its closed-form gradient; keeps its inputs and its output for backward."""
+    """The exponentially tilted mean with its closed-form gradient; keeps numbers of [B,N,D] and [B,Q,D] for backward."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, semantics: Tensor) -> Tensor:
-        by_channel = features.permute(
-            2, 0, 1
-        ).contiguous()  # [D,B,N]: positions last, so that softmax runs along memory
-        tilt = semantics.t().contiguous()  # [D,Q]
-        output = features.new_empty(features.shape[2], features.shape[0], semantics.shape[0])  # [D,B,Q]
-        for tile in _tiles(by_channel, tilt):
-            weight = _weights(by_channel[tile], tilt[tile])
-            torch.matmul(weight, by_channel[tile].unsqueeze(-1), out=output[tile].unsqueeze(-1))
-        ctx.save_for_backward(by_channel, tilt, output)
-        return output.permute(1, 2, 0).contiguous()
+    def forward(ctx: Any, features: Tensor, semantics: Tensor, compiled: bool) -> Tensor:
+        run = _run_compiled if compiled else _run_tiled
+        batch, positions, width = features.shape
+        rows = features.transpose(1, 2).reshape(batch * width, positions).contiguous()
+        low, high = rows.aminmax(dim=1, keepdim=True)
+        tilt, extreme = _tilt(semantics, low, high)
+        total, first, second = run(_moments, rows, tilt, extreme)
+        mean = first / total  # of P - extreme, so that nothing cancels in the variance where one position has it all
+        ctx.save_for_backward(rows, semantics, low, high, total, mean, second / total - mean * mean)
+        ctx.run = run
+        output: Tensor = (extreme + mean).view(batch, width, -1).transpose(1, 2).contiguous()
+        return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        by_channel, tilt, output = ctx.saved_tensors
-        grad = grad.permute(2, 0, 1)  # [D,B,Q]
-        grad_features = torch.empty_like(by_channel)
-        grad_semantics = torch.empty_like(tilt)
-        for tile in _tiles(by_channel, tilt):
-            weight = _weights(by_channel[tile], tilt[tile])
-            deviation = by_channel[tile].unsqueeze(2) - output[tile].unsqueeze(-1)  # [d,B,Q,N]
-            weight *= grad[tile].unsqueeze(-1)
-            moment = weight * deviation
-            grad_semantics[tile] = (moment * deviation).sum((1, 3))  # g * variance
-            weight += moment * tilt[tile][:, None, :, None]
-            grad_features[tile] = weight.sum(2)  # g * w * (1 + q (P - o))
-        return grad_features.permute(1, 2, 0), grad_semantics.t()
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, semantics, low, high, total, mean, variance = ctx.saved_tensors
+        batch, vectors, width = grad.shape
+        grad = grad.transpose(1, 2).reshape(batch * width, vectors)  # [R,Q]
+        grad_features = grad_semantics = None
+        if ctx.needs_input_grad[1]:
+            grad_semantics = (grad * variance).view(batch, width, vectors).sum(0).t()
+        if ctx.needs_input_grad[0]:
+            tilt, extreme = _tilt(semantics, low, high)
+            scaled = grad / total
+            slope = scaled * tilt * math.log(2)  # sum_q g w (1 + q (P - o))
+            pulled = ctx.run(_pull_back, rows, tilt, extreme, scaled - slope * mean, slope)
+            grad_features = pulled.view(batch, width, -1).transpose(1, 2)
+        return grad_features, grad_semantics, None
 
 
-def _tiles(features: Tensor, tilt: Tensor) -> Iterator[slice]:
-    """Slices of channels; features: [D,B,N], tilt: [D,Q]."""
-    elements = _CPU_TILE_ELEMENTS if features.device.type == "cpu" else _GPU_TILE_ELEMENTS
-    size = max(1, elements // (features[0].numel() * tilt.shape[1]))
-    for start in range(0, len(features), size):
-        yield slice(start, start + size)
-
-
-def _weights(features: Tensor, tilt: Tensor) -> Tensor:
-    """features: [d,B,N], tilt: [d,Q] -> softmax over positions, [d,B,Q,N]."""
-    return (tilt[:, None, :, None] * features.unsqueeze(2)).softmax(-1)
-
-
-def semantic_attention(features: Tensor, semantics: Tensor) -> Tensor:
+def semantic_attention(features: Tensor, semantics: Tensor, *, compiled: bool = False) -> Tensor:
     """Pools the positions of a feature map once for each semantic vector, channel by channel.
 
     Args:
         features: [B, N, D] float, N >= 1.
         semantics: [Q, D] float, label or group embeddings.
+        compiled: run the two passes as compiled kernels (see `SemanticAttention.choose_kernels`) instead of tile by tile.
 
     Returns:
-        [B, Q, D], each value between the smallest and the largest feature of its channel; float32 under autocast.
+        [B, Q, D], each value between the smallest and the largest feature of its channel; float32 for half precision.
 
     Raises:
         ValueError: if the widths differ or N is 0, with both shapes.
@@ -89,7 +140,52 @@ def semantic_attention(features: Tensor, semantics: Tensor) -> Tensor:
         raise ValueError(
             f"features {tuple(features.shape)} and semantics {tuple(semantics.shape)} must be [B, N >= 1, D] and [Q, D]"
         )
-    if torch.is_autocast_enabled(features.device.type):  # exp and sums lose too much in half precision
+    if features.dtype.itemsize < 4 or semantics.dtype.itemsize < 4:  # exp and sums lose too much in half precision
         features, semantics = features.float(), semantics.float()
-    output: Tensor = _TiltedMean.apply(features, semantics)
-    return output
+    with torch.autocast(features.device.type, enabled=False):
+        output: Tensor = _TiltedMean.apply(features, semantics, compiled)
+        return output
+
+
+class SemanticAttention(nn.Module):
+    """`semantic_attention` of several levels with the same semantics; no parameters.
+
+    Attributes:
+        compiled: which kernels run; see `choose_kernels`.
+    """
+
+    compiled = False
+
+    def forward(self, levels: Sequence[Tensor], semantics: Tensor) -> Tensor:
+        """levels: L maps [B, N_l, D]; semantics: [Q, D] -> [B, Q, L*D], the levels side by side."""
+        return torch.cat([semantic_attention(level, semantics, compiled=self.compiled) for level in levels], 2)
+
+    def choose_kernels(self, choice: Literal["auto", "on", "off"], device: torch.device) -> str:
+        """Compiles the kernels for `device`, or settles for eager tiles, once for the life of the module.
+
+        Inductor keeps what it compiled in TORCHINDUCTOR_CACHE_DIR, so that a machine compiles once.
+
+        Args:
+            choice: `off`: eager; `on`: compiled; `auto`: compiled where a compiler works.
+            device: where the features will be.
+
+        Returns:
+            What was chosen, for the log.
+
+        Raises:
+            UserError: if `choice` is `on` and there is no working compiler, with the reason.
+        """
+        self.compiled = False
+        if choice == "off":
+            return "eager"
+        start = time.perf_counter()
+        features = torch.zeros(2, 30, 256, device=device, requires_grad=True)
+        try:
+            semantic_attention(features, torch.zeros(20, 256, device=device), compiled=True).sum().backward()
+        except Exception as error:  # whatever keeps the compiler from working, there are other kernels
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if choice == "on":
+                raise UserError(f"model.compile=on: the attention kernels cannot be compiled ({reason})") from None
+            return f"eager (not compiled: {reason})"
+        self.compiled = True
+        return f"compiled in {time.perf_counter() - start:.0f} s"

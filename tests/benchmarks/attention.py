@@ -1,0 +1,102 @@
+"""Semantic attention beside the direct form of its definition: time and memory, forward and backward, three levels of a 448-pixel image.
+
+    python -m tests.benchmarks.attention
+
+Both forms get the same features and semantics, take turns, and show medians. Memory is what tensors hold at most, over the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from msrn_ray.model.semantic_attention import SemanticAttention
+
+from .measure import Phases, alternate, peak_bytes, stopwatch
+
+POSITIONS, WIDTH = (784, 196, 49), 512  # layer2, layer3, layer4 at 448 pixels
+SHAPES = {"VOC": (4, 20, 4), "COCO": (2, 80, 4), "NUS-WIDE": (2, 81, 4), "COCO, 800 labels": (2, 800, 40)}  # B, C, G
+ROUNDS = 7
+
+
+def direct(levels: list[Tensor], semantics: Tensor) -> Tensor:
+    """The definition as it is written: softmax over positions of q P, then the weighted sum of P."""
+    pooled = []
+    for features in levels:
+        weight = (features[:, :, None] * semantics).softmax(1)  # [B,N,Q,D]
+        pooled.append((weight * features[:, :, None]).sum(1))
+    return torch.cat(pooled, 2)
+
+
+class Problem:
+    """Features, semantics and a gradient of one shape."""
+
+    def __init__(self, batch: int, vectors: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.levels = [torch.randn(batch, n, WIDTH, generator=generator, requires_grad=True) for n in POSITIONS]
+        self.semantics = torch.randn(vectors, WIDTH, generator=generator, requires_grad=True)
+        self.grad = torch.randn(batch, vectors, WIDTH * len(POSITIONS), generator=generator)
+
+    def run(self, form: Callable[[list[Tensor], Tensor], Tensor]) -> Phases:
+        """Seconds of forward and backward."""
+        output: list[Tensor] = []
+        times = stopwatch(
+            lambda: output.append(form(self.levels, self.semantics)),
+            lambda: output[0].backward(self.grad),
+        )
+        for leaf in (*self.levels, self.semantics):
+            leaf.grad = None
+        return times
+
+
+def roofline(problem: Problem) -> float:
+    """Seconds of two passes of 2^x over [B,N,Q,D] numbers that stay in the cache, on all threads: what no exact form can do without."""
+    numbers = 2 * sum(level.numel() for level in problem.levels) * len(problem.semantics)
+    values, out = torch.randn(2**18), torch.empty(2**18)
+    repeats = 50
+    (seconds,) = alternate(
+        {"exp2": lambda: stopwatch(lambda: [torch.exp2(values, out=out) for _ in range(repeats)])}, ROUNDS
+    )["exp2"]
+    return seconds / (repeats * len(values)) * numbers
+
+
+def main() -> None:
+    kernels = SemanticAttention()
+    print(f"{torch.get_num_threads()} threads, attention kernels {kernels.choose_kernels('on', torch.device('cpu'))}")
+    eager = SemanticAttention()
+    header = f"{'shape':18s}{'form':10s}{'forward':>10s}{'backward':>10s}{'both':>10s}{'ratio':>8s}{'memory':>11s}{'ratio':>8s}"
+    print(header)
+    for name, (batch, labels, groups) in SHAPES.items():
+        problem = Problem(batch, labels + groups)
+        forms: dict[str, Callable[[list[Tensor], Tensor], Tensor]] = {
+            "direct": direct,
+            "tiled": eager,
+            "compiled": kernels,
+        }
+        if labels > 100:  # the direct form would need more than 10 GB
+            del forms["direct"]
+        times = alternate({form: partial(problem.run, run) for form, run in forms.items()}, ROUNDS)
+        memory = {form: peak_bytes(partial(problem.run, run)) for form, run in forms.items()}
+        base = "direct" if "direct" in forms else "tiled"
+        for form, (forward, backward) in times.items():
+            ratio = sum(times[base]) / (forward + backward)
+            print(
+                f"{name:18s}{form:10s}{forward * 1e3:7.1f} ms{backward * 1e3:7.1f} ms{(forward + backward) * 1e3:7.1f} ms"
+                f"{ratio:7.1f}x{memory[form] / 2**20:7.1f} MiB{memory[base] / memory[form]:7.1f}x"
+            )
+        floor = roofline(problem)
+        exps = 2 * sum(level.numel() for level in problem.levels) * (labels + groups)
+        moved = 4 * (
+            3 * sum(level.numel() for level in problem.levels) + 8 * len(POSITIONS) * batch * (labels + groups) * WIDTH
+        )
+        print(
+            f"{name:18s}floor: {exps / 1e6:.0f} M exp2 in {floor * 1e3:.1f} ms, and {moved / 2**20:.0f} MiB of inputs and outputs;"
+            f" compiled takes {sum(times['compiled']) / floor:.2f} times the exp2"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""The whole train step beside forward and backward of its bare backbone, and beside the same step with the direct form of the attention.
+
+    python -m tests.benchmarks.train_step [single|workers|curve ...]
+
+`single`: one process; forms take turns, medians; the step is forward, backward, clipping and SGD with momentum, as the presets run it.
+`workers`: the step of two processes that share the batch through DistributedDataParallel, a core each, with and without compressed
+gradients, beside one process with both cores. `curve`: the losses of 40 steps with the direct form and with the compiled kernels.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import Tensor, multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from msrn_ray import distributed
+from msrn_ray.config import OptimSettings
+from msrn_ray.engine import Trainee, train_step
+from msrn_ray.model import MSRN, build_model
+from msrn_ray.optim import build_optimizer, build_scheduler
+from msrn_ray.presets import PRESETS
+from msrn_ray.types import Batch
+
+from .attention import direct
+from .measure import Phases, alternate, peak_bytes, stopwatch
+
+SHAPES = {"COCO": ("coco2014", 80, 2), "VOC": ("voc2007", 20, 4)}  # preset, labels, images
+SIDE, ROUNDS, STEPS = 448, 5, 40
+
+
+class DirectAttention(nn.Module):
+    """Stands in for the model's attention."""
+
+    def forward(self, levels: list[Tensor], semantics: Tensor) -> Tensor:
+        return direct(levels, semantics)
+
+
+def make_batch(images: int, labels: int, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    return Batch(
+        torch.randint(0, 256, (images, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator),
+        (torch.rand(images, labels, generator=generator) < 0.05).to(torch.int8),
+        torch.arange(images),
+        torch.ones(images, dtype=torch.bool),
+    )
+
+
+def make_trainee(preset: str, labels: int, *, lr: float | None = None, **model: Any) -> Trainee:
+    """The preset's network on random weights, as a worker builds it."""
+    torch.manual_seed(0)
+    config = PRESETS[preset].config.with_overrides({f"model.{name}": value for name, value in model.items()})
+    settings = config.optim if lr is None else OptimSettings(lr=lr)
+    network = build_model(config.model, torch.randn(labels, 50), torch.eye(labels, dtype=torch.bool), pretrained=False)
+    network.to(memory_format=torch.channels_last)
+    assert isinstance(network, MSRN)
+    network.attention.choose_kernels("on", torch.device("cpu"))
+    network.train()
+    optimizer = build_optimizer(network, settings)
+    scheduler = build_scheduler(optimizer, settings, 1000, 40)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return Trainee(network, optimizer, scheduler, scaler, None, None, settings.clip_norm, 1, 1e-4)
+
+
+def single(name: str) -> None:
+    """Prints the table of one shape."""
+    preset, labels, images = SHAPES[name]
+    batch = make_batch(images, labels)
+    floats = batch.images.float().contiguous(memory_format=torch.channels_last)
+    bare = torchvision.models.resnet101().to(memory_format=torch.channels_last).train()
+    mlp = make_trainee(preset, labels)
+    elementwise = make_trainee(preset, labels, head="elementwise")
+    assert isinstance(mlp.network, MSRN)
+    ours, written_out = mlp.network.attention, DirectAttention()
+
+    def backbone() -> Phases:
+        bare.zero_grad(set_to_none=True)
+        output: list[Tensor] = []
+        return stopwatch(lambda: output.append(bare(floats).sum()), lambda: output[0].backward())
+
+    def step(trainee: Trainee, attention: nn.Module | None = None) -> Phases:
+        if attention is not None:
+            trainee.network.attention = attention
+        return stopwatch(lambda: train_step(trainee, batch, images))
+
+    forms: dict[str, Callable[[], Phases]] = {
+        "ResNet-101, forward + backward": backbone,
+        "step, elementwise head": lambda: step(elementwise),
+        "step, mlp head": lambda: step(mlp, ours),
+        "step, mlp head, direct attention": lambda: step(mlp, written_out),
+    }
+    times = {form: sum(phases) for form, phases in alternate(forms, ROUNDS).items()}
+    memory = {form: peak_bytes(run) for form, run in forms.items()}
+    bare_seconds = times["ResNet-101, forward + backward"]
+    direct_bytes = memory["step, mlp head, direct attention"]
+    print(
+        f"{name}: {labels} labels, {images} images of {SIDE} x {SIDE}; memory over the start of a step, optimizer state made before"
+    )
+    for form, seconds in times.items():
+        print(
+            f"  {form:34s}{seconds:7.2f} s {seconds / bare_seconds:6.2f} x backbone"
+            f"{memory[form] / 2**20:9.0f} MiB{memory[form] / direct_bytes:6.2f} x direct"
+        )
+
+
+def worker(
+    rank: int, world: int, folder: str, preset: str, labels: int, images: int, head: str, compress: bool
+) -> None:
+    """One process of a data-parallel step; rank 0 leaves its median seconds in a file."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    trainee = make_trainee(preset, labels, head=head)
+    if world > 1:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        dist.init_process_group("gloo", f"file://{folder}/store", timedelta(minutes=5), world_size=world, rank=rank)
+        trainee.model = DistributedDataParallel(trainee.model, **distributed.parallel_settings(1))
+        if compress:
+            distributed.compress_gradients(trainee.model)
+    batch = make_batch(images // world, labels, rank)
+    for _ in range(2):
+        train_step(trainee, batch, images)
+    seconds = [stopwatch(lambda: train_step(trainee, batch, images))[0] for _ in range(ROUNDS)]
+    if rank == 0:
+        (Path(folder) / "seconds").write_text(str(statistics.median(seconds)), encoding="utf-8")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def workers(name: str) -> None:
+    """Prints one process against two, for both heads; these do not take turns, a process group lives in processes of its own."""
+    preset, labels, images = SHAPES[name]
+    for head in ("elementwise", "mlp"):
+        base = 0.0
+        for world, compress in ((1, False), (2, False), (2, True)):
+            with tempfile.TemporaryDirectory() as folder:
+                multiprocessing.spawn(worker, (world, folder, preset, labels, images, head, compress), nprocs=world)
+                seconds = float((Path(folder) / "seconds").read_text(encoding="utf-8"))
+            base = base or seconds
+            how = f"{world} process{'es' if world > 1 else ''}{', bf16 gradients' if compress else ''}"
+            print(f"  {name}, {head} head, {how:32s}{seconds:7.2f} s {seconds / base:6.2f} x one process")
+
+
+def curve(name: str) -> None:
+    """Prints how far the losses of the two forms part over the steps."""
+    preset, labels, images = SHAPES[name]
+    losses: dict[str, list[float]] = {}
+    for form in ("direct", "compiled"):
+        trainee = make_trainee(preset, labels, lr=0.01, head="elementwise")
+        if form == "direct":
+            trainee.network.attention = DirectAttention()
+        losses[form] = [
+            float(train_step(trainee, make_batch(images, labels, seed=step), images).sum()) for step in range(STEPS)
+        ]
+    apart = max(abs(one - other) / abs(one) for one, other in zip(*losses.values(), strict=True))
+    first, last = losses["compiled"][0], losses["compiled"][-1]
+    print(
+        f"  {name}: {STEPS} steps, loss {first:.4f} to {last:.4f}; the curves part by {apart:.1e} of the loss at most"
+    )
+
+
+def main(modes: Sequence[str]) -> None:
+    print(f"{torch.get_num_threads()} threads")
+    for mode in modes or ("single", "workers", "curve"):
+        for name in SHAPES if mode == "single" else ["COCO"]:
+            {"single": single, "workers": workers, "curve": curve}[mode](name)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

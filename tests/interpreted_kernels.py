@@ -1,0 +1,81 @@
+"""Generates the GPU kernels of the attention without a GPU and runs them under Triton's interpreter; prints errors and launches as JSON.
+
+    TRITON_INTERPRET=1 python -m tests.interpreted_kernels
+
+Inductor is told to write Triton for the CPU device. Its launcher would pick block sizes from the GPU's properties; here it is replaced by
+one that runs the generated source as it is, with small blocks, so that the masks at the ends are used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor.config
+import torch.utils._triton
+import triton.language as tl
+from torch import Tensor
+from torch._inductor.async_compile import AsyncCompile
+
+X_BLOCK, REDUCTION_BLOCK = 16, 8
+
+
+class Launcher:
+    """Runs one generated kernel block after block."""
+
+    def __init__(self, name: str, source: str) -> None:
+        self.name, self.launches = name, 0
+        plain = re.sub(r"@triton_heuristics\.\w+\(.*?\n\)\n@triton\.jit", "@triton.jit", source, flags=re.DOTALL)
+        folder = Path(tempfile.mkdtemp())  # the interpreter reads the source from a file
+        (folder / f"{name}.py").write_text(plain.replace("triton_helpers.set_driver_to_cpu()", ""), encoding="utf-8")
+        sys.path.insert(0, str(folder))
+        module = importlib.import_module(name)
+        module.libdevice = tl  # the device library has no interpreter
+        self.kernel = getattr(module, name)
+
+    def run(self, *arguments: Any, stream: object) -> None:
+        self.launches += 1
+        rows = arguments[-2]
+        self.kernel[(-(-rows // X_BLOCK),)](*arguments, XBLOCK=X_BLOCK, R0_BLOCK=REDUCTION_BLOCK)
+
+
+def main() -> None:
+    from msrn_ray.model import semantic_attention
+
+    launchers: list[Launcher] = []
+
+    def launcher(self: AsyncCompile, name: str, source: str, device_str: str = "cpu") -> Launcher:
+        launchers.append(Launcher(name, source))
+        return launchers[-1]
+
+    AsyncCompile.triton = launcher
+    torch.utils._triton.triton_hash_with_backend = lambda: "interpreter"
+    torch._inductor.config.cpu_backend = "triton"
+    torch._inductor.config.force_disable_caches = True
+    errors = []
+    for batch, positions, vectors, width in ((2, 30, 7, 20), (3, 5, 9, 17)):
+        generator = torch.Generator().manual_seed(positions)
+        features = torch.randn(batch, positions, width, generator=generator)
+        semantics = 3 * torch.randn(vectors, width, generator=generator)
+        weight = torch.randn(batch, vectors, width, generator=generator)
+        found = []
+        for compiled in (True, False):
+            leaves = (features.clone().requires_grad_(), semantics.clone().requires_grad_())
+            output = semantic_attention(*leaves, compiled=compiled)
+            found.append([output.detach(), *torch.autograd.grad((output * weight).sum(), leaves)])
+        errors += [difference(one, other) for one, other in zip(*found, strict=True)]
+    print(json.dumps({"errors": errors, "launches": [one.launches for one in launchers]}))
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max() / other.abs().max())
+
+
+if __name__ == "__main__":
+    main()
