@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, multiprocessing, nn
 from torch.nn import functional as F  # the field's name for it
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from msrn_ray import distributed
 from msrn_ray.config import ModelSettings
@@ -260,6 +261,29 @@ def test_a_gradient_that_overflows_skips_the_update_and_lowers_the_scale() -> No
     train_step(trainee_of(model, scaler=scaler, clip_norm=0.1, group_weight=1e4), batch_of(range(4), side=8), 4)
     assert_same(model.state_dict(), before, 0)
     assert scaler.get_scale() == pytest.approx(1.5e38)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the tensors whose value Python asks for: on a GPU each would wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_reads_no_value(accumulation: int) -> None:
+    trainee = trainee_of(msrn(), clip_norm=0.1, accumulation=accumulation)
+    with Reads() as reads:
+        loss = train_step(trainee, batch_of(range(4)), 4)
+    assert reads.count == 0
+    with reads:
+        loss.sum().item()
+    assert reads.count == 1
 
 
 def test_images_that_are_not_valid_count_nothing() -> None:
