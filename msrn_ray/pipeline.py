@@ -20,8 +20,8 @@ import torch
 from . import distributed
 from .config import DataSettings
 from .errors import UserError
-from .image_files import read_bytes
 from .sampling import EvalPlan, TrainPlan
+from .storage import read_bytes
 from .transforms import decode, multi_scale_crop, resize
 from .types import Batch
 

@@ -14,8 +14,8 @@ import pyarrow.parquet
 import torch
 
 from .errors import UserError
-from .image_files import read_bytes
 from .predictor import Predictor
+from .storage import read_bytes
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 OUTPUTS = (".csv", ".json", ".parquet")

@@ -18,9 +18,9 @@ from PIL import Image
 from msrn_ray.__main__ import main
 from msrn_ray.checkpoint import load_checkpoint, save_checkpoint
 from msrn_ray.errors import UserError
-from msrn_ray.image_files import read_bytes
 from msrn_ray.prediction import Prediction, check_output, expand_images, predict_images, write_predictions
 from msrn_ray.predictor import Predictor, load_model
+from msrn_ray.storage import read_bytes
 from msrn_ray.transforms import decode, normalize, resize
 from msrn_ray.types import MSRNOutput
 

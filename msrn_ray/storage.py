@@ -1,0 +1,189 @@
+"""Files of a data set, on this machine or behind a URI: the one door to file systems; no Ray.
+
+A location is a local path or a URI that pyarrow reads (file://, s3://, gs://, hdfs://) or, failing that, one that an installed fsspec
+package reads. Options of pyarrow's go into the URI (s3://bucket/folder?endpoint_override=localhost:9000&scheme=http).
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import cast
+from urllib.parse import parse_qsl, unquote
+
+import fsspec
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Location:
+    """A file or folder; joins with `/`. Two locations are equal if their text is.
+
+    Attributes:
+        text: an absolute local path, or a URI.
+    """
+
+    text: str
+
+    @classmethod
+    def of(cls, place: str | Path) -> Location:
+        """From what a user wrote; local paths become absolute, `~` is the home folder."""
+        text = str(place)
+        if "://" in text:
+            head, mark, options = cls(text)._split()
+            return cls(head.rstrip("/") + mark + options)
+        return cls(str(Path(text).expanduser().absolute()))
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __truediv__(self, part: str) -> Location:
+        head, mark, options = self._split()
+        return Location(posixpath.join(head, part) + mark + options)
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return posixpath.basename(self._split()[0])
+
+    @property
+    def parent(self) -> Location:
+        """The folder around it."""
+        head, mark, options = self._split()
+        return Location(posixpath.dirname(head) + mark + options)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the operating system can open it."""
+        return "://" not in self.text
+
+    def is_file(self) -> bool:
+        """Whether there is a file of this name."""
+        return bool(self._info().type == pafs.FileType.File)
+
+    def is_dir(self) -> bool:
+        """Whether there is a folder of this name, or files under it."""
+        return bool(self._info().type == pafs.FileType.Directory)
+
+    def read_bytes(self) -> bytes:
+        """The whole file.
+
+        Raises:
+            OSError: if it cannot be read.
+        """
+        filesystem, path = self._opened()
+        with _as_os_error(self), filesystem.open_input_file(path) as stream:
+            return cast(bytes, stream.read())
+
+    def names(self, *, recursive: bool = False) -> list[str]:
+        """Paths of the files and folders in this folder, relative to it, sorted; folders end in `/`. Hidden ones are left out.
+
+        Raises:
+            UserError: if it cannot be listed.
+        """
+        filesystem, path = self._opened()
+        with self._told():
+            entries = filesystem.get_file_info(pafs.FileSelector(path, recursive=recursive))
+        start = len(path.strip("/")) + 1
+        names = [
+            entry.path.strip("/")[start:] + ("/" if entry.type == pafs.FileType.Directory else "") for entry in entries
+        ]
+        return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
+
+    def _split(self) -> tuple[str, str, str]:
+        """Path and, after the mark, the file system's options, which only URIs of other machines have."""
+        return (self.text, "", "") if self.is_local or self.text.startswith("file://") else self.text.partition("?")
+
+    def _opened(self) -> tuple[pafs.FileSystem, str]:
+        return filesystem_of(self.text)
+
+    def _info(self) -> pafs.FileInfo:
+        filesystem, path = self._opened()
+        with self._told():
+            return filesystem.get_file_info(path)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{self}: cannot be reached ({' '.join(str(error).split())[:300]})") from None
+
+
+def read_bytes(uri: str) -> bytes:
+    """The bytes of a local path or URI; the quick way for images.
+
+    Raises:
+        OSError: if it cannot be read, whatever the reason.
+    """
+    if "://" not in uri:
+        with open(uri, "rb") as file:
+            return file.read()
+    try:
+        return Location(uri).read_bytes()
+    except UserError as error:
+        raise OSError(str(error)) from None
+
+
+@contextmanager
+def _as_os_error(place: Location) -> Iterator[None]:
+    try:
+        yield
+    except pa.ArrowInvalid as error:
+        raise OSError(f"{place}: {error}") from None
+
+
+_S3_OPTIONS = ("region", "scheme", "endpoint_override", "anonymous")
+_CONNECT_SECONDS, _REQUEST_SECONDS = 5, 20  # a bucket that does not answer is an error soon, not a hang
+
+
+def filesystem_of(place: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of a local path or URI, connected once a process, and the path in it.
+
+    Raises:
+        UserError: if the URI's scheme is not known or its options are wrong.
+    """
+    scheme, separator, rest = place.partition("://")
+    if not separator:
+        return _connect("file", "", ""), place
+    if scheme == "file":  # a name as it is, or percent-encoded as `Path.as_uri` writes it
+        return _connect("file", "", ""), rest if os.path.exists(rest) else unquote(rest)
+    path, _, options = rest.partition("?")
+    bucket, _, _ = path.partition("/")
+    return _connect(scheme, bucket, options), path
+
+
+@lru_cache(maxsize=32)
+def _connect(scheme: str, bucket: str, options: str) -> pafs.FileSystem:
+    if scheme == "file":
+        return pafs.LocalFileSystem()
+    uri = f"{scheme}://{bucket}" + (f"?{options}" if options else "")
+    try:
+        if scheme == "s3":
+            return _connect_s3(options)
+        return pafs.FileSystem.from_uri(uri)[0]
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        pass  # not one of pyarrow's own
+    try:
+        return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.core.url_to_fs(uri)[0]))
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{uri}: neither pyarrow nor fsspec reads this kind of URI ({error})") from None
+
+
+def _connect_s3(options: str) -> pafs.S3FileSystem:
+    given = dict(parse_qsl(options))
+    unknown = sorted(set(given) - set(_S3_OPTIONS))
+    if unknown:
+        raise UserError(f"s3 URI: unknown options {', '.join(unknown)}; allowed: {', '.join(_S3_OPTIONS)}")
+    anonymous = given.pop("anonymous", "false").lower() in ("1", "true")
+    return pafs.S3FileSystem(
+        anonymous=anonymous, connect_timeout=_CONNECT_SECONDS, request_timeout=_REQUEST_SECONDS, **given
+    )
