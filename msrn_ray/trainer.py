@@ -100,9 +100,15 @@ def build_trainer(
 
 
 def run_config(name: str, storage: str, **settings: Any) -> ray.train.RunConfig:
-    """Ray Train's run settings, with its own log lines quieted: a user sees the project's."""
+    """Ray Train's run settings, with its own log lines quieted: a user sees the project's.
+
+    Workers take large tensors from the system in pages of 2 MB, which it hands out much faster than 512 small ones.
+    """
     quiet = ray.train.LoggingConfig(log_level="ERROR")
-    return ray.train.RunConfig(name=name, storage_path=storage, logging_config=quiet, **settings)  # type: ignore[call-arg]  # typed as Train V1
+    environment = {"env_vars": {"THP_MEM_ALLOC_ENABLE": "1"}}
+    return ray.train.RunConfig(
+        name=name, storage_path=storage, logging_config=quiet, worker_runtime_env=environment, **settings
+    )  # type: ignore[call-arg]  # typed as Train V1
 
 
 def scaling(allocation: Allocation) -> ray.train.ScalingConfig:

@@ -2,4 +2,6 @@
 
 import os
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own log; read when torch is imported
+# both are read when torch is imported
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own log
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in the workers; see `trainer.run_config`

@@ -100,7 +100,11 @@ def single(name: str) -> None:
         "step, mlp head, direct attention": lambda: step(mlp, written_out),
     }
     times = {form: sum(phases) for form, phases in alternate(forms, ROUNDS).items()}
-    memory = {form: peak_bytes(run) for form, run in forms.items()}
+    memory = {}
+    for form, run in forms.items():
+        for network in (bare, mlp.network, elementwise.network):
+            network.zero_grad(set_to_none=True)  # so that all start with weights and optimizer state alone
+        memory[form] = peak_bytes(run)
     bare_seconds = times["ResNet-101, forward + backward"]
     direct_bytes = memory["step, mlp head, direct attention"]
     print(
