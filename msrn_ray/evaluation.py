@@ -99,7 +99,7 @@ def _evaluate_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     checkpoint: Checkpoint = ray.get(loop_config["checkpoint"])
     device = ray.train.torch.get_device()
     network = build_from_checkpoint(checkpoint).to(device)
-    choose_kernels(network, checkpoint.config.model, device)
+    choose_kernels(network, checkpoint.config.model, device, ray.train.get_context().get_world_rank())
     bad = BadImages()
     split = loop_config["split"]
     scores = score_split(loop_config["table"], loop_config["size"], network, config, device, bad)

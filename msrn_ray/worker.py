@@ -61,7 +61,7 @@ class Worker:
         if config.model.prior_bias:
             set_prior_bias(network, self.loop["frequency"])
         amp = amp_dtype(config.train.amp, self.device)
-        self.kernels = choose_kernels(network, config.model, self.device)
+        self.kernels = choose_kernels(network, config.model, self.device, self.rank)
         model = ray.train.torch.prepare_model(
             network, parallel_strategy_kwargs=distributed.parallel_settings(config.optim.accumulation)
         )

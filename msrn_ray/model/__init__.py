@@ -36,8 +36,8 @@ def build_model(
     return model
 
 
-def choose_kernels(model: MSRN | PooledLinear, settings: ModelSettings, device: torch.device) -> str:
-    """Compiles the attention's kernels for `device` as `settings.compile` says.
+def choose_kernels(model: MSRN | PooledLinear, settings: ModelSettings, device: torch.device, rank: int) -> str:
+    """Compiles the attention's kernels for `device` as `settings.compile` says; `rank` is the process's number in the run.
 
     Returns:
         What was chosen, for the log; empty where the model has no attention.
@@ -47,7 +47,7 @@ def choose_kernels(model: MSRN | PooledLinear, settings: ModelSettings, device: 
     """
     if isinstance(model, PooledLinear):
         return ""
-    return f"attention kernels {model.attention.choose_kernels(settings.compile, device)}"
+    return f"attention kernels {model.attention.choose_kernels(settings.compile, device, rank)}"
 
 
 @torch.no_grad()

@@ -73,10 +73,17 @@ def _run_compiled(kernel: Callable[..., Any], *inputs: Tensor) -> Any:
     return _compiled(kernel)(*inputs)
 
 
+# A first run waits for the C++ compiler. Precompiling its headers and probing for instruction sets pay for many kernels, not for two.
+_QUICK_START: dict[str, str | int | bool | Callable[..., Any]] = {
+    "cpp_cache_precompile_headers": False,
+    "cpp.vec_isa_ok": True,
+}
+
+
 @cache
 def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """One kernel for all levels, batch sizes and numbers of labels; a kernel a shape would compile anew for each level and short batch."""
-    return torch.compile(kernel, dynamic=True, fullgraph=True)
+    return torch.compile(kernel, dynamic=True, fullgraph=True, options=_QUICK_START)
 
 
 def _tilt(semantics: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,7 +167,7 @@ class SemanticAttention(nn.Module):
         """levels: L maps [B, N_l, D]; semantics: [Q, D] -> [B, Q, L*D], the levels side by side."""
         return torch.cat([semantic_attention(level, semantics, compiled=self.compiled) for level in levels], 2)
 
-    def choose_kernels(self, choice: Literal["auto", "on", "off"], device: torch.device) -> str:
+    def choose_kernels(self, choice: Literal["auto", "on", "off"], device: torch.device, rank: int = 0) -> str:
         """Compiles the kernels for `device`, or settles for eager tiles, once for the life of the module.
 
         Inductor keeps what it compiled in TORCHINDUCTOR_CACHE_DIR, so that a machine compiles once.
@@ -168,6 +175,7 @@ class SemanticAttention(nn.Module):
         Args:
             choice: `off`: eager; `on`: compiled; `auto`: compiled where a compiler works.
             device: where the features will be.
+            rank: number of the process; neighbours begin with different kernels and share them through Inductor's cache.
 
         Returns:
             What was chosen, for the log.
@@ -179,9 +187,12 @@ class SemanticAttention(nn.Module):
         if choice == "off":
             return "eager"
         start = time.perf_counter()
-        features = torch.zeros(2, 30, 256, device=device, requires_grad=True)
+        features, vector = torch.zeros(512, 30, device=device), torch.zeros(512, 20, device=device)
+        passes: list[tuple[Callable[..., Any], int]] = [(_moments, 2), (_pull_back, 4)]
         try:
-            semantic_attention(features, torch.zeros(20, 256, device=device), compiled=True).sum().backward()
+            with torch.no_grad():
+                for kernel, inputs in passes if rank % 2 == 0 else reversed(passes):
+                    _run_compiled(kernel, features, *[vector] * inputs)
         except Exception as error:  # whatever keeps the compiler from working, there are other kernels
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if choice == "on":
