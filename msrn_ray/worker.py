@@ -278,10 +278,18 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> None:
 
 
 def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type of a setting: `auto` is bf16 on a GPU that has it; None means float32."""
+    """The autocast type of a setting: `auto` is bf16 where the device computes in it; None means float32."""
     if choice == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+        return torch.bfloat16 if has_bf16(device) else None
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[choice]
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies in bf16; a CPU without the instructions would only convert to and fro."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def score_split(

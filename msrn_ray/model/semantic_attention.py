@@ -187,12 +187,13 @@ class SemanticAttention(nn.Module):
         if choice == "off":
             return "eager"
         start = time.perf_counter()
-        features, vector = torch.zeros(512, 30, device=device), torch.zeros(512, 20, device=device)
+        features = torch.zeros(512, 30, device=device)
         passes: list[tuple[Callable[..., Any], int]] = [(_moments, 2), (_pull_back, 4)]
         try:
             with torch.no_grad():
                 for kernel, inputs in passes if rank % 2 == 0 else reversed(passes):
-                    _run_compiled(kernel, features, *[vector] * inputs)
+                    # inputs of their own: one tensor given twice would make a kernel for just that
+                    _run_compiled(kernel, features, *(torch.zeros(512, 20, device=device) for _ in range(inputs)))
         except Exception as error:  # whatever keeps the compiler from working, there are other kernels
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if choice == "on":
