@@ -164,7 +164,7 @@ class TrainSettings(Settings):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of weights, image order and augmentation."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """Mixed precision; `auto` is bf16 on a GPU that has it, else off."""
+    """Mixed precision of training; `auto` is bf16 where GPU or CPU compute in it, else off. Images are scored in full precision."""
     storage: str = "runs"
     """Folder that holds the run folders; on a cluster one that every node sees."""
     run_name: str | None = None

@@ -254,16 +254,16 @@ def _report(
 
 
 @torch.inference_mode()
-def evaluate(
-    model: nn.Module, batches: Iterable[Batch], *, device: torch.device, amp_dtype: torch.dtype | None, num_classes: int
-) -> Scores:
-    """Scores every valid image of `batches` with the model in eval mode, on this rank alone."""
+def evaluate(model: nn.Module, batches: Iterable[Batch], *, device: torch.device, num_classes: int) -> Scores:
+    """Scores every valid image of `batches` with the model in eval mode, on this rank alone.
+
+    In full precision, whatever the model was trained in: in bf16 a score depends on which images share its batch.
+    """
     model.eval()
     row, scores, target, losses = [], [], [], []
     for cpu_batch in batches:
         batch = to_device(cpu_batch, device)
-        with autocast(device, amp_dtype):
-            logits = model(normalize(batch.images)).logits.float()
+        logits = model(normalize(batch.images)).logits
         valid = cpu_batch.valid.numpy()
         row.append(cpu_batch.row.numpy()[valid])
         scores.append(logits.sigmoid().cpu().numpy()[valid])

@@ -288,8 +288,8 @@ def has_bf16(device: torch.device) -> bool:
     """Whether the device multiplies in bf16; a CPU without the instructions would only convert to and fro."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16"))
+    capabilities: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))  # older torch does not say
 
 
 def score_split(
@@ -306,7 +306,6 @@ def score_split(
         network,
         eval_batches(table, plan, config.data, bad),
         device=device,
-        amp_dtype=amp_dtype(config.train.amp, device),
         num_classes=int(ray.get(table).schema.field("target").type.list_size),
     )
     return gather_scores(own)

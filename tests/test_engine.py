@@ -387,7 +387,7 @@ def test_loss_that_is_not_finite(log_every: int) -> None:
 def test_train_and_evaluation_mode() -> None:
     model = Toy(dropout=0.5)
     batches = [batch_of(range(6), side=8)]
-    scores = [evaluate(model, batches, device=CPU, amp_dtype=None, num_classes=NUM_LABELS).scores for _ in range(2)]
+    scores = [evaluate(model, batches, device=CPU, num_classes=NUM_LABELS).scores for _ in range(2)]
     assert not model.training
     np.testing.assert_array_equal(*scores)
     modes = []
@@ -414,7 +414,7 @@ def test_evaluation_scores_every_row() -> None:
     model = msrn()
     batches = eval_batches(EvalPlan(NUM_ROWS, 0, 1, 4))
     assert [len(batch.row) for batch in batches] == [4, 4, 2]
-    scores = evaluate(model, iter(batches), device=CPU, amp_dtype=None, num_classes=NUM_LABELS)
+    scores = evaluate(model, iter(batches), device=CPU, num_classes=NUM_LABELS)
     probabilities, losses = expected_scores(model, range(NUM_ROWS))
     assert scores.row.tolist() == list(range(NUM_ROWS))
     assert scores.row.dtype == np.int64
@@ -428,7 +428,7 @@ def test_evaluation_scores_every_row() -> None:
 def test_evaluation_leaves_out_what_is_not_valid() -> None:
     model = Toy()
     batches = [batch_of([4, 2, 7], [True, False, True], 8), batch_of([1], [False], 8), batch_of([0], side=8)]
-    scores = evaluate(model, batches, device=CPU, amp_dtype=None, num_classes=NUM_LABELS)
+    scores = evaluate(model, batches, device=CPU, num_classes=NUM_LABELS)
     assert scores.row.tolist() == [4, 7, 0]
     probabilities, losses = expected_scores(model, [4, 7, 0], 8)
     np.testing.assert_allclose(scores.scores, probabilities.numpy(), rtol=0, atol=1e-6)
@@ -437,22 +437,18 @@ def test_evaluation_leaves_out_what_is_not_valid() -> None:
 
 
 def test_evaluation_of_nothing() -> None:
-    scores = evaluate(Toy(), [], device=CPU, amp_dtype=None, num_classes=NUM_LABELS)
+    scores = evaluate(Toy(), [], device=CPU, num_classes=NUM_LABELS)
     assert scores.row.shape == scores.loss.shape == (0,)
     assert scores.scores.shape == scores.target.shape == (0, NUM_LABELS)
     assert gather_scores(scores).row.shape == (0,)
 
 
-def test_mixed_precision_keeps_scores_and_losses_in_full() -> None:
-    model, batches = msrn(), eval_batches(EvalPlan(NUM_ROWS, 0, 1, 5))
-    half = evaluate(model, batches, device=CPU, amp_dtype=torch.bfloat16, num_classes=NUM_LABELS)
-    probabilities, _ = expected_scores(model, range(NUM_ROWS))
-    assert half.scores.dtype == half.loss.dtype == np.float32
-    np.testing.assert_allclose(half.scores, probabilities.numpy(), rtol=0, atol=0.03)
-    assert not np.allclose(half.scores, probabilities.numpy(), rtol=0, atol=1e-6), "autocast was off"
-    told = train_step(trainee_of(model.train(), amp_dtype=torch.bfloat16), batch_of(range(4)), 4)
+def test_mixed_precision_keeps_the_loss_in_full() -> None:
+    told = train_step(trainee_of(msrn().train(), amp_dtype=torch.bfloat16), batch_of(range(4)), 4)
+    exact = torch.tensor(plain_loop(msrn(), [range(4)])[0])
     assert told.dtype == torch.float32
-    torch.testing.assert_close(told, torch.tensor(plain_loop(msrn(), [range(4)])[0]), rtol=0.03, atol=0)
+    torch.testing.assert_close(told, exact, rtol=0.03, atol=0)
+    assert not torch.allclose(told, exact, rtol=1e-6, atol=0), "autocast was off"
 
 
 def test_gathered_scores_are_in_row_order() -> None:
@@ -531,7 +527,6 @@ def on_each_rank(rank: int, world: int) -> dict[str, Any]:
             model,
             eval_batches(EvalPlan(num_rows, rank, world, 2)),
             device=CPU,
-            amp_dtype=None,
             num_classes=NUM_LABELS,
         )
         found[f"own {name}"] = own.row.tolist()
