@@ -287,9 +287,11 @@ def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
 def has_bf16(device: torch.device) -> bool:
     """Whether the device multiplies in bf16; a CPU without the instructions would only convert to and fro."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))  # older torch does not say
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = (
+        torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    )  # older torch does not say
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def score_split(

@@ -263,6 +263,8 @@ def test_one_kernel_for_all_sizes() -> None:
     compiled(random(2, 30, 256, dtype=torch.float32), random(20, 256, dtype=torch.float32))  # or skip
     attention = SemanticAttention()
     attention.choose_kernels("on", torch.device("cpu"))
+    with torch.inference_mode():  # its tensors are of another kind, which is looked at once
+        attention([random(2, 30, 16, dtype=torch.float32)], random(3, 16, dtype=torch.float32))
     before = counters["stats"]["unique_graphs"]
     for batch, positions, vectors, width in (
         (2, 784, 5, 16),
@@ -277,7 +279,8 @@ def test_one_kernel_for_all_sizes() -> None:
         with torch.inference_mode():
             attention(levels, semantics)
         with torch.autocast("cpu", torch.bfloat16):
-            attention(levels, semantics).sum().backward()
+            loss = attention(levels, semantics).sum()
+        loss.backward()
     assert counters["stats"]["unique_graphs"] == before
 
 
