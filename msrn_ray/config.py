@@ -99,8 +99,8 @@ class ModelSettings(Settings):
     prior_bias: bool = True
     """Start the last layer's biases at the log-odds of the label frequencies; off in the paper's recipe."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Kernels of the semantic attention: `on` compiles them (once a machine, some seconds), `off` runs them tile by tile, several
-    times slower; `auto` compiles where a compiler works (g++ for CPUs, Triton for GPUs). Results differ in the last bits."""
+    """Kernels of the semantic attention in training and evaluation: `on` compiles them (once, then from TORCHINDUCTOR_CACHE_DIR),
+    `off` runs them tile by tile, several times slower. `auto` compiles where g++ and Python's headers (CPU) or Triton (GPU) are there."""
 
     @model_validator(mode="after")
     def _check_levels(self) -> Self:
@@ -146,8 +146,7 @@ class OptimSettings(Settings):
     accumulation: Count = 1
     """Micro-batches a step is computed in; the result is that of the whole batch (BatchNorm sees micro-batches)."""
     compress_gradients: bool = False
-    """Send gradients between workers as bf16: half the traffic, gradients rounded to 8 bits. For the 264 M weights of the `mlp` head on
-    a slow network."""
+    """Send gradients between workers as bf16: half the traffic, values rounded to 8 bits. Pays with the `mlp` head on a slow network."""
     ema_decay: Fraction = 0.0
     """Decay of the exponential moving average of the weights that is evaluated and saved; 0 for none."""
 
@@ -164,7 +163,8 @@ class TrainSettings(Settings):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of weights, image order and augmentation."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """Mixed precision of training; `auto` is bf16 where GPU or CPU compute in it, else off. Images are scored in full precision."""
+    """Mixed precision of training; `auto` is bf16 where GPU or CPU (avx512_bf16, amx_bf16) compute in it, else off. Images are scored in
+    full precision."""
     storage: str = "runs"
     """Folder that holds the run folders; on a cluster one that every node sees."""
     run_name: str | None = None

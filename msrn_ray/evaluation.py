@@ -14,7 +14,7 @@ from ray.train.torch import TorchTrainer
 from .checkpoint import Checkpoint, load_checkpoint
 from .config import ExperimentConfig
 from .errors import BadImagesError, UserError
-from .model import choose_kernels
+from .model import choose_attention_kernels
 from .pipeline import BadImages, limit_ray_data
 from .predictor import build_from_checkpoint
 from .resources import allocate, connect
@@ -28,7 +28,7 @@ def evaluate_checkpoint(path: Path, config: ExperimentConfig, split: str) -> dic
 
     Args:
         path: checkpoint folder, `model.pt` or run folder.
-        config: data, protocol, resources, batch size and precision to evaluate with; its model is not used, the checkpoint's is.
+        config: data, protocol, resources, and batch size to evaluate with; its model is not used, the checkpoint's is.
         split: `train`, `val` or `test`.
 
     Returns:
@@ -62,7 +62,7 @@ def evaluate_checkpoint(path: Path, config: ExperimentConfig, split: str) -> dic
         )
         metrics: dict[str, Any] = run_trainer(trainer).return_value  # type: ignore[attr-defined]  # typed as Train V1
     trained = checkpoint.config
-    notes = list(splits.notes)
+    notes = [*splits.notes, *filter(None, [metrics.pop("kernels")])]
     if split != "test" and (trained.protocol, trained.data.val_fraction, trained.data.split_seed) != (
         config.protocol,
         config.data.val_fraction,
@@ -99,7 +99,11 @@ def _evaluate_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     checkpoint: Checkpoint = ray.get(loop_config["checkpoint"])
     device = ray.train.torch.get_device()
     network = build_from_checkpoint(checkpoint).to(device)
-    choose_kernels(network, checkpoint.config.model, device, ray.train.get_context().get_world_rank())
+    # a checkpoint that was trained with `on` is scored where there is no compiler too
+    settings = checkpoint.config.model.model_copy(
+        update={"compile": "auto" if checkpoint.config.model.compile != "off" else "off"}
+    )
+    kernels = choose_attention_kernels(network, settings, device, ray.train.get_context().get_world_rank())
     bad = BadImages()
     split = loop_config["split"]
     scores = score_split(loop_config["table"], loop_config["size"], network, config, device, bad)
@@ -111,4 +115,4 @@ def _evaluate_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
             f" data.max_bad_fraction={config.data.max_bad_fraction} allows: {'; '.join(listed[:5])}"
         )
     metrics = split_metrics(split, scores, checkpoint.label_names)
-    return metrics | {f"{split}/bad_images": len(images), "bad": listed}
+    return metrics | {f"{split}/bad_images": len(images), "bad": listed, "kernels": kernels}

@@ -200,7 +200,7 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
         check_data(folder, data)
     for line in describe(materials, config):
         print(line, flush=True)
-    print("starting Ray and the workers", flush=True)
+    print("starting Ray and the workers (the first run on a machine also compiles kernels)", flush=True)
     connect(config.resources)
     allocation = allocate(config.resources)
     try:

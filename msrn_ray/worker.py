@@ -27,7 +27,7 @@ from .engine import Progress, Scores, Trainee, evaluate, gather_scores, train_on
 from .errors import BadImagesError
 from .label_graph import LabelCounts, attend_mask
 from .metrics import MultiLabelMetrics
-from .model import build_model, choose_kernels, set_prior_bias
+from .model import build_model, choose_attention_kernels, set_prior_bias
 from .optim import build_optimizer, build_scheduler
 from .pipeline import BadImages, eval_batches, limit_ray_data, train_epochs
 from .sampling import EvalPlan, TrainPlan
@@ -61,7 +61,8 @@ class Worker:
         if config.model.prior_bias:
             set_prior_bias(network, self.loop["frequency"])
         amp = amp_dtype(config.train.amp, self.device)
-        self.kernels = choose_kernels(network, config.model, self.device, self.rank)
+        self.precision = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}[amp]
+        self.kernels = choose_attention_kernels(network, config.model, self.device, self.rank)
         model = ray.train.torch.prepare_model(
             network, parallel_strategy_kwargs=distributed.parallel_settings(config.optim.accumulation)
         )
@@ -140,7 +141,7 @@ class Worker:
             epochs=plan.epochs,
             reported=self.reported(),
             steps_per_epoch=plan.num_steps,
-            text=f"training on {self.world} x {self.device.type}{self.kernels and f', {self.kernels}'},"
+            text=f"training on {self.world} x {self.device.type} in {self.precision}{self.kernels and f', {self.kernels}'},"
             f" epochs {first_epoch + 1} to {plan.epochs}, {plan.num_steps} steps each"
             if first_epoch < plan.epochs
             else f"all {plan.epochs} epochs are done",

@@ -29,10 +29,10 @@ X_BLOCK, REDUCTION_BLOCK = 16, 8
 class Launcher:
     """Runs one generated kernel block after block."""
 
-    def __init__(self, name: str, source: str) -> None:
+    def __init__(self, name: str, source: str, folder: Path) -> None:
         self.name, self.launches = name, 0
         plain = re.sub(r"@triton_heuristics\.\w+\(.*?\n\)\n@triton\.jit", "@triton.jit", source, flags=re.DOTALL)
-        folder = Path(tempfile.mkdtemp())  # the interpreter reads the source from a file
+        # the interpreter reads the source from a file
         (folder / f"{name}.py").write_text(plain.replace("triton_helpers.set_driver_to_cpu()", ""), encoding="utf-8")
         sys.path.insert(0, str(folder))
         module = importlib.import_module(name)
@@ -45,13 +45,14 @@ class Launcher:
         self.kernel[(-(-rows // X_BLOCK),)](*arguments, XBLOCK=X_BLOCK, R0_BLOCK=REDUCTION_BLOCK)
 
 
-def main() -> None:
+def main(folder: Path) -> None:
+    """Prints the largest difference to the tiles of each output, relative, and how often each kernel ran; folder: for sources."""
     from msrn_ray.model import semantic_attention
 
     launchers: list[Launcher] = []
 
     def launcher(self: AsyncCompile, name: str, source: str, device_str: str = "cpu") -> Launcher:
-        launchers.append(Launcher(name, source))
+        launchers.append(Launcher(name, source, folder))
         return launchers[-1]
 
     AsyncCompile.triton = launcher
@@ -78,4 +79,5 @@ def difference(one: Tensor, other: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    with tempfile.TemporaryDirectory() as sources:
+        main(Path(sources))

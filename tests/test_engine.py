@@ -620,6 +620,13 @@ def test_ranks_report_the_whole_batch(groups: Any, world: int) -> None:
         assert all(0 <= one["data_wait_fraction"] < 1 for one in told)
 
 
+def test_gradients_exist_once_and_statistics_stay_each_rank_s_own() -> None:
+    one, several = distributed.parallel_settings(1), distributed.parallel_settings(3)
+    assert one["gradient_as_bucket_view"]
+    assert not one["broadcast_buffers"]
+    assert (one["static_graph"], several["static_graph"]) == (True, False)
+
+
 @WORLDS
 def test_compressed_gradients_differ_by_the_rounding_of_bf16(groups: Any, world: int) -> None:
     for found in groups[world]:

@@ -28,8 +28,9 @@ quick = settings(deadline=None, max_examples=30)
 @cache
 def compiler() -> str | None:
     """Why nothing can be compiled here, or None."""
-    chosen = SemanticAttention().choose_kernels("auto", torch.device("cpu"))
-    return None if chosen.startswith("compiled") else chosen
+    attention = SemanticAttention()
+    chosen = attention.choose_kernels("auto", torch.device("cpu"))
+    return None if attention.compiled else chosen
 
 
 def tiled(features: Tensor, semantics: Tensor) -> Tensor:
@@ -191,7 +192,16 @@ def test_what_is_not_finite_becomes_nan(attention: Attention, bad: float, tilt: 
 
 @pytest.mark.parametrize(
     ("features", "semantics"),
-    [((2, 5, 8), (3, 7)), ((2, 0, 8), (3, 8)), ((5, 8), (3, 8)), ((2, 5, 8), (8,)), ((2, 5, 8), (2, 3, 8))],
+    [
+        ((2, 5, 8), (3, 7)),
+        ((2, 0, 8), (3, 8)),
+        ((5, 8), (3, 8)),
+        ((0, 5, 8), (3, 8)),
+        ((2, 5, 8), (0, 8)),
+        ((2, 5, 0), (3, 0)),
+        ((2, 5, 8), (8,)),
+        ((2, 5, 8), (2, 3, 8)),
+    ],
 )
 def test_shapes_that_do_not_fit(features: tuple[int, ...], semantics: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="must be") as error:
@@ -208,6 +218,10 @@ def test_full_precision_under_autocast(attention: Attention) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         output = attention(features, semantics)
         from_half = attention(features.bfloat16(), semantics)
+    rounded = semantics.bfloat16()
+    torch.testing.assert_close(
+        attention(features, rounded).double(), direct(features.double(), rounded.double()), rtol=1e-5, atol=1e-5
+    )
     assert output.dtype == from_half.dtype == torch.float32
     torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
@@ -263,8 +277,6 @@ def test_one_kernel_for_all_sizes() -> None:
     compiled(random(2, 30, 256, dtype=torch.float32), random(20, 256, dtype=torch.float32))  # or skip
     attention = SemanticAttention()
     attention.choose_kernels("on", torch.device("cpu"))
-    with torch.inference_mode():  # its tensors are of another kind, which is looked at once
-        attention([random(2, 30, 16, dtype=torch.float32)], random(3, 16, dtype=torch.float32))
     before = counters["stats"]["unique_graphs"]
     for batch, positions, vectors, width in (
         (2, 784, 5, 16),
@@ -275,13 +287,46 @@ def test_one_kernel_for_all_sizes() -> None:
     ):
         levels = [random(batch, positions, width, dtype=torch.float32).requires_grad_()]
         semantics = random(vectors, width, dtype=torch.float32).requires_grad_()
-        attention(levels, semantics).sum().backward()
+        output = attention(levels, semantics)
+        output.backward(torch.randn_like(output))
         with torch.inference_mode():
             attention(levels, semantics)
         with torch.autocast("cpu", torch.bfloat16):
             loss = attention(levels, semantics).sum()
         loss.backward()
     assert counters["stats"]["unique_graphs"] == before
+
+
+def test_the_chosen_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["msrn_ray.model.semantic_attention"]
+    calls: list[str] = []
+    run = module._run_compiled
+
+    def note(kernel: Any, *inputs: Tensor) -> Any:
+        calls.append(kernel.__name__)
+        return run(kernel, *inputs)
+
+    monkeypatch.setattr(module, "_run_compiled", note)
+    compiled(random(2, 3, 4), random(5, 4))  # or skip
+    attention = SemanticAttention()
+    expected: dict[Any, list[str]] = {"off": [], "on": ["_moments", "_pull_back"]}
+    for choice, names in expected.items():
+        attention.choose_kernels(choice, torch.device("cpu"))
+        calls.clear()
+        attention([random(2, 9, 5).requires_grad_()], random(3, 5)).sum().backward()
+        assert calls == names
+
+
+@both
+def test_an_outlier_costs_no_more_than_its_roundings(attention: Attention) -> None:
+    features = 0.01 * random(1, 784, 4, dtype=torch.float32)
+    features[0, 5] = 100
+    semantics = torch.tensor([[1e-4], [-1e-4], [0.0], [3.0]]).expand(4, 4).contiguous()
+    weight = torch.ones(1, 4, 4)
+    exact = with_gradients(direct, features.double(), semantics.double(), weight.double())
+    for ours, theirs in zip(with_gradients(attention, features, semantics, weight), exact, strict=True):
+        # N roundings in the mean, as many in each term of the variance
+        torch.testing.assert_close(ours.double(), theirs, rtol=3 * 784 * 2**-23, atol=1e-5)
 
 
 def test_levels_lie_side_by_side() -> None:
@@ -295,7 +340,7 @@ def test_levels_lie_side_by_side() -> None:
 
 def test_kernels_are_not_compiled_when_told() -> None:
     attention = SemanticAttention()
-    assert attention.choose_kernels("off", torch.device("cpu")) == "eager"
+    assert attention.choose_kernels("off", torch.device("cpu")) == "tile by tile"
     assert not attention.compiled
 
 
@@ -330,10 +375,11 @@ except UserError as error:
         "-c", script, CXX=str(tmp_path / "no-compiler"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")
     )
     auto, computed, on = output.splitlines()
-    assert auto.startswith("eager (not compiled: ")
+    assert auto.startswith("tile by tile, several times slower (not compiled: ")
     assert "compiler" in auto
     assert computed == "False [[[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]]"
     assert on.startswith("model.compile=on: the attention kernels cannot be compiled (")
+    assert "install g++" in on
 
 
 def test_gpu_kernels_under_triton_s_interpreter() -> None:

@@ -11,7 +11,15 @@ from .baselines import PooledLinear
 from .msrn import MSRN
 from .semantic_attention import semantic_attention
 
-__all__ = ["MSRN", "Backbone", "PooledLinear", "build_model", "choose_kernels", "semantic_attention", "set_prior_bias"]
+__all__ = [
+    "MSRN",
+    "Backbone",
+    "PooledLinear",
+    "build_model",
+    "choose_attention_kernels",
+    "semantic_attention",
+    "set_prior_bias",
+]
 
 
 def build_model(
@@ -36,7 +44,9 @@ def build_model(
     return model
 
 
-def choose_kernels(model: MSRN | PooledLinear, settings: ModelSettings, device: torch.device, rank: int) -> str:
+def choose_attention_kernels(
+    model: MSRN | PooledLinear, settings: ModelSettings, device: torch.device, rank: int
+) -> str:
     """Compiles the attention's kernels for `device` as `settings.compile` says; `rank` is the process's number in the run.
 
     Returns:

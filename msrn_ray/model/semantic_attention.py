@@ -67,23 +67,53 @@ def _run_tiled(kernel: Callable[..., Any], features: Tensor, *by_vector: Tensor)
 
 
 def _run_compiled(kernel: Callable[..., Any], *inputs: Tensor) -> Any:
-    """`kernel` compiled, for any sizes but one, for which the compiler would write other kernels; inputs: [R,N] or [R,Q]."""
+    """`kernel` compiled; inputs: [R,N] or [R,Q]. A side of 1 runs tiled: the compiler would write kernels of their own for it."""
     if min(size for tensor in inputs for size in tensor.shape) == 1:
         return _run_tiled(kernel, *inputs)
     return _compiled(kernel)(*inputs)
 
 
-# A first run waits for the C++ compiler. Precompiling its headers and probing for instruction sets pay for many kernels, not for two.
-_QUICK_START: dict[str, str | int | bool | Callable[..., Any]] = {
+@cache
+def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """One kernel for all levels, batch sizes and numbers of labels; a kernel a shape would compile anew for each level and short batch."""
+    return torch.compile(kernel, dynamic=True, fullgraph=True, options=_inductor_options)
+
+
+# A first run waits for the C++ compiler. Precompiling its headers and probing which instruction sets it knows pay for many kernels, not for
+# two; `compile_kernels` probes after all where that fails.
+_inductor_options: dict[str, str | int | bool | Callable[..., Any]] = {
     "cpp_cache_precompile_headers": False,
     "cpp.vec_isa_ok": True,
 }
 
 
-@cache
-def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """One kernel for all levels, batch sizes and numbers of labels; a kernel a shape would compile anew for each level and short batch."""
-    return torch.compile(kernel, dynamic=True, fullgraph=True, options=_QUICK_START)
+def compile_kernels(device: torch.device, rank: int) -> None:
+    """Compiles both kernels, or takes them from Inductor's cache; neighbouring ranks begin with different ones and share them there.
+
+    Raises:
+        Exception: of any kind that Inductor raises where no compiler works.
+    """
+    try:
+        _call_kernels(device, rank)
+    except Exception:
+        if not _inductor_options:
+            raise
+        _inductor_options.clear()
+        _compiled.cache_clear()
+        torch._dynamo.reset()
+        _call_kernels(device, rank)
+
+
+@torch.no_grad()
+def _call_kernels(device: torch.device, rank: int) -> None:
+    features = torch.zeros(512, 30, device=device)
+    passes: list[tuple[Callable[..., Any], int]] = [(_moments, 2), (_pull_back, 4)]
+    for kernel, num_inputs in passes if rank % 2 == 0 else reversed(passes):
+        # inputs of their own: one tensor given twice would make a kernel for just that
+        _run_compiled(kernel, features, *(torch.zeros(512, 20, device=device) for _ in range(num_inputs)))
+    with torch.inference_mode():  # its tensors are of another kind, which the compiler looks at anew
+        features, vector = torch.zeros(512, 30, device=device), torch.zeros(512, 20, device=device)
+        _run_compiled(_moments, features, vector, vector.clone())
 
 
 def _tilt(semantics: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +123,10 @@ def _tilt(semantics: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]
 
 
 class _TiltedMean(torch.autograd.Function):
-    """The exponentially tilted mean with its closed-form gradient; keeps numbers of [B,N,D] and [B,Q,D] for backward."""
+    """features [B,N,D], semantics [Q,D] -> the exponentially tilted mean [B,Q,D], with its closed-form gradient.
+
+    Keeps numbers of [B,N,D] and [B,Q,D] for backward.
+    """
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, semantics: Tensor, compiled: bool) -> Tensor:
@@ -103,7 +136,9 @@ class _TiltedMean(torch.autograd.Function):
         low, high = rows.aminmax(dim=1, keepdim=True)
         tilt, extreme = _tilt(semantics, low, high)
         total, first, second = run(_moments, rows, tilt, extreme)
-        mean = first / total  # of P - extreme, so that nothing cancels in the variance where one position has it all
+        mean = (
+            first / total
+        )  # of P - extreme: where one position has it all nothing cancels, elsewhere some N roundings at most
         ctx.save_for_backward(rows, semantics, low, high, total, mean, second / total - mean * mean)
         ctx.run = run
         output: Tensor = (extreme + mean).view(batch, width, -1).transpose(1, 2).contiguous()
@@ -114,7 +149,7 @@ class _TiltedMean(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows, semantics, low, high, total, mean, variance = ctx.saved_tensors
         batch, vectors, width = grad.shape
-        grad = grad.transpose(1, 2).reshape(batch * width, vectors)  # [R,Q]
+        grad = grad.transpose(1, 2).reshape(batch * width, vectors).contiguous()  # [R,Q]; a view where B is 1
         grad_features = grad_semantics = None
         if ctx.needs_input_grad[1]:
             grad_semantics = (grad * variance).view(batch, width, vectors).sum(0).t()
@@ -131,7 +166,7 @@ def semantic_attention(features: Tensor, semantics: Tensor, *, compiled: bool = 
     """Pools the positions of a feature map once for each semantic vector, channel by channel.
 
     Args:
-        features: [B, N, D] float, N >= 1.
+        features: [B, N, D] float.
         semantics: [Q, D] float, label or group embeddings.
         compiled: run the two passes as compiled kernels (see `SemanticAttention.choose_kernels`) instead of tile by tile.
 
@@ -139,14 +174,18 @@ def semantic_attention(features: Tensor, semantics: Tensor, *, compiled: bool = 
         [B, Q, D], each value between the smallest and the largest feature of its channel; float32 for half precision.
 
     Raises:
-        ValueError: if the widths differ or N is 0, with both shapes.
+        ValueError: if the widths differ or a side is 0, with both shapes.
 
     Source: arXiv 2106.11596, section 3.3.
     """
-    if features.dim() != 3 or semantics.dim() != 2 or features.shape[2] != semantics.shape[1] or features.shape[1] == 0:
-        raise ValueError(
-            f"features {tuple(features.shape)} and semantics {tuple(semantics.shape)} must be [B, N >= 1, D] and [Q, D]"
-        )
+    shapes = tuple(features.shape), tuple(semantics.shape)
+    if (
+        features.dim() != 3
+        or semantics.dim() != 2
+        or features.shape[2] != semantics.shape[1]
+        or 0 in shapes[0] + shapes[1]
+    ):
+        raise ValueError(f"features {shapes[0]} and semantics {shapes[1]} must be [B, N, D] and [Q, D], no side 0")
     if features.dtype.itemsize < 4 or semantics.dtype.itemsize < 4:  # exp and sums lose too much in half precision
         features, semantics = features.float(), semantics.float()
     with torch.autocast(features.device.type, enabled=False):
@@ -185,19 +224,18 @@ class SemanticAttention(nn.Module):
         """
         self.compiled = False
         if choice == "off":
-            return "eager"
+            return "tile by tile"
         start = time.perf_counter()
-        features = torch.zeros(512, 30, device=device)
-        passes: list[tuple[Callable[..., Any], int]] = [(_moments, 2), (_pull_back, 4)]
         try:
-            with torch.no_grad():
-                for kernel, inputs in passes if rank % 2 == 0 else reversed(passes):
-                    # inputs of their own: one tensor given twice would make a kernel for just that
-                    _run_compiled(kernel, features, *(torch.zeros(512, 20, device=device) for _ in range(inputs)))
+            compile_kernels(device, rank)
         except Exception as error:  # whatever keeps the compiler from working, there are other kernels
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            reason = next((line for line in lines if "error:" in line), lines[0]).strip()
+            needed = "g++ and Python's headers, python3-dev on Debian" if device.type == "cpu" else "Triton"
             if choice == "on":
-                raise UserError(f"model.compile=on: the attention kernels cannot be compiled ({reason})") from None
-            return f"eager (not compiled: {reason})"
+                raise UserError(
+                    f"model.compile=on: the attention kernels cannot be compiled ({reason}); install {needed}, or set it to off"
+                ) from None
+            return f"tile by tile, several times slower (not compiled: {reason}; it needs {needed})"
         self.compiled = True
         return f"compiled in {time.perf_counter() - start:.0f} s"

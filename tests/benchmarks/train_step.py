@@ -9,11 +9,11 @@ gradients, beside one process with both cores. `curve`: the losses of 40 steps w
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,17 @@ def make_trainee(preset: str, labels: int, *, lr: float | None = None, **model: 
     optimizer = build_optimizer(network, settings)
     scheduler = build_scheduler(optimizer, settings, 1000, 40)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return Trainee(network, optimizer, scheduler, scaler, None, None, settings.clip_norm, 1, 1e-4)
+    return Trainee(
+        network,
+        optimizer,
+        scheduler,
+        scaler,
+        ema=None,
+        amp_dtype=None,
+        clip_norm=settings.clip_norm,
+        accumulation=1,
+        group_weight=config.loss.group_weight,
+    )
 
 
 def single(name: str) -> None:
@@ -171,12 +181,17 @@ def curve(name: str) -> None:
     )
 
 
-def main(modes: Sequence[str]) -> None:
-    print(f"{torch.get_num_threads()} threads")
-    for mode in modes or ("single", "workers", "curve"):
+MODES = {"single": single, "workers": workers, "curve": curve}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modes", nargs="*", choices=MODES, default=list(MODES))
+    print(f"{torch.get_num_threads()} threads", flush=True)
+    for mode in parser.parse_args().modes:
         for name in SHAPES if mode == "single" else ["COCO"]:
-            {"single": single, "workers": workers, "curve": curve}[mode](name)
+            MODES[mode](name)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
