@@ -95,7 +95,7 @@ def compile_kernels(device: torch.device, rank: int) -> None:
     """
     try:
         _call_kernels(device, rank)
-    except Exception:
+    except Exception:  # Inductor raises many kinds; what is not mended by probing is raised again
         if not _inductor_options:
             raise
         _inductor_options.clear()
