@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch._inductor.async_compile import AsyncCompile
 
-X_BLOCK, REDUCTION_BLOCK = 16, 8
+X_BLOCK, Y_BLOCK, REDUCTION_BLOCK = 16, 4, 8
 
 
 class Launcher:
@@ -41,8 +41,15 @@ class Launcher:
 
     def run(self, *arguments: Any, stream: object) -> None:
         self.launches += 1
-        rows = arguments[-2]
-        self.kernel[(-(-rows // X_BLOCK),)](*arguments, XBLOCK=X_BLOCK, R0_BLOCK=REDUCTION_BLOCK)
+        blocks = {"XBLOCK": X_BLOCK, "R0_BLOCK": REDUCTION_BLOCK}
+        numbers = arguments[
+            -2:-1
+        ]  # of output numbers along x; before it along y, where the kernel has tiles of two sides
+        if "YBLOCK" in self.kernel.arg_names:
+            blocks["YBLOCK"] = Y_BLOCK
+            numbers = arguments[-2], arguments[-3]
+        grid = tuple(-(-number // block) for number, block in zip(numbers, (X_BLOCK, Y_BLOCK), strict=False))
+        self.kernel[grid](*arguments, **blocks)
 
 
 def main(folder: Path) -> None:

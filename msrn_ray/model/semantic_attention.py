@@ -33,41 +33,41 @@ _CPU_TILE_ELEMENTS, _GPU_TILE_ELEMENTS = 2**18, 2**26
 
 
 def _moments(features: Tensor, tilt: Tensor, extreme: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over positions of w, w x and w x^2, [R,Q] each, where x = P - extreme and w = 2^(tilt x) <= 1.
+    """Sums over positions of w, w x and w x^2, [Q,R] each, where x = P - extreme and w = 2^(tilt x) <= 1.
 
     Args:
         features: P, [R,N].
-        tilt: q log2 e, [R,Q].
-        extreme: [R,Q], where w is 1.
+        tilt: q log2 e, [Q,R].
+        extreme: [Q,R], where w is 1.
     """
-    offset = features[:, None] - extreme[..., None]
+    offset = features[None] - extreme[..., None]
     weight = (tilt[..., None] * offset).exp2_()
     moment = weight * offset
     return weight.sum(-1), moment.sum(-1), (moment * offset).sum(-1)
 
 
 def _pull_back(features: Tensor, tilt: Tensor, extreme: Tensor, constant: Tensor, slope: Tensor) -> Tensor:
-    """Sum over semantic vectors of w (constant + slope x), [R,N]; constant and slope: [R,Q], the rest as in `_moments`."""
-    offset = features[:, None] - extreme[..., None]
+    """Sum over semantic vectors of w (constant + slope x), [R,N]; constant and slope: [Q,R], the rest as in `_moments`."""
+    offset = features[None] - extreme[..., None]
     weight = (tilt[..., None] * offset).exp2_()
-    return (weight * (constant[..., None] + slope[..., None] * offset)).sum(1)
+    return (weight * (constant[..., None] + slope[..., None] * offset)).sum(0)
 
 
 def _run_tiled(kernel: Callable[..., Any], features: Tensor, *by_vector: Tensor) -> Any:
-    """`kernel` over tiles of rows that stay in the cache; features: [R,N], by_vector: [R,Q] each."""
+    """`kernel` over tiles of rows that stay in the cache; features: [R,N], by_vector: [Q,R] each."""
     elements = _CPU_TILE_ELEMENTS if features.device.type == "cpu" else _GPU_TILE_ELEMENTS
-    size = max(1, elements // (features.shape[1] * by_vector[0].shape[1]))
+    size = max(1, elements // (features.shape[1] * len(by_vector[0])))
     tiles = [
-        kernel(*(tensor[start : start + size] for tensor in (features, *by_vector)))
+        kernel(features[start : start + size], *(tensor[:, start : start + size] for tensor in by_vector))
         for start in range(0, len(features), size)
     ]
     if isinstance(tiles[0], Tensor):
         return torch.cat(tiles)
-    return tuple(torch.cat(parts) for parts in zip(*tiles, strict=True))
+    return tuple(torch.cat(parts, 1) for parts in zip(*tiles, strict=True))
 
 
 def _run_compiled(kernel: Callable[..., Any], *inputs: Tensor) -> Any:
-    """`kernel` compiled; inputs: [R,N] or [R,Q]. A side of 1 runs tiled: the compiler would write kernels of their own for it."""
+    """`kernel` compiled; inputs: [R,N] or [Q,R]. A side of 1 runs tiled: the compiler would write kernels of their own for it."""
     if min(size for tensor in inputs for size in tensor.shape) == 1:
         return _run_tiled(kernel, *inputs)
     return _compiled(kernel)(*inputs)
@@ -110,15 +110,15 @@ def _call_kernels(device: torch.device, rank: int) -> None:
     passes: list[tuple[Callable[..., Any], int]] = [(_moments, 2), (_pull_back, 4)]
     for kernel, num_inputs in passes if rank % 2 == 0 else reversed(passes):
         # inputs of their own: one tensor given twice would make a kernel for just that
-        _run_compiled(kernel, features, *(torch.zeros(512, 20, device=device) for _ in range(num_inputs)))
+        _run_compiled(kernel, features, *(torch.zeros(20, 512, device=device) for _ in range(num_inputs)))
     with torch.inference_mode():  # its tensors are of another kind, which the compiler looks at anew
-        features, vector = torch.zeros(512, 30, device=device), torch.zeros(512, 20, device=device)
+        features, vector = torch.zeros(512, 30, device=device), torch.zeros(20, 512, device=device)
         _run_compiled(_moments, features, vector, vector.clone())
 
 
 def _tilt(semantics: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """semantics: [Q,D], low and high: [R,1], least and largest feature -> tilt and extreme of each row, [R,Q]."""
-    tilt = (semantics.t() * math.log2(math.e)).repeat(len(low) // semantics.shape[1], 1)
+    """semantics: [Q,D], low and high: [R], least and largest feature -> tilt and extreme of each row, [Q,R]."""
+    tilt = (semantics * math.log2(math.e)).repeat(1, len(low) // semantics.shape[1])
     return tilt, torch.where(tilt > 0, high, low)
 
 
@@ -133,15 +133,14 @@ class _TiltedMean(torch.autograd.Function):
         run = _run_compiled if compiled else _run_tiled
         batch, positions, width = features.shape
         rows = features.transpose(1, 2).reshape(batch * width, positions).contiguous()
-        low, high = rows.aminmax(dim=1, keepdim=True)
+        low, high = rows.aminmax(dim=1)
         tilt, extreme = _tilt(semantics, low, high)
         total, first, second = run(_moments, rows, tilt, extreme)
-        mean = (
-            first / total
-        )  # of P - extreme: where one position has it all nothing cancels, elsewhere some N roundings at most
+        # of P - extreme: where one position has it all nothing cancels, elsewhere some N roundings at most
+        mean = first / total
         ctx.save_for_backward(rows, semantics, low, high, total, mean, second / total - mean * mean)
         ctx.run = run
-        output: Tensor = (extreme + mean).view(batch, width, -1).transpose(1, 2).contiguous()
+        output: Tensor = (extreme + mean).view(-1, batch, width).transpose(0, 1).contiguous()
         return output
 
     @staticmethod
@@ -149,10 +148,10 @@ class _TiltedMean(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows, semantics, low, high, total, mean, variance = ctx.saved_tensors
         batch, vectors, width = grad.shape
-        grad = grad.transpose(1, 2).reshape(batch * width, vectors).contiguous()  # [R,Q]; a view where B is 1
+        grad = grad.transpose(0, 1).reshape(vectors, batch * width).contiguous()  # [Q,R]; a view where B is 1
         grad_features = grad_semantics = None
         if ctx.needs_input_grad[1]:
-            grad_semantics = (grad * variance).view(batch, width, vectors).sum(0).t()
+            grad_semantics = (grad * variance).view(vectors, batch, width).sum(1)
         if ctx.needs_input_grad[0]:
             tilt, extreme = _tilt(semantics, low, high)
             scaled = grad / total

@@ -164,21 +164,23 @@ def workers(name: str) -> None:
 
 
 def curve(name: str) -> None:
-    """Prints how far the losses of the two forms part over the steps."""
+    """Prints how far the losses of the two forms part over the steps, and how far the direct form parts from itself on one thread."""
     preset, labels, images = SHAPES[name]
     losses: dict[str, list[float]] = {}
-    for form in ("direct", "compiled"):
-        trainee = make_trainee(preset, labels, lr=0.01, head="elementwise")
-        if form == "direct":
+    threads = torch.get_num_threads()
+    for form in ("direct", "compiled", "direct, one thread"):
+        trainee = make_trainee(preset, labels, lr=0.001, head="elementwise")
+        if form != "compiled":
             trainee.network.attention = DirectAttention()
+        torch.set_num_threads(1 if form.endswith("one thread") else threads)
         losses[form] = [
             float(train_step(trainee, make_batch(images, labels, seed=step), images).sum()) for step in range(STEPS)
         ]
-    apart = max(abs(one - other) / abs(one) for one, other in zip(*losses.values(), strict=True))
-    first, last = losses["compiled"][0], losses["compiled"][-1]
-    print(
-        f"  {name}: {STEPS} steps, loss {first:.4f} to {last:.4f}; the curves part by {apart:.1e} of the loss at most"
-    )
+        torch.set_num_threads(threads)
+    for form in ("compiled", "direct, one thread"):
+        apart = [abs(one - other) / abs(one) for one, other in zip(losses["direct"], losses[form], strict=True)]
+        print(f"  {name}, {STEPS} steps, {form}: parts from direct by {max(apart):.1e} of the loss at most")
+    print(f"  loss {losses['compiled'][0]:.4f} to {losses['compiled'][-1]:.4f}", flush=True)
 
 
 MODES = {"single": single, "workers": workers, "curve": curve}
