@@ -197,7 +197,7 @@ def test_nuswide_and_its_unlabelled_images(shared: Path) -> None:
 
 def test_nuswide_says_what_became_of_unlabelled_images(shared: Path) -> None:
     notes = load_splits(config(shared / "data/nuswide_mini", data__dataset="nuswide")).notes
-    assert "Train: 178 images, 29 without a label dropped" in notes
+    assert "Train: 149 of 178 images, 29 without a label dropped" in notes
     assert "Test: 114 images, 13 without a label kept" in notes
 
 
@@ -246,7 +246,7 @@ def test_describe_says_what_is_about_to_happen(tmp_path: Path) -> None:
     root = make_coco(tmp_path / "set", {"train": rows, "val": [[0], [2]], "test": [[1], [2]]})
     settings = config(root, model__tau=0.6)
     lines = list(describe(gather_materials(settings), settings))
-    assert "train2014: 12 images, 0 without a label dropped" in lines
+    assert "train2014: 12 of 12 images, 0 without a label dropped" in lines
     assert "coco: 3 labels, images: train 12, val 2, test 2" in lines
     assert "label graph at tau 0.6: 2 edges" in lines
     assert "train: no image with cat; cannot be learnt" in lines
