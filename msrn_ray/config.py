@@ -55,7 +55,7 @@ class DataSettings(Settings):
     missing_images: Literal["error", "skip"] = "error"
     """What listed images are that are not there: an error, or left out and counted (many of NUS-WIDE can no longer be had)."""
     crowd: bool = True
-    """Count COCO's annotations of crowds (`iscrowd` = 1) as labels, as the reference does."""
+    """Count COCO's annotations of crowds (`iscrowd` = 1: many people, a row of books) as labels."""
     voc_difficult: Literal["ignore", "positive", "negative", "reference"] = "ignore"
     """What a VOC object marked difficult counts as; `ignore` makes it unknown (-1), as the VOC evaluation does; `reference`: positive
     in train (with what is split off as val), unknown in test, as in ML-GCN and the papers after it."""

@@ -135,9 +135,8 @@ def _coco_layout(root: Location, settings: DataSettings) -> Published:
 
     train = read("train", settings.keep_unlabelled_train)
     val = read("val", settings.keep_unlabelled_eval)
-    if has_split(
-        root, "test", year
-    ):  # COCO's own test labels are not published; a data set in its layout may have them
+    # COCO's own test labels are not published; a data set in its layout may have them
+    if has_split(root, "test", year):
         return Published(train, val, read("test", settings.keep_unlabelled_eval))
     return Published(train, None, val)
 

@@ -164,6 +164,7 @@ def _as_os_error(place: Location) -> Iterator[None]:
         raise OSError(f"{place}: {error}") from None
 
 
+_GOOGLE = ("gs", "gcs")
 _S3_OPTIONS = ("region", "scheme", "endpoint_override", "anonymous")
 _CONNECT_SECONDS, _REQUEST_SECONDS = 5, 20  # a bucket that does not answer is an error soon, not a hang
 
@@ -181,6 +182,8 @@ def filesystem_of(place: str) -> tuple[pafs.FileSystem, str]:
         return _connect("file", "", ""), rest if os.path.exists(rest) else unquote(rest)
     path, _, options = rest.partition("?")
     bucket, _, _ = path.partition("/")
+    if scheme in _GOOGLE:  # a public bucket is written gs://anonymous@bucket
+        path = path.removeprefix("anonymous@")
     return _connect(scheme, bucket, options), path
 
 
@@ -188,6 +191,8 @@ def filesystem_of(place: str) -> tuple[pafs.FileSystem, str]:
 def _connect(scheme: str, bucket: str, options: str) -> pafs.FileSystem:
     if scheme == "file":
         return pafs.LocalFileSystem()
+    if scheme in _GOOGLE and "retry_limit_seconds" not in dict(parse_qsl(options)):  # pyarrow's own limit is 15 minutes
+        options = "&".join(filter(None, (options, f"retry_limit_seconds={_REQUEST_SECONDS}")))
     uri = f"{scheme}://{bucket}" + (f"?{options}" if options else "")
     try:
         if scheme == "s3":

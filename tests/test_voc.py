@@ -175,12 +175,12 @@ def test_xml_that_agrees_is_not_mentioned(tmp_path: Path) -> None:
         (
             "000005",
             [],
-            r"cat_train\.txt: says that image 000005 has cat, but its file in .*Annotations has no cat; 1 such",
+            r"cat_train\.txt: image 000005 has cat, but no cat in .*Annotations/000005\.xml; 1 such",
         ),
         (
             "000009",
             [("bus", "0")],
-            r"bus_train\.txt: says that image 000009 has no bus, but its file .* has bus; 1 such",
+            r"bus_train\.txt: image 000009 has no bus, but bus in .*Annotations/000009\.xml; 1 such",
         ),
         (
             "000009",

@@ -124,7 +124,7 @@ def _read_official(
 def _official_concepts(root: Location, split: str, file: str | None) -> tuple[str, ...]:
     """The concepts to read, in their order; each must have a file of labels."""
     files = (root / _LABEL_FOLDER).names(missing_ok=True)
-    in_train = [name[len("Labels_") : -len("_Train.txt")] for name in files if name.endswith("_Train.txt")]
+    in_train = [name[len("Labels_") : -len("_Train.txt")] for name in files if _is_of_train(name)]
     if not in_train:
         raise UserError(
             f"{root / _LABEL_FOLDER}: no file Labels_<concept>_Train.txt in it; give the folder that holds {_OFFICIAL}"
@@ -142,6 +142,10 @@ def _official_concepts(root: Location, split: str, file: str | None) -> tuple[st
                 f" unpack it or correct the name{_did_you_mean(concept, in_train)}"
             )
     return NUSWIDE_LABELS if set(concepts) == set(NUSWIDE_LABELS) else concepts
+
+
+def _is_of_train(file: str) -> bool:
+    return file.startswith("Labels_") and file.endswith("_Train.txt")
 
 
 def _did_you_mean(name: str, known: Sequence[str]) -> str:

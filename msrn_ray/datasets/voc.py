@@ -57,15 +57,15 @@ def read_voc(
     """
     base = find_voc(Location.of(root), year)
     lists = base / "ImageSets" / "Main"
-    image_ids, _ = _read_list(lists, VOC_LABELS[0], split)
-    values = np.empty((len(image_ids), len(VOC_LABELS)), np.int8)
-    for column, label in enumerate(VOC_LABELS):
-        listed, values[:, column] = _read_list(lists, label, split)
+    read = {label: _read_list(lists, label, split) for label in VOC_LABELS}
+    image_ids, _ = read[VOC_LABELS[0]]
+    for label, (listed, _) in read.items():
         if listed != image_ids:
             raise UserError(
                 f"{lists / f'{label}_{split}.txt'}: lists other images, or in another order, than "
                 f"{VOC_LABELS[0]}_{split}.txt; unpack {base.name} again"
             )
+    values = np.array([column for _, column in read.values()], np.int8).T
     file_names = [f"{image_id}.jpg" for image_id in image_ids]
     found = find_images(base / "JPEGImages", file_names, lists / f"{VOC_LABELS[0]}_{split}.txt", missing_images)
     notes = [*missing_notes(split, found), *_compare_with_xml(base, split, image_ids, values)]
@@ -143,8 +143,8 @@ def _compare_with_xml(base: Location, split: str, image_ids: list[str], values: 
         UserError: where one has a class that the other does not have, naming file and image.
     """
     folder = base / "Annotations"
-    there = set(folder.names(missing_ok=True))
-    rows = [row for row, image_id in enumerate(image_ids) if f"{image_id}.xml" in there]
+    names = set(folder.names(missing_ok=True))
+    rows = [row for row, image_id in enumerate(image_ids) if f"{image_id}.xml" in names]
     notes = []
     if len(rows) < len(image_ids):
         num_without = len(image_ids) - len(rows)
@@ -160,11 +160,11 @@ def _compare_with_xml(base: Location, split: str, image_ids: list[str], values: 
     against = ((in_lists == _IN_EASY) & (in_xml == _IN_NONE)) | ((in_lists == _IN_NONE) & (in_xml == _IN_EASY))
     if against.any():
         row, column = np.argwhere(against)[0]
-        label = VOC_LABELS[column]
-        says, not_so = ("", "no ") if in_lists[row, column] == _IN_EASY else ("no ", "")
+        image_id, label = image_ids[rows[row]], VOC_LABELS[column]
+        here, there = ("", "no ") if in_lists[row, column] == _IN_EASY else ("no ", "")
         raise UserError(
-            f"{base / 'ImageSets' / 'Main' / f'{label}_{split}.txt'}: says that image {image_ids[rows[row]]} has {says}{label}, but its"
-            f" file in {folder} has {not_so}{label}; {np.count_nonzero(against)} such contradictions: correct the wrong file, or take"
+            f"{base / 'ImageSets' / 'Main' / f'{label}_{split}.txt'}: image {image_id} has {here}{label}, but {there}{label} in"
+            f" {folder / f'{image_id}.xml'}; {np.count_nonzero(against)} such contradictions: correct the wrong file, or take"
             " Annotations/ away to go by the class files alone"
         )
     differ = np.argwhere(in_lists != in_xml)
