@@ -14,7 +14,7 @@ from .datasets.coco import find_year, has_split, read_coco
 from .datasets.nuswide import read_nuswide
 from .datasets.scenes import generate_scenes
 from .datasets.split import stratified_split
-from .datasets.voc import find_voc, read_voc
+from .datasets.voc import Difficult, find_voc, read_voc
 from .errors import UserError
 from .storage import Location
 from .types import SampleTable
@@ -146,7 +146,7 @@ def _voc(settings: DataSettings) -> Published:
     # the labels of VOC2012's test split are not published
     names = ("train", "val") if base.name == "VOC2012" else ("trainval", "test")
     difficult = settings.voc_difficult
-    policies = ("positive", "ignore") if difficult == "reference" else (difficult, difficult)
+    policies: tuple[Difficult, Difficult] = ("positive", "ignore") if difficult == "reference" else (difficult, difficult)
     train, test = (
         read_voc(base, name, difficult=policy, missing_images=settings.missing_images)
         for name, policy in zip(names, policies, strict=True)

@@ -24,7 +24,7 @@ from msrn_ray.types import SampleTable
 
 from .tiny import make_coco, make_photo
 
-ROOTS = ("path", "file", "memory", "s3")
+ROOTS = ("path", "file", "memory", pytest.param("s3", marks=pytest.mark.slow))
 KEPT = {"keep_unlabelled_train": True, "keep_unlabelled_eval": True}
 # name -> folder of the fixtures, settings, labels
 CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
@@ -124,21 +124,20 @@ class TestConformance:
         for row in (0, len(uris) // 2, len(uris) - 1):
             assert read_bytes(uris[row]) == read_bytes(read(case, "path").train.table["uri"][row].as_py())
 
-    def test_deterministic(self, read: Reader, case: str, kind: str) -> None:
-        if kind != "path":
-            pytest.skip("other roots are compared with the path")
-        folder, settings, _ = CASES[case]
-        root = str(Path(read(case, kind).train.table["uri"][0].as_py().split(folder)[0]) / folder)
-        again = READERS[settings["dataset"]](DataSettings(root=root, **settings))
-        for first, second in zip(parts(read(case, kind)), parts(again), strict=True):
-            assert first.table.equals(second.table)
-            assert (first.label_names, first.source, first.notes) == (second.label_names, second.source, second.notes)
-
     def test_notes_are_lines(self, read: Reader, case: str, kind: str) -> None:
         for part in parts(read(case, kind)):
             for line in (*part.notes, part.source):
                 assert line.strip() == line != ""
                 assert "\n" not in line
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_deterministic(shared: Path, read: Reader, case: str) -> None:
+    folder, settings, _ = CASES[case]
+    again = READERS[settings["dataset"]](DataSettings(root=str(shared / "data" / folder), **settings))
+    for first, second in zip(parts(read(case, "path")), parts(again), strict=True):
+        assert first.table.equals(second.table)
+        assert (first.label_names, first.source, first.notes) == (second.label_names, second.source, second.notes)
 
 
 def labels_of(*tables: SampleTable) -> dict[str, set[str]]:

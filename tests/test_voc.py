@@ -44,7 +44,7 @@ def test_values(tmp_path: Path, difficult: Literal["ignore", "positive", "negati
     np.testing.assert_array_equal(samples.targets, expected)
     assert samples.table["image_id"].to_pylist() == ["000002", "000005", "000009"]
     assert samples.table["uri"].to_pylist()[1] == str(base / "JPEGImages/000005.jpg")
-    assert samples.notes[0].startswith("train: 3 images, 1 labels seen only in difficult objects taken as ")
+    assert samples.notes[-1].startswith("train: 3 images, 1 labels seen only in difficult objects taken as ")
 
 
 def test_unknown_is_the_default(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def read_apparel(root: str | Path | Location, *, single_labels: bool = False) ->
     inside = [name.rstrip("/") for name in root.names() if name.endswith("/")]
     folders = {name: labels for name in inside if (labels := _labels(name, single_labels))}
     if not folders:
-        raise UserError(f"{root}: holds no {layout}; give the folder that does{hint(root, _has_label_folders)}")
+        raise UserError(f"{root}: holds no {layout}; give the folder that does{hint(root, _holds_images)}")
 
     used = {label for labels in folders.values() for label in labels}
     label_names = APPAREL_LABELS if used <= set(APPAREL_LABELS) else tuple(sorted(used))
@@ -48,7 +48,7 @@ def read_apparel(root: str | Path | Location, *, single_labels: bool = False) ->
     num_other = 0
     for folder in folders:
         files = [name for name in (root / folder).names() if not name.endswith("/")]
-        images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
+        images = [name for name in files if _is_image(name)]
         image_ids += [f"{folder}/{name}" for name in images]
         num_other += len(files) - len(images)
         if not images:
@@ -56,7 +56,7 @@ def read_apparel(root: str | Path | Location, *, single_labels: bool = False) ->
     if not image_ids:
         raise UserError(
             f"{root}: no image in its {len(folders)} folders; add files with {', '.join(IMAGE_SUFFIXES)}"
-            f"{hint(root, _has_label_folders)}"
+            f"{hint(root, _holds_images)}"
         )
     unreadable = [image_id for image_id in image_ids if not _is_utf8(image_id)]
     if unreadable:
@@ -81,8 +81,16 @@ def _labels(folder: str, single_labels: bool) -> tuple[str, ...]:
     return labels if all(labels) and (single_labels or len(labels) > 1) else ()
 
 
-def _has_label_folders(folder: Location) -> bool:
-    return any(name.endswith("/") and _labels(name.rstrip("/"), single_labels=False) for name in folder.names())
+def _holds_images(root: Location) -> bool:
+    """Whether there is an image in a folder of `root` that is named after labels; many folders have a "_" in their name."""
+    named_so = (
+        root / name for name in root.names() if name.endswith("/") and _labels(name.rstrip("/"), single_labels=False)
+    )
+    return any(_is_image(name) for folder in named_so for name in folder.names())
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _is_utf8(name: str) -> bool:

@@ -75,7 +75,7 @@ def read_coco(
     for column, category in enumerate(categories):
         targets[np.searchsorted(image_ids, coco.catToImgs.get(category, [])), column] = PRESENT
 
-    labelled = targets.any(1)
+    labelled = np.asarray(targets.any(1))
     note = unlabelled_note(name, labelled[found], keep_unlabelled)
     rows = np.flatnonzero(found if keep_unlabelled else found & labelled)
     if len(rows) == 0:

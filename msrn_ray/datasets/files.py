@@ -138,7 +138,7 @@ def first_few(items: Iterable[object], limit: int = 3) -> str:
 
 
 def hint(root: Location, holds: Callable[[Location], bool]) -> str:
-    """` (did you mean ...?)` with the nearest folder above or below `root` that `holds` what is looked for; else nothing."""
+    """` (did you mean ...?)` with the nearest folder below or above `root` that `holds` what is looked for; else nothing."""
     with contextlib.suppress(UserError):  # a hint is no reason for another error: what is around may be closed to us
         for place in _around(root):
             if holds(place):
@@ -147,11 +147,11 @@ def hint(root: Location, holds: Callable[[Location], bool]) -> str:
 
 
 def _around(root: Location) -> Iterator[Location]:
+    for name in [name for name in root.names(missing_ok=True) if name.endswith("/")][:_FOLDERS_BELOW]:
+        yield root / name.rstrip("/")
     place = root
     for _ in range(_LEVELS_ABOVE):
-        if place.parent in (place, root) or place.parent.is_local != root.is_local:  # the top; a bucket has none above
+        if place.parent == place or place.parent.is_local != root.is_local:  # the top; above a bucket there is nothing
             break
         place = place.parent
         yield place
-    for name in [name for name in root.names(missing_ok=True) if name.endswith("/")][:_FOLDERS_BELOW]:
-        yield root / name.rstrip("/")

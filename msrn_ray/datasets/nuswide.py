@@ -232,12 +232,13 @@ def _csv_targets(path: Location, column: pa.ChunkedArray, label_names: tuple[str
             row = texts.indices.index(number).as_py() + 1
             raise UserError(f"{path}, row {row}: {_what_is_wrong(text, labels, known)}")
         patterns[number, [place[label] for label in labels if label in place]] = PRESENT
-    for label, seen in zip(label_names, patterns.any(0), strict=True):
-        if not seen and label not in NUSWIDE_LABELS:
+    for label in label_names:
+        if label not in NUSWIDE_LABELS and not patterns[:, place[label]].any():
             raise UserError(
                 f"{path}: no row has the concept {label!r}; correct its name in the file of --data.concepts"
             )
-    return patterns[texts.indices.to_numpy()]
+    codes: npt.NDArray[np.int32] = texts.indices.to_numpy()
+    return patterns[codes]
 
 
 def _what_is_wrong(text: str, labels: list[str] | None, known: set[str]) -> str:
@@ -269,7 +270,7 @@ def _to_samples(
     found: npt.NDArray[np.bool_],
     keep_unlabelled: bool,
 ) -> SampleTable:
-    labelled = targets.any(1)
+    labelled = np.asarray(targets.any(1))
     notes = (*missing_notes(split, found), unlabelled_note(split, labelled[found], keep_unlabelled))
     rows = np.flatnonzero(found if keep_unlabelled else found & labelled)
     return SampleTable.from_columns(image_ids, uris, targets, label_names, source, notes).take(rows)

@@ -24,6 +24,7 @@ VOC_LABELS = (
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 YEARS = (2007, 2012)
+Difficult = Literal["ignore", "positive", "negative"]
 _IN_EASY, _IN_NONE, _IN_DIFFICULT = 1, -1, 0  # the values of a class file
 _REQUESTS = 16  # XML files read at once: on another machine each costs a round trip
 
@@ -32,7 +33,7 @@ def read_voc(
     root: str | Path | Location,
     split: str,
     *,
-    difficult: Literal["ignore", "positive", "negative"] = "ignore",
+    difficult: Difficult = "ignore",
     year: int | None = None,
     missing_images: MissingImages = "error",
 ) -> SampleTable:
