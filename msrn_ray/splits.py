@@ -146,7 +146,9 @@ def _voc(settings: DataSettings) -> Published:
     # the labels of VOC2012's test split are not published
     names = ("train", "val") if base.name == "VOC2012" else ("trainval", "test")
     difficult = settings.voc_difficult
-    policies: tuple[Difficult, Difficult] = ("positive", "ignore") if difficult == "reference" else (difficult, difficult)
+    policies: tuple[Difficult, Difficult] = (
+        ("positive", "ignore") if difficult == "reference" else (difficult, difficult)
+    )
     train, test = (
         read_voc(base, name, difficult=policy, missing_images=settings.missing_images)
         for name, policy in zip(names, policies, strict=True)

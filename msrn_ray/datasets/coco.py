@@ -69,7 +69,8 @@ def read_coco(
     label_names = tuple(coco.cats[category]["name"] for category in categories)
     image_ids = np.array(sorted(coco.imgs), dtype=np.int64)
     file_names = [coco.imgs[image]["file_name"] for image in image_ids.tolist()]
-    found = find_images(root / name, file_names, path, missing_images)
+    folder = root / name
+    found = find_images(folder, file_names, path, missing_images)
 
     targets = np.zeros((len(image_ids), len(categories)), np.int8)
     for column, category in enumerate(categories):
@@ -82,7 +83,7 @@ def read_coco(
         raise UserError(f"{path}: no image is left to use ({note}); check that this is the file of labels")
     return SampleTable.from_columns(
         [str(image_ids[row]) for row in rows],
-        [str(root / name / file_names[row]) for row in rows],
+        [str(folder / file_names[row]) for row in rows],
         targets[rows],
         label_names,
         path.name,

@@ -116,8 +116,9 @@ def _read_official(
     targets = np.empty((len(image_ids), len(label_names)), np.int8)
     for column, label in enumerate(label_names):
         targets[:, column] = _read_labels(root / _LABEL_FOLDER / f"Labels_{label}_{split}.txt", len(image_ids), listing)
-    found = find_images(root / "Flickr", image_ids, listing, missing_images)
-    uris = [str(root / "Flickr" / image_id) for image_id in image_ids]
+    folder = root / "Flickr"
+    found = find_images(folder, image_ids, listing, missing_images)
+    uris = [str(folder / image_id) for image_id in image_ids]
     return _to_samples(split, image_ids, uris, targets, label_names, listing.name, found, keep_unlabelled)
 
 

@@ -68,7 +68,8 @@ def read_voc(
             )
     values = np.array([column for _, column in read.values()], np.int8).T
     file_names = [f"{image_id}.jpg" for image_id in image_ids]
-    found = find_images(base / "JPEGImages", file_names, lists / f"{VOC_LABELS[0]}_{split}.txt", missing_images)
+    folder = base / "JPEGImages"
+    found = find_images(folder, file_names, lists / f"{VOC_LABELS[0]}_{split}.txt", missing_images)
     notes = [*missing_notes(split, found), *_compare_with_xml(base, split, image_ids, values)]
 
     rows = np.flatnonzero(found)
@@ -81,7 +82,7 @@ def read_voc(
     )
     return SampleTable.from_columns(
         [image_ids[row] for row in rows],
-        [str(base / "JPEGImages" / file_names[row]) for row in rows],
+        [str(folder / file_names[row]) for row in rows],
         targets,
         VOC_LABELS,
         f"{base.name} {split}",
