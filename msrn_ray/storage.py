@@ -107,7 +107,7 @@ class Location:
         return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
 
     def _names_on_disk(self, path: str, missing_ok: bool) -> list[str]:
-        """As `names`; pyarrow would look at each file of the folder, which takes ten times as long."""
+        """As `names`; pyarrow would look at each file of the folder, on a mounted one a round trip each."""
         try:
             with os.scandir(path) as entries:
                 visible = [entry for entry in entries if not entry.name.startswith(".")]
