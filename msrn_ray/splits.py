@@ -10,15 +10,14 @@ from pathlib import Path
 
 from .config import Dataset, DataSettings, ExperimentConfig
 from .datasets.apparel import read_apparel
-from .datasets.coco import has_split, read_coco
+from .datasets.coco import find_year, has_split, read_coco
 from .datasets.nuswide import read_nuswide
 from .datasets.scenes import generate_scenes
 from .datasets.split import stratified_split
-from .datasets.voc import read_voc
+from .datasets.voc import Difficult, find_voc, read_voc
 from .errors import UserError
+from .storage import Location
 from .types import SampleTable
-
-_APPAREL_TEST_FRACTION = 0.25  # the data set publishes no split
 
 
 @dataclass(frozen=True)
@@ -85,17 +84,21 @@ def load_splits(config: ExperimentConfig) -> Splits:
         )
         splits = Splits(train.take(rest), train.take(part), held_out, tuple(notes))
     for name, table in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
+        if table is not None and table.label_names != splits.train.label_names:
+            differ = sorted(set(table.label_names) ^ set(splits.train.label_names))
+            raise UserError(
+                f"{name} split ({table.source}): its labels are not those of train ({splits.train.source}): only one has"
+                f" {', '.join(differ[:5])}; use files of the same labels"
+            )
         if table is not None and not (table.targets == 1).any():
             raise UserError(f"{name} split ({table.source}): no image has a label, nothing to learn or to score")
     return splits
 
 
-def _root(settings: DataSettings) -> Path:
+def _root(settings: DataSettings) -> Location:
     if settings.root is None:
-        raise UserError(f"data.root is needed: the folder of the {settings.dataset} data set (--data.root DIR)")
-    if "://" in settings.root:
-        raise UserError(f"data.root {settings.root}: give a folder on this machine or a mounted one")
-    return Path(settings.root).expanduser().resolve()
+        raise UserError(f"data.root is needed: the folder of the {settings.dataset} data set (--data.root DIR or URI)")
+    return Location.of(settings.root)
 
 
 def default_scenes_root() -> Path:
@@ -109,33 +112,71 @@ def _coco(settings: DataSettings) -> Published:
 
 
 def _scenes(settings: DataSettings) -> Published:
-    root = _root(settings) if settings.root else default_scenes_root()
-    return _coco_layout(generate_scenes(root), settings)
+    root = _root(settings) if settings.root else Location.of(default_scenes_root())
+    if not root.is_local:
+        raise UserError(
+            f"data.root {root}: scenes are generated into a folder on this machine; a copy elsewhere is read with --data.dataset coco"
+        )
+    return _coco_layout(Location.of(generate_scenes(Path(str(root)))), settings)
 
 
-def _coco_layout(root: Path, settings: DataSettings) -> Published:
-    train = read_coco(root, "train", keep_unlabelled=settings.keep_unlabelled_train)
-    val = read_coco(root, "val", keep_unlabelled=settings.keep_unlabelled_eval)
-    if has_split(root, "test"):  # COCO's own test labels are not published; a data set in its layout may have them
-        return Published(train, val, read_coco(root, "test", keep_unlabelled=settings.keep_unlabelled_eval))
+def _coco_layout(root: Location, settings: DataSettings) -> Published:
+    year = find_year(root, "train", settings.year)  # of all splits: val2014 and train2017 share images
+
+    def read(split: str, keep_unlabelled: bool) -> SampleTable:
+        return read_coco(
+            root,
+            split,
+            keep_unlabelled=keep_unlabelled,
+            crowd=settings.crowd,
+            year=year,
+            missing_images=settings.missing_images,
+        )
+
+    train = read("train", settings.keep_unlabelled_train)
+    val = read("val", settings.keep_unlabelled_eval)
+    # COCO's own test labels are not published; a data set in its layout may have them
+    if has_split(root, "test", year):
+        return Published(train, val, read("test", settings.keep_unlabelled_eval))
     return Published(train, None, val)
 
 
 def _voc(settings: DataSettings) -> Published:
-    root = _root(settings)
-    train, test = (read_voc(root, split, difficult=settings.voc_difficult) for split in ("trainval", "test"))
+    base = find_voc(_root(settings), settings.year)
+    # the labels of VOC2012's test split are not published
+    names = ("train", "val") if base.name == "VOC2012" else ("trainval", "test")
+    difficult = settings.voc_difficult
+    policies: tuple[Difficult, Difficult] = (
+        ("positive", "ignore") if difficult == "reference" else (difficult, difficult)
+    )
+    train, test = (
+        read_voc(base, name, difficult=policy, missing_images=settings.missing_images)
+        for name, policy in zip(names, policies, strict=True)
+    )
     return Published(train, None, test)
 
 
 def _nuswide(settings: DataSettings) -> Published:
-    root = _root(settings)
-    train = read_nuswide(root, "Train", keep_unlabelled=settings.keep_unlabelled_train)
-    return Published(train, None, read_nuswide(root, "Test", keep_unlabelled=settings.keep_unlabelled_eval))
+    train, test = (
+        read_nuswide(
+            _root(settings),
+            split,
+            keep_unlabelled=keep_unlabelled,
+            form=settings.nuswide_form,
+            concepts=settings.concepts,
+            missing_images=settings.missing_images,
+        )
+        for split, keep_unlabelled in (
+            ("Train", settings.keep_unlabelled_train),
+            ("Test", settings.keep_unlabelled_eval),
+        )
+    )
+    return Published(train, None, test)
 
 
 def _apparel(settings: DataSettings) -> Published:
-    table = read_apparel(_root(settings))
-    rest, part = stratified_split(table.targets, _APPAREL_TEST_FRACTION, settings.split_seed)
+    table = read_apparel(_root(settings), single_labels=settings.apparel_single_labels)
+    rest, part = stratified_split(table.targets, settings.apparel_test_fraction, settings.split_seed)
     test = table.take(part)
     return Published(
         table.take(rest),

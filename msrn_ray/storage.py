@@ -34,7 +34,7 @@ class Location:
     text: str
 
     @classmethod
-    def of(cls, place: str | Path) -> Location:
+    def of(cls, place: str | Path | Location) -> Location:
         """From what a user wrote; local paths become absolute, `~` is the home folder."""
         text = str(place)
         if "://" in text:
@@ -47,6 +47,8 @@ class Location:
 
     def __truediv__(self, part: str) -> Location:
         head, mark, options = self._split()
+        if "?" in part and not self._is_on_disk:
+            raise UserError(f"{self}: the name {part!r} has a '?', which ends the path of a URI; rename it")
         return Location(posixpath.join(head, part) + mark + options)
 
     @property
@@ -83,24 +85,45 @@ class Location:
         with _as_os_error(self), filesystem.open_input_file(path) as stream:
             return cast(bytes, stream.read())
 
-    def names(self, *, recursive: bool = False) -> list[str]:
+    def names(self, *, recursive: bool = False, missing_ok: bool = False) -> list[str]:
         """Paths of the files and folders in this folder, relative to it, sorted; folders end in `/`. Hidden ones are left out.
+
+        Args:
+            recursive: with what is in inner folders.
+            missing_ok: whether a folder that is not there counts as empty.
 
         Raises:
             UserError: if it cannot be listed.
         """
         filesystem, path = self._opened()
+        if isinstance(filesystem, pafs.LocalFileSystem) and not recursive:
+            return self._names_on_disk(path, missing_ok)
         with self._told():
-            entries = filesystem.get_file_info(pafs.FileSelector(path, recursive=recursive))
+            entries = filesystem.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=missing_ok))
         start = len(path.strip("/")) + 1
         names = [
             entry.path.strip("/")[start:] + ("/" if entry.type == pafs.FileType.Directory else "") for entry in entries
         ]
         return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
 
+    def _names_on_disk(self, path: str, missing_ok: bool) -> list[str]:
+        """As `names`; pyarrow would look at each file of the folder, on a mounted one a round trip each."""
+        try:
+            with os.scandir(path) as entries:
+                visible = [entry for entry in entries if not entry.name.startswith(".")]
+                return sorted(entry.name + ("/" if entry.is_dir() else "") for entry in visible)
+        except OSError as error:
+            if missing_ok and isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                return []
+            raise UserError(f"{self}: cannot be reached ({error.strerror})") from None
+
+    @property
+    def _is_on_disk(self) -> bool:
+        return self.is_local or self.text.startswith("file://")
+
     def _split(self) -> tuple[str, str, str]:
         """Path and, after the mark, the file system's options, which only URIs of other machines have."""
-        return (self.text, "", "") if self.is_local or self.text.startswith("file://") else self.text.partition("?")
+        return (self.text, "", "") if self._is_on_disk else self.text.partition("?")
 
     def _opened(self) -> tuple[pafs.FileSystem, str]:
         return filesystem_of(self.text)
@@ -141,6 +164,7 @@ def _as_os_error(place: Location) -> Iterator[None]:
         raise OSError(f"{place}: {error}") from None
 
 
+_GOOGLE = ("gs", "gcs")
 _S3_OPTIONS = ("region", "scheme", "endpoint_override", "anonymous")
 _CONNECT_SECONDS, _REQUEST_SECONDS = 5, 20  # a bucket that does not answer is an error soon, not a hang
 
@@ -158,6 +182,8 @@ def filesystem_of(place: str) -> tuple[pafs.FileSystem, str]:
         return _connect("file", "", ""), rest if os.path.exists(rest) else unquote(rest)
     path, _, options = rest.partition("?")
     bucket, _, _ = path.partition("/")
+    if scheme in _GOOGLE:  # a public bucket is written gs://anonymous@bucket
+        path = path.removeprefix("anonymous@")
     return _connect(scheme, bucket, options), path
 
 
@@ -165,6 +191,8 @@ def filesystem_of(place: str) -> tuple[pafs.FileSystem, str]:
 def _connect(scheme: str, bucket: str, options: str) -> pafs.FileSystem:
     if scheme == "file":
         return pafs.LocalFileSystem()
+    if scheme in _GOOGLE and "retry_limit_seconds" not in dict(parse_qsl(options)):  # pyarrow's own limit is 15 minutes
+        options = "&".join(filter(None, (options, f"retry_limit_seconds={_REQUEST_SECONDS}")))
     uri = f"{scheme}://{bucket}" + (f"?{options}" if options else "")
     try:
         if scheme == "s3":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from msrn_ray.materials import describe, gather_materials
 from msrn_ray.splits import default_scenes_root, fingerprint, load_splits
 from msrn_ray.types import SampleTable
 
-from .tiny import CATEGORIES, make_coco
+from .tiny import CATEGORIES, make_coco, make_photo
 
 TRAIN = [[0], [0, 1], [1], [0, 1], [2], [], [0], [0, 2], [1], [0]] * 4  # 40 images, 4 of them without a label
 HELD_OUT = [[2], [1, 2], [], [0]]
@@ -185,6 +187,80 @@ def test_voc_and_its_difficult_objects(shared: Path) -> None:
     assert [len(part) for part in (honest.train, honest.val, honest.test) if part is not None] == [123, 14, 87]
 
 
+def test_voc_with_the_references_policy(shared: Path) -> None:
+    root = shared / "data/voc_mini"
+    reference = load_splits(config(root, data__dataset="voc", protocol="paper", data__voc_difficult="reference"))
+    positive = load_splits(config(root, data__dataset="voc", protocol="paper", data__voc_difficult="positive"))
+    ignore = load_splits(config(root, data__dataset="voc", protocol="paper"))
+    np.testing.assert_array_equal(reference.train.targets, positive.train.targets)
+    np.testing.assert_array_equal(reference.val.targets, ignore.val.targets)
+
+
+def test_voc2012_holds_val_out(shared: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(shared / "data/voc_mini/VOCdevkit/VOC2007", tmp_path / "VOC2012")
+    for path in (base / "ImageSets/Main").glob("*_test.txt"):
+        path.unlink()
+    splits = load_splits(config(tmp_path, data__dataset="voc", protocol="paper"))
+    assert (splits.train.source, splits.val.source) == ("VOC2012 train", "VOC2012 val")
+    assert (len(splits.train), len(splits.val)) == (69, 68)
+
+
+def test_crowds_as_asked(two: Path) -> None:
+    path = two / "annotations/instances_val2014.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["iscrowd"] = 1
+    path.write_text(json.dumps(content))
+    with_crowds, without = (load_splits(config(two, data__crowd=crowd, protocol="paper")) for crowd in (True, False))
+    assert np.argwhere(with_crowds.val.targets != without.val.targets).tolist() == [[0, 2]]
+
+
+def test_years_are_not_mixed(tmp_path: Path) -> None:
+    root = make_coco(tmp_path / "set", {"train": TRAIN, "val": HELD_OUT})
+    for path in (root / "annotations/instances_train2014.json", root / "train2014"):
+        path.rename(path.with_name(path.name.replace("2014", "2017")))
+    with pytest.raises(UserError, match=r"looked for annotations/instances_val2017\.json, found only annotations, "):
+        load_splits(config(root))
+    with pytest.raises(UserError, match=r"looked for annotations/instances_train2014\.json"):
+        load_splits(config(root, data__year=2014))
+    for path in (root / "annotations/instances_val2014.json", root / "val2014"):
+        path.rename(path.with_name(path.name.replace("2014", "2017")))
+    assert load_splits(config(root)).train.source == "instances_train2017.json"
+
+
+def test_splits_of_other_labels_are_refused(tmp_path: Path) -> None:
+    root = make_coco(tmp_path / "set", {"train": TRAIN})
+    make_coco(tmp_path / "other", {"val": HELD_OUT}, ("apple", "bench", "dog"))
+    shutil.copytree(tmp_path / "other", root, dirs_exist_ok=True)
+    with pytest.raises(
+        UserError, match=r"instances_val2014\.json\): its labels are not those of train .*: only one has cat, dog;"
+    ):
+        load_splits(config(root, protocol="paper"))
+
+
+def test_scenes_are_generated_on_this_machine() -> None:
+    with pytest.raises(
+        UserError, match=r"data\.root s3://bucket/scenes: scenes are generated into a folder on this machine"
+    ):
+        load_splits(config(None, data__dataset="scenes", data__root="s3://bucket/scenes"))
+
+
+def test_half_of_apparel_is_test_when_asked(shared: Path) -> None:
+    options = {"data__dataset": "apparel", "data__apparel_test_fraction": 0.5, "protocol": "paper"}
+    splits = load_splits(config(shared / "data/apparel_mini", **options))
+    assert (len(splits.train), len(splits.val)) == (261, 260)
+
+
+def test_single_labels_of_apparel_when_asked(tmp_path: Path) -> None:
+    for folder in ("hat", "red_dress"):
+        for number in range(8):
+            make_photo(tmp_path / folder / f"{number}.jpg", number)
+    options = {"data__dataset": "apparel", "protocol": "paper"}
+    assert load_splits(config(tmp_path, **options)).train.label_names[:2] == ("black", "blue")
+    splits = load_splits(config(tmp_path, data__apparel_single_labels=True, **options))
+    assert splits.train.label_names == ("dress", "hat", "red")
+    assert len(splits.train) + len(splits.val) == 16
+
+
 def test_nuswide_and_its_unlabelled_images(shared: Path) -> None:
     root = shared / "data/nuswide_mini"
     splits = load_splits(config(root, data__dataset="nuswide", protocol="paper"))
@@ -197,7 +273,7 @@ def test_nuswide_and_its_unlabelled_images(shared: Path) -> None:
 
 def test_nuswide_says_what_became_of_unlabelled_images(shared: Path) -> None:
     notes = load_splits(config(shared / "data/nuswide_mini", data__dataset="nuswide")).notes
-    assert "Train: 178 images, 29 without a label dropped" in notes
+    assert "Train: 149 of 178 images, 29 without a label dropped" in notes
     assert "Test: 114 images, 13 without a label kept" in notes
 
 
@@ -246,7 +322,7 @@ def test_describe_says_what_is_about_to_happen(tmp_path: Path) -> None:
     root = make_coco(tmp_path / "set", {"train": rows, "val": [[0], [2]], "test": [[1], [2]]})
     settings = config(root, model__tau=0.6)
     lines = list(describe(gather_materials(settings), settings))
-    assert "train2014: 12 images, 0 without a label dropped" in lines
+    assert "train2014: 12 of 12 images, 0 without a label dropped" in lines
     assert "coco: 3 labels, images: train 12, val 2, test 2" in lines
     assert "label graph at tau 0.6: 2 edges" in lines
     assert "train: no image with cat; cannot be learnt" in lines

@@ -9,7 +9,7 @@ import fsspec
 import pytest
 
 from msrn_ray.errors import UserError
-from msrn_ray.storage import Location, read_bytes
+from msrn_ray.storage import Location, filesystem_of, read_bytes
 
 
 @pytest.fixture(params=["path", "file", "memory"])
@@ -52,6 +52,21 @@ def test_parts() -> None:
     assert local.is_local
 
 
+def test_names_that_a_uri_cannot_hold() -> None:
+    with pytest.raises(
+        UserError, match=r"memory://x: the name 'a\?\.jpg' has a '\?', which ends the path of a URI; rename it"
+    ):
+        Location.of("memory://x") / "a?.jpg"
+
+
+def test_a_missing_folder_may_count_as_empty(folder: Location) -> None:
+    assert (folder / "none").names(missing_ok=True) == []
+
+
+def test_a_public_bucket_of_google() -> None:
+    assert filesystem_of("gs://anonymous@bucket/a/b.jpg")[1] == "bucket/a/b.jpg"
+
+
 def test_a_uri_of_no_kind() -> None:
     with pytest.raises(UserError, match=r"zzz://place: neither pyarrow nor fsspec"):
         Location.of("zzz://place/a").is_dir()
@@ -64,10 +79,12 @@ def test_s3_options_are_checked() -> None:
         Location.of("s3://bucket/a?zone=3").is_dir()
 
 
-def test_a_bucket_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["s3://bucket/a?region=us-east-1&", "gs://anonymous@bucket/a?"])
+def test_a_bucket_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    monkeypatch.setattr("msrn_ray.storage._REQUEST_SECONDS", 2)
     start = time.monotonic()
-    with pytest.raises(UserError, match=r"s3://bucket/a.*cannot be reached .*127\.0\.0\.1"):
-        Location.of("s3://bucket/a?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1").is_dir()
+    with pytest.raises(UserError, match=r"bucket/a.*cannot be reached .*[Cc]ould not connect to server"):
+        Location.of(f"{place}endpoint_override=127.0.0.1:9&scheme=http").is_dir()
     assert time.monotonic() - start < 60, "an error, not a hang"
