@@ -9,6 +9,13 @@ from ..errors import UserError
 from ..types import PRESENT
 
 Rows = npt.NDArray[np.int64]
+SPLITS = ("train", "val", "test")
+# What people call them, in small letters.
+SPLIT_WORDS = {
+    **{"train": "train", "training": "train"},
+    **{"val": "val", "valid": "val", "validation": "val", "dev": "val"},
+    **{"test": "test", "testing": "test"},
+}
 
 
 def stratified_split(targets: npt.NDArray[np.int8], fraction: float, seed: int) -> tuple[Rows, Rows]:
