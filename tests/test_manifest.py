@@ -15,11 +15,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msrn_ray.config import ExperimentConfig
 from msrn_ray.datasets.coco import read_coco
+from msrn_ray.datasets.image_uris import absolute_uris, find_local
 from msrn_ray.datasets.label_columns import read_label_names
 from msrn_ray.datasets.manifest import read_manifest
 from msrn_ray.errors import UserError
@@ -173,6 +174,7 @@ def label_tables(draw: st.DrawFn) -> tuple[list[str], list[str], npt.NDArray[np.
 
 
 @pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=40)
 @given(table=label_tables())
 def test_what_is_written_is_read(form: str, table: tuple[list[str], list[str], npt.NDArray[np.int8]]) -> None:
     images, labels, targets = table
@@ -235,13 +237,23 @@ def test_a_manifest_behind_a_uri(tmp_path: Path) -> None:
     base = f"memory://{tmp_path.name}"
     with fsspec.open(f"{base}/set/labels.csv", "wb", auto_mkdir=True) as file:
         file.write(b"image,labels\nimages/a.jpg,dog;cat\n/data/none.jpg,\n")
-    place = Location.of(f"{base}/set/labels.csv?option=1")
     with pytest.raises(UserError, match=r"1 of 2 images are not there \(/data/none\.jpg\)"):
         read_manifest(Location.of(f"{base}/set/labels.csv"))
     samples = read_manifest(Location.of(f"{base}/set/labels.csv"), missing_images="skip").samples
     assert samples.table["uri"].to_pylist() == [f"{base}/set/images/a.jpg"], "not looked for, but read later"
     with pytest.raises(UserError, match=r"none\.csv: no such file"):
-        read_manifest(place.parent / "none.csv")
+        read_manifest(Location.of(f"{base}/set/none.csv"))
+    with fsspec.open(f"{base}/set/labels.csv", "wb") as file:
+        file.write(b"image,labels\n../a.jpg,dog\n")
+    with pytest.raises(UserError, match=rf"row 1: '\.\./a\.jpg' may lead out of {base}/set; write"):
+        read_manifest(Location.of(f"{base}/set/labels.csv"))
+
+
+def test_options_of_a_uri_stay_behind_the_path() -> None:
+    place = Location.of("s3://bucket/set/labels.csv?region=eu-west-1&scheme=http")
+    uris = absolute_uris(place, pa.chunked_array([["a/b.jpg", "/c.jpg"], ["gs://d/e.jpg"]]))
+    assert uris.to_pylist() == ["s3://bucket/set/a/b.jpg?region=eu-west-1&scheme=http", "/c.jpg", "gs://d/e.jpg"]
+    assert find_local(uris).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -307,7 +319,12 @@ def test_types_of_json_and_parquet(tmp_path: Path) -> None:
         labels = pa.array([["x", "y"], ["y", "x"]], pa.list_(pa.string())).cast(lists)
         pq.write_table(pa.table({"image": ["a.jpg", "b.jpg"], "labels": labels}), tmp_path / "labels.parquet")
         assert read_manifest(Location.of(tmp_path / "labels.parquet")).samples.targets.tolist() == [[1, 1], [1, 1]]
-    values = {"image": ["a.jpg", "b.jpg"], "x": [float("nan"), 1.0], "y": [True, None], "z": pa.nulls(2)}
+    values = {
+        "image": ["a.jpg", "b.jpg"],
+        "x": [float("nan"), 1.0],
+        "y": [True, None],
+        "z": pa.array([None, 1], pa.uint8()),
+    }
     pq.write_table(pa.table(values), tmp_path / "labels.parquet")
     assert read_manifest(Location.of(tmp_path / "labels.parquet")).samples.targets.tolist() == [
         [-1, 1, -1],
@@ -418,7 +435,7 @@ def test_what_is_wrong_with_a_csv(tmp_path: Path, text: str, message: str) -> No
         ("labels.jsonl", b"image,labels\na.jpg,dog\n", r"line 1: is not JSON \(.*\); write one object a line"),
         ("labels.jsonl", b'{"image": "a.jpg", "labels": []}\n{"image":\n', r"line 2: is not JSON"),
         ("labels.jsonl", b'[{"image": "a.jpg", "labels": []}]\n', r'line 1: is no JSON object; write one a line, such as \{"image"'),
-        ("labels.jsonl", b'{"image": "a.jpg", "tags": "x"}\n\n{"image": "b.jpg", "tags": ["x"]}\n', r"line 3: 'tags' is a list, but a text in"),
+        ("labels.jsonl", b'{"image": "a.jpg", "tags": "x"}\n\n{"image": "b.jpg", "tags": ["x"]}\n', r"line 3: 'tags' is a list, but a"),
         ("labels.jsonl", b'{"image": "a.jpg", "x": 1}\n{"image": "b.jpg", "x": true}\n', r"line 2: 'x' is true or false, but a number in"),
         ("labels.jsonl", b'{"image": "a.jpg", "labels": "\xe9"}\n', r"line 1: byte 0xe9 is not UTF-8"),
         ("labels.jsonl", '{"image": "a.jpg"}\n'.encode("utf-16"), r"is UTF-16"),

@@ -23,6 +23,7 @@ _CELLS = {
 }
 _CELL_TEXTS = pa.array(_CELLS)
 _CELL_VALUES = np.array([*_CELLS.values()], np.int8)
+_NO_VALUE = np.int8(2)
 
 
 def read_label_names(place: Location) -> tuple[str, ...]:
@@ -70,8 +71,8 @@ def label_values(place: Location, name: str, column: pa.ChunkedArray, first_row:
     if pa.types.is_boolean(kind) or pa.types.is_null(kind):
         values = column.cast(pa.int8()).fill_null(UNKNOWN).to_numpy()
     elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        numbers = column.fill_null(UNKNOWN).to_numpy()
-        numbers = np.where(np.isnan(numbers), UNKNOWN, numbers) if pa.types.is_floating(kind) else numbers
+        numbers = column.cast(pa.float64(), safe=False).fill_null(UNKNOWN).to_numpy()
+        numbers = np.where(np.isnan(numbers), UNKNOWN, numbers)  # pandas writes what is empty so
         values = np.where(np.isin(numbers, (PRESENT, ABSENT, UNKNOWN)), numbers, _NO_VALUE).astype(np.int8)
     else:
         texts = as_text(place, name, column).fill_null("")
@@ -87,9 +88,6 @@ def label_values(place: Location, name: str, column: pa.ChunkedArray, first_row:
             " or the column that lists them (--data.label-column NAME)"
         )
     return np.asarray(values, np.int8)
-
-
-_NO_VALUE = np.int8(2)
 
 
 def split_lists(

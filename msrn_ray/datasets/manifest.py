@@ -115,7 +115,7 @@ def read_manifest(
         names, targets, how = columns.labels, np.concatenate(values), "a column for each label"
 
     notes = [f"{place.name}: {num_rows} images, {len(names)} labels ({how})"]
-    unused = sorted({*file.names} - {*columns.texts, *columns.labels, columns.listed})
+    unused = sorted({*file.names} - {*columns.texts, *columns.labels, columns.listed, ""})
     if unused:
         notes.append(f"{place.name}: columns not used: {', '.join(map(repr, unused))}")
     there = find_local(uris)

@@ -167,9 +167,10 @@ def _wrong_length(row: pa_csv.InvalidRow) -> str:
 
 def _open_json_lines(place: Location) -> TableFile:
     data = _not_empty(place, place.read_bytes())
+    decode_text(place, data)  # pyarrow takes any bytes for text
     try:
         table = parse_json_lines(data)
-    except ValueError as error:  # pyarrow's own does not name the line
+    except ValueError as error:  # it does not name the line
         raise UserError(f"{place}{_first_wrong_line(decode_text(place, data)) or f': {error}'}") from None
 
     def read(columns: Sequence[str]) -> Iterator[pa.Table]:
