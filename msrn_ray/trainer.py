@@ -172,7 +172,7 @@ def absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
+    return os.path.abspath(Path(path).expanduser())  # links stay: a manifest's images lie where its link does
 
 
 def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:

@@ -164,7 +164,7 @@ def _choose_columns(
             " say which one it is (--data.image-column NAME)"
         )
     listed = label_column or usual("label", LABEL_COLUMNS)
-    split, *_ = [name for name in names if name.lower() in SPLIT_COLUMNS and name not in (image, listed)] or [None]
+    split = next((name for name in names if name.lower() in SPLIT_COLUMNS and name not in (image, listed)), None)
     ids = [name for name in names if name.lower() in ID_COLUMNS and name not in (image, listed)]
     labels = [] if listed else sorted({*names} - {image, split, *ids, ""})
     if not listed and label_names is not None:
@@ -214,4 +214,4 @@ def _split_codes(place: Location, name: str, column: pa.ChunkedArray) -> npt.NDA
             f"{place}, row {row + 1}: {column[row].as_py()!r} in column {name!r} is none of {', '.join(SPLIT_WORDS)}; correct it"
         )
     positions = np.array([SPLITS.index(split) for split in SPLIT_WORDS.values()], np.int8)
-    return positions[found.to_numpy()]
+    return np.asarray(positions[found.to_numpy()], np.int8)

@@ -125,15 +125,16 @@ def _open_csv(place: Location) -> TableFile:
                 f'{place}: has an odd number of quotes ("), so one is missing; write a quote in a text as ""'
             )
         wrong: list[pa_csv.InvalidRow] = []
+
+        def refuse(row: pa_csv.InvalidRow) -> str:
+            wrong.append(row)  # an exception raised here would be lost
+            return "error"
+
         try:
             with pa_csv.open_csv(
                 pa.BufferReader(data),
                 pa_csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),  # with threads no row is named
-                pa_csv.ParseOptions(
-                    delimiter=delimiter,
-                    newlines_in_values=True,
-                    invalid_row_handler=lambda row: wrong.append(row) or "error",  # what it raises is lost
-                ),
+                pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=refuse),
                 convert,
             ) as reader:
                 for batch in reader:
@@ -203,7 +204,7 @@ def _first_wrong_line(text: str) -> str:
     return ""
 
 
-_JSON_KINDS = {
+_JSON_KINDS: dict[type, str] = {
     **{str: "a text", list: "a list", dict: "an object", bool: "true or false", type(None): "null"},
     **{int: "a number", float: "a number"},
 }
