@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from torch import Tensor
+
+if TYPE_CHECKING:  # who reads tables alone need not wait for torch
+    from torch import Tensor
 
 PRESENT, ABSENT, UNKNOWN = 1, 0, -1
 

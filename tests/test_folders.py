@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 import fsspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msrn_ray.config import ExperimentConfig
@@ -134,6 +134,7 @@ def test_no_such_folder(tmp_path: Path) -> None:
         load_splits(ExperimentConfig().with_overrides({"data.dataset": "folders"}))
 
 
+@settings(max_examples=40, deadline=None)  # files take their time
 @given(
     st.dictionaries(
         st.text("abcü _", min_size=1, max_size=5).filter(lambda name: name == name.strip()),

@@ -174,7 +174,7 @@ def label_tables(draw: st.DrawFn) -> tuple[list[str], list[str], npt.NDArray[np.
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)  # files take their time
 @given(table=label_tables())
 def test_what_is_written_is_read(form: str, table: tuple[list[str], list[str], npt.NDArray[np.int8]]) -> None:
     images, labels, targets = table
@@ -197,6 +197,7 @@ def test_what_is_written_is_read(form: str, table: tuple[list[str], list[str], n
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+@settings(max_examples=40, deadline=None)
 @given(values=st.lists(st.lists(st.sampled_from([1, 0, -1, None]), min_size=2, max_size=2), min_size=1, max_size=9))
 def test_label_columns_know_unknown(form: str, values: list[list[int | None]]) -> None:
     rows = [

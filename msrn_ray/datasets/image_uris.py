@@ -35,9 +35,11 @@ def absolute_uris(place: Location, paths: pa.ChunkedArray) -> pa.ChunkedArray:
             f"{place}, row {row + 1}: {paths[row].as_py()!r} may lead out of {place.parent}; write it without '..' and"
             " relative to that folder, or as an absolute path"
         )
+    if pc.all(absolute).as_py():
+        return paths
     before, after = str(place.parent / "\0").split("\0")  # a URI's options come after the path
     below = pc.binary_join_element_wise(before, paths, after, "")
-    return pc.if_else(absolute, paths, below)
+    return pc.if_else(absolute, paths, below) if pc.any(absolute).as_py() else below
 
 
 def find_local(uris: pa.ChunkedArray) -> npt.NDArray[np.bool_]:

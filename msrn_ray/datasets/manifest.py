@@ -103,7 +103,7 @@ def read_manifest(
         raise UserError(f"{place}: has names of columns but no row; write a row for each image")
 
     whole = {name: _require_filled(place, name, pa.chunked_array(parts)) for name, parts in texts.items()}
-    images = pc.replace_substring(whole[columns.image], "\\", "/")
+    images = pc.replace_substring(whole[columns.image], "\\", "/")  # as some systems write paths
     image_ids = images if columns.id is None else whole[columns.id]
     _require_unique(place, columns.id or columns.image, image_ids)
     split = None if columns.split is None else _split_codes(place, columns.split, whole[columns.split])
@@ -195,14 +195,15 @@ def _require_filled(place: Location, name: str, column: pa.ChunkedArray) -> pa.C
 
 
 def _require_unique(place: Location, name: str, column: pa.ChunkedArray) -> None:
+    if pc.count_distinct(column).as_py() == len(column):
+        return
     counts = pc.value_counts(column)
     twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-    if len(twice):
-        rows = np.flatnonzero(pc.equal(column, twice[0]).to_numpy())
-        raise UserError(
-            f"{place}: {twice[0].as_py()!r} in column {name!r} is in rows {rows[0] + 1} and {rows[1] + 1}, and {len(twice)} images"
-            " are in more than one row; write one row for each image with all its labels"
-        )
+    rows = np.flatnonzero(pc.equal(column, twice[0]).to_numpy())
+    raise UserError(
+        f"{place}: {twice[0].as_py()!r} in column {name!r} is in rows {rows[0] + 1} and {rows[1] + 1}, and {len(twice)} images"
+        " are in more than one row; write one row for each image with all its labels"
+    )
 
 
 def _split_codes(place: Location, name: str, column: pa.ChunkedArray) -> npt.NDArray[np.int8]:

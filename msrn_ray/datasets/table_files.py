@@ -18,6 +18,7 @@ from ..storage import Location, filesystem_of
 
 _BLOCK_BYTES = 16 << 20
 _BLOCK_ROWS = 65_536
+_HEAD_BYTES = 1 << 20  # the names of columns are in here
 
 
 class TableFile(NamedTuple):
@@ -108,9 +109,11 @@ def _what_it_is(place: Location) -> str:
 
 
 def _open_csv(place: Location) -> TableFile:
-    data = _not_empty(place, place.read_bytes())
+    filesystem, path = filesystem_of(str(place))
+    with filesystem.open_input_stream(path) as stream:
+        head = _not_empty(place, stream.read(_HEAD_BYTES))
     delimiters = "\t" if _suffix(place.name) in (".tsv", ".tab") else ",;\t"  # some spreadsheets write semicolons
-    headers = {delimiter: _csv_header(place, data, delimiter) for delimiter in delimiters}
+    headers = {delimiter: _csv_header(place, head, delimiter) for delimiter in delimiters}
     delimiter = max(headers, key=lambda one: len(headers[one]))
     header = headers[delimiter]
     names = [name.strip() for name in header]
@@ -120,19 +123,16 @@ def _open_csv(place: Location) -> TableFile:
         convert = pa_csv.ConvertOptions(
             include_columns=as_written, column_types=dict.fromkeys(as_written, pa.string()), strings_can_be_null=False
         )
-        if data.count(b'"') % 2:  # pyarrow would take all rows from there on for one text
-            raise UserError(
-                f'{place}: has an odd number of quotes ("), so one is missing; write a quote in a text as ""'
-            )
         wrong: list[pa_csv.InvalidRow] = []
 
         def refuse(row: pa_csv.InvalidRow) -> str:
             wrong.append(row)  # an exception raised here would be lost
             return "error"
 
+        stream = _QuoteCounter(filesystem.open_input_stream(path))
         try:
             with pa_csv.open_csv(
-                pa.BufferReader(data),
+                stream,
                 pa_csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),  # with threads no row is named
                 pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=refuse),
                 convert,
@@ -140,23 +140,54 @@ def _open_csv(place: Location) -> TableFile:
                 for batch in reader:
                     yield pa.Table.from_batches([batch]).rename_columns(list(columns))
         except pa.ArrowInvalid as error:
-            decode_text(place, data)
-            if wrong:
-                raise UserError(f"{place}{_wrong_length(wrong[0])}") from None
-            raise UserError(f"{place}: cannot be read as CSV ({' '.join(str(error).split())[:300]})") from None
+            raise UserError(f"{place}{_what_is_wrong(place, wrong) or f': cannot be read as CSV ({error})'}") from None
+        if stream.num_quotes % 2:  # pyarrow takes all rows from the odd one on for one text
+            raise UserError(f"{place}{_ODD_QUOTES}")
 
     return TableFile(names, read)
 
 
-def _csv_header(place: Location, data: bytes, delimiter: str) -> list[str]:
-    lines = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig", newline="")
+class _QuoteCounter(io.RawIOBase):
+    """Passes a stream's bytes on and counts the quotes in them."""
+
+    def __init__(self, stream: pa.NativeFile) -> None:
+        self.num_quotes = 0
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self._stream.read(size)
+        self.num_quotes += data.count(b'"')
+        return data
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+_ODD_QUOTES = ': has an odd number of quotes ("), so one is missing; write a quote in a text as ""'
+
+
+def _csv_header(place: Location, head: bytes, delimiter: str) -> list[str]:
+    lines = io.TextIOWrapper(io.BytesIO(head), encoding="utf-8-sig", newline="")
     try:
         return next((fields for fields in csv.reader(lines, delimiter=delimiter) if fields), [])
     except UnicodeDecodeError:
-        decode_text(place, data)
+        decode_text(place, head)
         raise
     except csv.Error as error:
         raise UserError(f"{place}: the first row cannot be read as names of columns ({error}); is it a CSV?") from None
+
+
+def _what_is_wrong(place: Location, rows: Sequence[pa_csv.InvalidRow]) -> str:
+    """Why pyarrow stopped in the middle of a CSV, if it is one of the usual reasons."""
+    data = place.read_bytes()
+    decode_text(place, data)
+    if data.count(b'"') % 2:
+        return _ODD_QUOTES
+    return _wrong_length(rows[0]) if rows else ""
 
 
 def _wrong_length(row: pa_csv.InvalidRow) -> str:
@@ -168,10 +199,10 @@ def _wrong_length(row: pa_csv.InvalidRow) -> str:
 
 def _open_json_lines(place: Location) -> TableFile:
     data = _not_empty(place, place.read_bytes())
-    decode_text(place, data)  # pyarrow takes any bytes for text
     try:
         table = parse_json_lines(data)
-    except ValueError as error:  # it does not name the line
+        table.validate(full=True)  # parsing takes any bytes for text
+    except ValueError as error:  # pyarrow does not name the line
         raise UserError(f"{place}{_first_wrong_line(decode_text(place, data)) or f': {error}'}") from None
 
     def read(columns: Sequence[str]) -> Iterator[pa.Table]:
