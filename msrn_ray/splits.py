@@ -194,23 +194,22 @@ def _label_names(settings: DataSettings) -> tuple[str, ...] | None:
 
 def _divide(images: OwnImages, settings: DataSettings) -> Published:
     """By the splits that the data set names, else test by seed."""
-    samples = images.samples
+    samples, seed = images.samples, settings.split_seed
+    notes = samples.notes
     if images.split is not None and (images.split != SPLITS.index("train")).any():
         parts = {split: np.flatnonzero(images.split == position) for position, split in enumerate(SPLITS)}
     elif settings.test_fraction:
-        parts = dict(
-            zip(
-                ("train", "test"),
-                stratified_split(samples.targets, settings.test_fraction, settings.split_seed),
-                strict=True,
-            )
+        rest, part = stratified_split(samples.targets, settings.test_fraction, seed)
+        parts = {"train": rest, "test": part}
+        notes += (
+            f"no splits are named: test is drawn (data.test_fraction={settings.test_fraction}, data.split_seed={seed})",
         )
     else:
         parts = {"train": np.arange(len(samples))}
     tables = {name: _part(samples, name, rows, settings) for name, rows in parts.items() if len(rows)}
     if "train" not in tables:
         raise UserError(f"{samples.source}: no image is in the split train; name the images to learn from so")
-    tables["train"] = replace(tables["train"], notes=(*samples.notes, *tables["train"].notes))
+    tables["train"] = replace(tables["train"], notes=notes + tables["train"].notes)
     return Published(tables["train"], tables.get("val"), tables.get("test"))
 
 
@@ -220,7 +219,7 @@ def _part(samples: SampleTable, name: str, rows: Rows, settings: DataSettings) -
     labelled = (part.targets == PRESENT).any(1)
     note = f"{name}: {len(part)} images, {np.count_nonzero(~labelled)} without a label {'kept' if keep else 'dropped'}"
     part = part if keep else part.take(np.flatnonzero(labelled))
-    return replace(part, source=f"{samples.source}, {name}", notes=(note,))
+    return replace(part, source=f"{name} of {samples.source}", notes=(note,))
 
 
 READERS: dict[Dataset, Callable[[DataSettings], Published]] = {

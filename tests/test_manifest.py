@@ -505,6 +505,13 @@ def test_without_splits_test_and_val_are_drawn_by_seed(tmp_path: Path) -> None:
     assert sorted(image for part in parts for image in ids(part)) == sorted(f"s3://b/{row}.jpg" for row in range(100))
     assert splits.test is not None
     assert splits.test.targets.sum(0).tolist() == [5, 10], "a fifth of 25 cats and 50 dogs"
+    assert splits.notes == (
+        "labels.csv: 100 images, 2 labels (one label a row)",
+        "no splits are named: test is drawn (data.test_fraction=0.2, data.split_seed=0)",
+        "train: 80 images, 20 without a label kept",
+        "test: 20 images, 5 without a label kept",
+        "protocol honest: 20 of 80 train images are val (data.val_fraction=0.25), test of labels.csv is test",
+    )
     again = splits_of(place, test_fraction=0.2, val_fraction=0.25, keep_unlabelled_train=True)
     assert ids(again.test) == ids(splits.test)
     assert ids(splits_of(place, test_fraction=0.2, split_seed=1).test) != ids(splits.test)
@@ -529,8 +536,12 @@ def test_named_splits_are_kept(tmp_path: Path) -> None:
     two = splits_of(hundred(tmp_path, ("train", "test")), keep_unlabelled_eval=False)
     assert len(two.named("train")) + len(two.named("val")) == 39
     assert len(two.named("test")) == 36
-    paper = splits_of(hundred(tmp_path, ("train", "test")))
-    assert paper.test is not None
+    config = ExperimentConfig().with_overrides(
+        {"data.dataset": "manifest", "data.root": str(hundred(tmp_path, ("train", "val", "test"))), "protocol": "paper"}
+    )
+    paper = load_splits(config)
+    assert (len(paper.train), ids(paper.val)[0], paper.test) == (27, "s3://b/8.jpg", None)
+    assert paper.notes[-1].startswith("protocol paper: the best epoch is chosen on the test split (test of labels.csv)")
 
 
 def test_splits_that_do_not_serve(tmp_path: Path) -> None:
