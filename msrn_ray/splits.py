@@ -238,7 +238,8 @@ def fingerprint(*tables: SampleTable) -> str:
     digest = hashlib.sha256()
     for table in tables:
         digest.update("\n".join(table.label_names).encode())
-        for number, batch in enumerate(table.table.select(["image_id"]).to_batches(max_chunksize=65_536)):
-            digest.update(("\n" * bool(number) + "\n".join(batch["image_id"].to_pylist())).encode())
+        for start in range(0, len(table), 65_536):
+            block = table.table["image_id"].slice(start, 65_536).to_pylist()
+            digest.update(("\n" * bool(start) + "\n".join(block)).encode())
         digest.update(table.targets.data)
     return digest.hexdigest()
