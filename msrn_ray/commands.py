@@ -17,7 +17,7 @@ from .config import DataSettings, ExperimentConfig, ResourceSettings, load_confi
 from .errors import UserError
 from .presets import PRESETS
 
-PresetName = Literal["scenes", "voc2007", "coco2014", "nuswide", "apparel"]
+PresetName = Literal["scenes", "voc2007", "coco2014", "nuswide", "apparel", "manifest", "folders"]
 assert set(PRESETS) == set(PresetName.__args__)  # type: ignore[attr-defined]  # the command line's choices are the presets
 
 
@@ -227,7 +227,7 @@ class Presets:
         """Prints the list."""
         for name, preset in PRESETS.items():
             config = preset.config
-            root = "" if name == "scenes" else " --data.root DIR"
+            root = {"scenes": "", "manifest": " --data.root labels.csv"}.get(name, " --data.root DIR")
             print(f"{name}: {preset.about}")
             print(
                 f"    recipe    {config.model.backbone}, {config.data.image_size} px, {config.optim.name} {config.optim.lr:g},"

@@ -18,7 +18,7 @@ from .errors import UserError
 
 Level = Literal["layer1", "layer2", "layer3", "layer4"]
 LEVELS: tuple[Level, ...] = ("layer1", "layer2", "layer3", "layer4")
-Dataset = Literal["scenes", "coco", "voc", "nuswide", "apparel"]
+Dataset = Literal["scenes", "coco", "voc", "nuswide", "apparel", "manifest", "folders"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -38,16 +38,27 @@ class DataSettings(Settings):
     dataset: Dataset = "scenes"
     """Reader of the data set's layout on disk."""
     root: str | None = None
-    """Folder of the data set, a path or URI (s3://, gs://, ...). `scenes` generates itself into the user's cache folder when none
-    is given."""
+    """Folder of the data set, or the manifest's file: a path or URI (s3://, gs://, ...). `scenes` generates itself into the user's
+    cache folder when none is given."""
     year: Literal[2007, 2012, 2014, 2017] | None = None
     """Edition of COCO (2014, 2017) or VOC (2007, 2012), where the folder holds both. None: the older one that is there."""
+    image_column: str | None = None
+    """Manifest: the column of paths or URIs of images. None: the one with a usual name (image, filepath, file_name, uri, path, ...)."""
+    label_column: str | None = None
+    """Manifest: the column that lists an image's labels. None: the one named labels, label or tags; without it each column is a label."""
+    label_separator: Annotated[str, Field(min_length=1)] | None = None
+    """Manifest: what parts the labels in a text. None: the only one of ; | and , that occurs."""
+    labels: str | None = None
+    """Manifest and folders: text file of all labels in their order, one a line. None: those that occur, in alphabetical order."""
+    test_fraction: Fraction = 0.1
+    """Manifest and folders without splits: part of all images taken as test; stratified by label. 0: no test split."""
     image_size: Annotated[int, Field(ge=64, le=2048)] = 448
     """Side S of the square network input, pixels; 448 is the paper's. At least 64: the deepest stage must keep 2x2 positions."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Part of train taken as val where the benchmark publishes only train and test (protocol `honest`); stratified by label."""
     split_seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of what is split off (val from train; test of Apparel); apart from `train.seed`, so that runs of several seeds compare."""
+    """Seed of what is split off (val from train; test of Apparel and of own images); apart from `train.seed`, so that runs of several
+    seeds compare."""
     keep_unlabelled_train: bool = False
     """Keep train images without any label. Off as in the reference: COCO train2014 then has 82,081 of 82,783."""
     keep_unlabelled_eval: bool = True

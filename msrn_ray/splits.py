@@ -5,19 +5,24 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from .config import Dataset, DataSettings, ExperimentConfig
 from .datasets.apparel import read_apparel
 from .datasets.coco import find_year, has_split, read_coco
+from .datasets.folders import read_folders
+from .datasets.label_columns import read_label_names
+from .datasets.manifest import OwnImages, read_manifest
 from .datasets.nuswide import read_nuswide
 from .datasets.scenes import generate_scenes
-from .datasets.split import stratified_split
+from .datasets.split import SPLITS, Rows, stratified_split
 from .datasets.voc import Difficult, find_voc, read_voc
 from .errors import UserError
 from .storage import Location
-from .types import SampleTable
+from .types import PRESENT, SampleTable
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Splits:
     Attributes:
         train: what is learnt from, and what the label graph is counted on.
         val: what the best epoch is chosen on.
-        test: scored once at the end; None where val is the published test split (protocol `paper`).
+        test: scored once at the end; None where val is the published test split (protocol `paper`) or nothing is held out.
         notes: lines for the user.
     """
 
@@ -40,36 +45,49 @@ class Splits:
         """`train`, `val` or `test`.
 
         Raises:
-            UserError: for `test` where the protocol leaves none.
+            UserError: for `test` where there is none.
         """
         table = {"train": self.train, "val": self.val, "test": self.test}[split]
         if table is None:
-            raise UserError("under protocol=paper val is the published test split; evaluate val")
+            raise UserError(
+                "there is no test split (under protocol=paper val is the published test split, and own images may have none);"
+                " evaluate val"
+            )
         return table
 
 
 @dataclass(frozen=True)
 class Published:
-    """The splits as a benchmark publishes them; `held_out` is scored, `val` only where three are published."""
+    """The splits as a data set comes with them.
+
+    Attributes:
+        train: what may be learnt from.
+        val: None where it is to be taken from train.
+        held_out: what is scored; None where nothing is set aside, which only one's own images may leave so.
+    """
 
     train: SampleTable
     val: SampleTable | None
-    held_out: SampleTable
+    held_out: SampleTable | None
 
 
 def load_splits(config: ExperimentConfig) -> Splits:
     """Reads the data set and applies the protocol.
 
-    `honest`: val is the published val, else `data.val_fraction` of train, stratified by label and seeded; test is what is held out.
-    `paper`: val is what is held out, and nothing else is scored.
+    `honest`: val is the published val, else `data.val_fraction` of train, stratified by label and seeded; test is what is held out, if
+    anything is. `paper`: val is what is held out, and nothing else is scored.
 
     Raises:
         UserError: for anything wrong with the data set, naming file and mend.
     """
     published = READERS[config.data.dataset](config.data)
     train, held_out = published.train, published.held_out
-    notes = [*train.notes, *(published.val.notes if published.val else ()), *held_out.notes]
-    if config.protocol == "paper":
+    notes = [note for table in (train, published.val, held_out) if table is not None for note in table.notes]
+    if held_out is None:
+        if config.protocol == "paper":
+            raise UserError(f"{train.source}: there is no test split, which protocol=paper scores; use protocol=honest")
+        notes.append("there is no test split: the score on val, which also chooses the best epoch, is the only one")
+    if held_out is not None and config.protocol == "paper":
         notes.append(
             f"protocol paper: the best epoch is chosen on the test split ({held_out.source}), as the papers do"
         )
@@ -79,8 +97,8 @@ def load_splits(config: ExperimentConfig) -> Splits:
     else:
         rest, part = stratified_split(train.targets, config.data.val_fraction, config.data.split_seed)
         notes.append(
-            f"protocol honest: {len(part)} of {len(train)} train images are val (data.val_fraction={config.data.val_fraction}),"
-            f" {held_out.source} is test"
+            f"protocol honest: {len(part)} of {len(train)} train images are val (data.val_fraction={config.data.val_fraction})"
+            + (f", {held_out.source} is test" if held_out is not None else "")
         )
         splits = Splits(train.take(rest), train.take(part), held_out, tuple(notes))
     for name, table in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
@@ -185,12 +203,73 @@ def _apparel(settings: DataSettings) -> Published:
     )
 
 
+def _manifest(settings: DataSettings) -> Published:
+    return _divide(
+        read_manifest(
+            _place(settings, "the file of the manifest (--data.root FILE)"),
+            image_column=settings.image_column,
+            label_column=settings.label_column,
+            label_separator=settings.label_separator,
+            label_names=_label_names(settings),
+            missing_images=settings.missing_images,
+        ),
+        settings,
+    )
+
+
+def _folders(settings: DataSettings) -> Published:
+    root = _place(settings, "the folder that holds a folder for each label (--data.root DIR)")
+    return _divide(read_folders(root, label_names=_label_names(settings)), settings)
+
+
+def _place(settings: DataSettings, what: str) -> Location:
+    if settings.root is None:
+        raise UserError(f"data.root is needed: {what}")
+    return Location.of(settings.root)
+
+
+def _label_names(settings: DataSettings) -> tuple[str, ...] | None:
+    return None if settings.labels is None else read_label_names(Location.of(settings.labels))
+
+
+def _divide(images: OwnImages, settings: DataSettings) -> Published:
+    """By the splits that the data set names, else test by seed."""
+    samples, seed = images.samples, settings.split_seed
+    notes = samples.notes
+    if images.split is not None and (images.split != SPLITS.index("train")).any():
+        parts = {split: np.flatnonzero(images.split == position) for position, split in enumerate(SPLITS)}
+    elif settings.test_fraction:
+        rest, part = stratified_split(samples.targets, settings.test_fraction, seed)
+        parts = {"train": rest, "test": part}
+        notes += (
+            f"no splits are named: test is drawn (data.test_fraction={settings.test_fraction}, data.split_seed={seed})",
+        )
+    else:
+        parts = {"train": np.arange(len(samples))}
+    tables = {name: _part(samples, name, rows, settings) for name, rows in parts.items() if len(rows)}
+    if "train" not in tables:
+        raise UserError(f"{samples.source}: no image is in the split train; name the images to learn from so")
+    tables["train"] = replace(tables["train"], notes=notes + tables["train"].notes)
+    return Published(tables["train"], tables.get("val"), tables.get("test"))
+
+
+def _part(samples: SampleTable, name: str, rows: Rows, settings: DataSettings) -> SampleTable:
+    part = samples.take(rows)
+    keep = settings.keep_unlabelled_train if name == "train" else settings.keep_unlabelled_eval
+    labelled = (part.targets == PRESENT).any(1)
+    note = f"{name}: {len(part)} images, {np.count_nonzero(~labelled)} without a label {'kept' if keep else 'dropped'}"
+    part = part if keep else part.take(np.flatnonzero(labelled))
+    return replace(part, source=f"{name} of {samples.source}", notes=(note,))
+
+
 READERS: dict[Dataset, Callable[[DataSettings], Published]] = {
     "scenes": _scenes,
     "coco": _coco,
     "voc": _voc,
     "nuswide": _nuswide,
     "apparel": _apparel,
+    "manifest": _manifest,
+    "folders": _folders,
 }
 
 
@@ -199,6 +278,8 @@ def fingerprint(*tables: SampleTable) -> str:
     digest = hashlib.sha256()
     for table in tables:
         digest.update("\n".join(table.label_names).encode())
-        digest.update("\n".join(table.table["image_id"].to_pylist()).encode())
-        digest.update(table.targets.tobytes())
+        for start in range(0, len(table), 65_536):
+            block = table.table["image_id"].slice(start, 65_536).to_pylist()
+            digest.update(("\n" * bool(start) + "\n".join(block)).encode())
+        digest.update(table.targets.data)
     return digest.hexdigest()

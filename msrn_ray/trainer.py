@@ -163,7 +163,12 @@ def absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
             f"train.storage {config.train.storage}: give a folder; on a cluster one that every node has mounted"
         )
     changes: dict[str, str] = {"train.storage": _absolute(config.train.storage)}
-    for name, value in (("data.root", config.data.root), ("data.word_vectors", config.data.word_vectors)):
+    data = config.data
+    for name, value in (
+        ("data.root", data.root),
+        ("data.labels", data.labels),
+        ("data.word_vectors", data.word_vectors),
+    ):
         if value is not None and "://" not in value:
             changes[name] = _absolute(value)
     weights = config.model.pretrained
@@ -173,7 +178,7 @@ def absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
+    return os.path.abspath(Path(path).expanduser())  # links stay: a manifest's images lie where its link does
 
 
 def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
@@ -254,7 +259,14 @@ _MAY_CHANGE = (
     "train.run_name",
     "train.eval_batch_size",
 )
-_MAY_MOVE = ("data.root", "data.max_bad_fraction", "data.max_pixels", "data.word_vectors", "model.pretrained")
+_MAY_MOVE = (
+    "data.root",
+    "data.labels",
+    "data.max_bad_fraction",
+    "data.max_pixels",
+    "data.word_vectors",
+    "model.pretrained",
+)
 
 
 def check_resumable(folder: Path, config: ExperimentConfig) -> None:

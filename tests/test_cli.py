@@ -205,7 +205,8 @@ def test_presets_lists_all(cli: Cli) -> None:
     assert (done.code, done.err) == (0, "")
     for name, preset in PRESETS.items():
         assert f"{name}: {preset.about}" in done.out
-        assert f"msrn train {name}{'' if name == 'scenes' else ' --data.root DIR'}\n" in done.out
+        root = {"scenes": "", "manifest": " --data.root labels.csv"}.get(name, " --data.root DIR")
+        assert f"msrn train {name}{root}\n" in done.out
         assert f"expected  mAP {preset.expected}" in done.out
     assert "resnet101, 448 px, sgd 0.1, batch 16, 40 epochs" in done.out
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pytest
 import torch
 
@@ -342,3 +344,12 @@ def test_describe_names_eight_empty_labels_and_counts_the_rest(shared: Path) -> 
     (line,) = [line for line in describe(materials, settings) if line.startswith("train: ")]
     assert f" and {empty - 8} more; cannot be learnt" in line
     assert line.count(", ") == 7
+
+
+def test_the_fingerprint_does_not_depend_on_how_the_table_is_stored() -> None:
+    ids = [f"image {row}" for row in range(70_000)]
+    targets = np.ones((len(ids), 1), np.int8)
+    whole = SampleTable.from_columns(ids, ids, targets, ("dog",), "x")
+    parts = pa.chunked_array([ids[:3], [], ids[3:]], pa.string())
+    known = hashlib.sha256(b"dog" + "\n".join(ids).encode() + targets.tobytes()).hexdigest()
+    assert fingerprint(whole) == fingerprint(SampleTable.from_columns(parts, parts, targets, ("dog",), "x")) == known
