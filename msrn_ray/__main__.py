@@ -26,7 +26,7 @@ from .commands import (
     source_settings,
     starting_config,
 )
-from .config import describe_errors
+from .config import DataSettings, describe_errors
 from .errors import UserError
 
 _ABOUT = "MSRN (arXiv 2106.11596): multi-label image classification with label graphs and semantic attention, on Ray."
@@ -122,9 +122,9 @@ def _with_defaults(argv: list[str]) -> Any:
         config = starting_config(argv)
         return Graph(tau=config.model.tau, protocol=config.protocol, data=config.data)
     if argv[0] == "prepare":
-        named = first_positional(argv[1:])
-        known = get_args(SourceName)
-        return Prepare(tyro.MISSING, tyro.MISSING, data=source_settings(named if named in known else "scenes"))
+        named = first_positional(argv[1:]) or ""
+        data = source_settings(named) if named in get_args(SourceName) else DataSettings()
+        return Prepare(tyro.MISSING, tyro.MISSING, data=data)
     return tyro.MISSING_NONPROP
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torchvision.io import encode_jpeg
 from torchvision.transforms.v2 import functional as transform
 
 from .datasets.prepared import shard_place
@@ -108,11 +108,11 @@ class ShardWriter:
             except UserError as error:
                 bad.append((start + position, str(error)))
             except OSError as error:
-                bad.append(
-                    (start + position, error.strerror or str(error))
-                )  # without the path: the bytes say nothing of it
+                # Its words alone, without the path: the same images elsewhere give the same bytes.
+                bad.append((start + position, error.strerror or str(error)))
         kept = chosen.take(pa.array(np.array(rows, np.int64) - start))
-        target = np.asarray(kept["target"].combine_chunks().flatten()).astype(np.int8).reshape(len(rows), -1)
+        flat = np.asarray(kept["target"].combine_chunks().flatten())
+        target = flat.astype(np.int8).reshape(len(rows), len(self.label_names))
         table = pa.table(
             {
                 "image": pa.array(images, pa.large_binary()),
@@ -151,7 +151,9 @@ class ShardWriter:
         if self.short_side is None or min(image.shape[-2:]) <= self.short_side:
             return data
         smaller = transform.resize(image, [self.short_side], antialias=True)
-        return encode_jpeg(smaller, quality=JPEG_QUALITY).numpy().tobytes()
+        encoded = io.BytesIO()
+        Image.fromarray(smaller.permute(1, 2, 0).numpy()).save(encoded, "JPEG", quality=JPEG_QUALITY)
+        return encoded.getvalue()
 
 
 def _places(data: bytes, images: list[bytes]) -> tuple[int, ...]:

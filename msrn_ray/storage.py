@@ -107,7 +107,7 @@ class Location:
                         data = stream.read_at(length, offset)
         if len(data) != length:
             raise OSError(f"{self}: ends within the {length} bytes from {offset} on; it is cut off")
-        return cast(bytes, data)
+        return data
 
     def write_bytes(self, data: bytes) -> None:
         """Writes the whole file under a hidden name and renames it, so that the name stands for all of it or nothing; makes its folder.

@@ -379,12 +379,11 @@ def test_huggingface_folders_that_are_none(tmp_path: Path) -> None:
         read_huggingface(Location.of(root))
     (root / "state.json").write_text(json.dumps(state))
     (file,) = root.glob("*.arrow")
-    file.write_bytes(file.read_bytes()[:3000])
-    with pytest.raises(UserError, match=r"\.arrow: cannot be read"):
-        read_huggingface(Location.of(root))
-    file.write_bytes(b"")
-    with pytest.raises(UserError, match=r"\.arrow: cannot be read"):
-        read_huggingface(Location.of(root))
+    whole = file.read_bytes()
+    for content in (whole[:3000], whole[:-8], b"", b"no Arrow file"):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"\.arrow: c(ut off|annot be read)"):
+            read_huggingface(Location.of(root))
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "extra"]}')
     with pytest.raises(UserError, match="splits must be called train, val or test"):
         read_huggingface(Location.of(tmp_path))
@@ -394,7 +393,7 @@ def test_huggingface_images_that_are_not_in_the_file(tmp_path: Path) -> None:
     table = arrow_table(pa.array(LABELS), None)
     images = pa.array([{"bytes": None, "path": "a.jpg"}] * 5, table.schema.field("image").type)
     root = save_to_disk(tmp_path / "paths", table.set_column(0, "image", images))
-    with pytest.raises(UserError, match=r"row 0 has no image\.bytes, perhaps only a path"):
+    with pytest.raises(UserError, match=r"row 0 of a batch has no image\.bytes, perhaps only a path"):
         read_huggingface(Location.of(root))
     root = save_to_disk(tmp_path / "packed", table)
     (file,) = root.glob("*.arrow")

@@ -154,7 +154,9 @@ def test_larger_images_are_reduced_and_smaller_ones_kept(tmp_path: Path) -> None
         True,
     ]
     exact = np.asarray(Image.open(uris[1]).convert("RGB").resize((64, 142), Image.Resampling.BILINEAR), np.float64)
-    assert np.abs(np.asarray(Image.open(io.BytesIO(images[1])), np.float64) - exact).mean() < 3
+    assert np.abs(np.asarray(Image.open(io.BytesIO(images[1])), np.float64) - exact).mean() < 8, (
+        "of 255; another picture is 80 away"
+    )
 
 
 def test_bad_images_are_left_out_with_their_reason_and_no_path(shared: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from ..types import SampleTable
 from .containers import LABEL_FIELDS, build_tables, by_split, split_of
 
 _ID_FIELDS = ("image_id", "id")
+_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of a stream that was written to its end
 _IMAGE_FIELDS = ("image", "img", "jpg", "picture")
 
 
@@ -145,30 +146,36 @@ def _arrow_rows(
     file: Location, stream: pa.NativeFile, image: str | None, label: str | None, given: Sequence[str] | None
 ) -> Iterator[tuple[_Columns, _Rows]]:
     """A record batch at a time. Message by message, so that the place of a batch in the file is known."""
+    stream.seek(stream.size() - len(_END))
+    if stream.read() != _END:
+        raise UserError(f"{file}: cut off; download or write it again")
+    stream.seek(0)
     messages = pa.ipc.MessageReader.open_stream(stream)
     schema = pa.ipc.read_schema(messages.read_next_message())
     columns = _choose_columns(file, schema, image, label)
-    while True:
-        try:
-            message = messages.read_next_message()
-        except StopIteration:
-            return
+    for message in iter(lambda: _next(messages), None):
         table = _flat(pa.Table.from_batches([pa.ipc.read_record_batch(message, schema)]))
-        images = table[columns.image].combine_chunks()
+        if table.num_rows == 0:
+            continue
+        images = table[columns.image].chunk(0)  # where it lies in the message; other ways to an array may copy
         _require_bytes(file, columns.image, images)
-        large = pa.types.is_large_binary(images.type)
         _, ends, data = images.buffers()
-        offsets = np.frombuffer(ends, np.int64 if large else np.int32)[images.offset : images.offset + len(images) + 1]
         inside = data.address - message.body.address
         if not 0 <= inside < message.body.size:
             raise UserError(f"{file}: its Arrow buffers are compressed; write it again without compression")
         first = stream.tell() - message.body.size + inside
-        starts, lengths = (
-            pa.array(column.astype(np.int64)).cast(pa.string())
-            for column in (first + offsets[:-1].astype(np.int64), np.diff(offsets))
-        )
-        uris = pc.binary_join_element_wise(f"{file}#bytes=", pc.binary_join_element_wise(starts, lengths, "+"), "")
-        yield columns, _rows(file, table, columns, uris, given)
+        kind = np.int64 if pa.types.is_large_binary(images.type) else np.int32
+        offsets = np.frombuffer(ends, kind)[images.offset : images.offset + len(images) + 1].astype(np.int64)
+        starts, lengths = (pa.array(numbers).cast(pa.string()) for numbers in (first + offsets[:-1], np.diff(offsets)))
+        ranges = pc.binary_join_element_wise(starts, lengths, "+")
+        yield columns, _rows(file, table, columns, pc.binary_join_element_wise(f"{file}#bytes=", ranges, ""), given)
+
+
+def _next(messages: pa.ipc.MessageReader) -> pa.ipc.Message | None:
+    try:
+        return messages.read_next_message()
+    except StopIteration:
+        return None
 
 
 def _parquet_rows(
@@ -193,10 +200,11 @@ def _flat(table: pa.Table) -> pa.Table:
 
 
 def _require_bytes(file: Location, column: str, images: pa.Array) -> None:
-    if images.null_count:
-        row = pc.index(images.is_null(), True).as_py()
+    empty = pc.equal(pc.fill_null(pc.binary_length(images), 0), 0)
+    if pc.any(empty).as_py():
         raise UserError(
-            f"{file}: row {row} has no {column}, perhaps only a path; `save_to_disk` of a loaded data set puts the bytes in"
+            f"{file}: row {pc.index(empty, True).as_py()} of a batch has no {column}, perhaps only a path;"
+            " `save_to_disk` of the loaded data set puts the bytes in"
         )
 
 
@@ -214,13 +222,14 @@ def _rows(file: Location, table: pa.Table, columns: _Columns, uris: pa.Array, gi
             raise UserError(
                 f"{file}: {columns.label} holds numbers without names; name them in a text file (data.labels), one a line"
             )
-        known = pc.and_(known, pc.greater_equal(flat, 0))  # -1 is how `datasets` writes "no label"
+        flat = flat.cast(pa.int64())
+        known = pc.greater_equal(pc.fill_null(flat, -1), 0)  # -1 is how `datasets` writes "no label"
         most = pc.max(flat).as_py()
         if most is not None and most >= len(names):
             raise UserError(
                 f"{file}: {columns.label} holds {most}, but there are {len(names)} names (0 to {len(names) - 1})"
             )
-        flat = pa.array(names, pa.string()).take(pc.if_else(known, flat, 0)) if len(names) else flat.cast(pa.string())
+        flat = pa.array(names, pa.string()).take(pc.if_else(known, flat, 0))
     elif not (pa.types.is_string(flat.type) or pa.types.is_large_string(flat.type)):
         raise UserError(
             f"{file}: {columns.label} is {column.type}; a label or a list of labels is due, as text or whole numbers"

@@ -85,7 +85,7 @@ def _samples(tar: Location) -> Iterator[_Sample]:
             tarfile.open(fileobj=stream, mode="r:" if tar.is_local else "r|") as archive,
         ):
             for member in archive:
-                archive.members = []  # else it remembers every file
+                archive.members = []  # type: ignore[attr-defined]  # else it remembers every file
                 folder, base = posixpath.split(member.name)
                 stem, _, suffix = base.partition(".")
                 if not member.isfile() or base.startswith("."):
