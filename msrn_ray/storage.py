@@ -226,7 +226,10 @@ def read_bytes(uri: str) -> bytes:
         place = uri[: part.start()]
         if part["column"] is None:
             return Location(place).read_range(int(part["offset"]), int(part["length"]))
-        return cast(bytes, _column(place, int(part["group"]), part["column"])[int(part["row"])].as_py())
+        value = _column(place, int(part["group"]), part["column"])[int(part["row"])].as_py()
+        if value is None:
+            raise OSError(f"{uri}: holds no bytes")
+        return cast(bytes, value)
     except UserError as error:
         raise OSError(str(error)) from None
 

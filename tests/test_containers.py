@@ -395,6 +395,10 @@ def test_huggingface_images_that_are_not_in_the_file(tmp_path: Path) -> None:
     root = save_to_disk(tmp_path / "paths", table.set_column(0, "image", images))
     with pytest.raises(UserError, match=r"row 0 of a batch has no image\.bytes, perhaps only a path"):
         read_huggingface(Location.of(root))
+    (tmp_path / "parquet").mkdir()
+    pq.write_table(table.set_column(0, "image", images), tmp_path / "parquet/train.parquet")
+    with pytest.raises(UserError, match=r"row 0 of a batch has no image\.bytes, perhaps only a path"):
+        read_huggingface(Location.of(tmp_path / "parquet"))
     root = save_to_disk(tmp_path / "packed", table)
     (file,) = root.glob("*.arrow")
     with pa.OSFile(str(file), "wb") as sink:

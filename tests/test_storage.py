@@ -53,14 +53,16 @@ def test_a_mark_in_a_name_is_no_part(tmp_path: Path) -> None:
 
 
 def test_a_value_of_a_parquet_file(folder: Location) -> None:
-    images = [{"bytes": b"one", "path": "a"}, {"bytes": b"two", "path": "b"}, {"bytes": b"three", "path": "c"}]
+    images = [{"bytes": b"one", "path": "a"}, {"bytes": b"two", "path": "b"}, {"bytes": b"three", "path": "c"}, {}]
     sink = io.BytesIO()
-    pq.write_table(pa.table({"image": images, "plain": [b"x", b"y", b"z"]}), sink, row_group_size=2)
+    pq.write_table(pa.table({"image": images, "plain": [b"x", b"y", b"z", None]}), sink, row_group_size=2)
     place = folder / "rows.parquet"
     place.write_bytes(sink.getvalue())
     assert read_bytes(parquet_uri(place, 0, 1, "image.bytes")) == b"two"
     assert read_bytes(parquet_uri(place, 1, 0, "image.bytes")) == b"three"
     assert read_bytes(parquet_uri(place, 1, 0, "plain")) == b"z"
+    with pytest.raises(OSError, match=r"parquet=1,1,plain: holds no bytes"):
+        read_bytes(parquet_uri(place, 1, 1, "plain"))
 
 
 def test_writing_makes_folders_replaces_and_leaves_no_trace(folder: Location) -> None:

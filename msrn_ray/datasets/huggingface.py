@@ -181,11 +181,14 @@ def _next(messages: pa.ipc.MessageReader) -> pa.ipc.Message | None:
 def _parquet_rows(
     file: Location, stream: pa.NativeFile, image: str | None, label: str | None, given: Sequence[str] | None
 ) -> Iterator[tuple[_Columns, _Rows]]:
-    """A row group at a time, without its images."""
+    """A row group at a time, without its images; of the first one they are read, to see that they are there."""
     parquet = pq.ParquetFile(stream)
     columns = _choose_columns(file, parquet.schema_arrow, image, label)
     wanted = [name for name in (columns.label, columns.image_id) if name is not None]
     for group in range(parquet.num_row_groups):
+        if group == 0:
+            first = _flat(parquet.read_row_group(group, columns=[columns.image]))
+            _require_bytes(file, columns.image, first[columns.image])
         table = _flat(parquet.read_row_group(group, columns=wanted))
         numbers = pa.array(np.arange(table.num_rows)).cast(pa.string())
         uris = pc.binary_join_element_wise(f"{file}#parquet={group}", numbers, columns.image, ",")
