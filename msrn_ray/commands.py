@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -201,7 +202,7 @@ class Prepare:
             markup=False,
         )
         preset = self.source if self.source in PRESETS else "PRESET"
-        out.print(f"train on it with: msrn train {preset} --data.root {place}", markup=False)
+        out.print(f"train on it with: msrn train {preset} --data.root {shlex.quote(str(place))}", markup=False)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from .config import DataSettings, ResourceSettings
 from .datasets.prepared import (
     AGAIN,
+    ANEW,
     BAD_FILE,
     FORMAT,
     INFO_FILE,
@@ -108,6 +110,7 @@ def prepare(
     _claim(out, plan)
 
     connect(ResourceSettings(num_workers=1))
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress is told here
     limit_ray_data(max(1.0, ray.cluster_resources().get("CPU", 1.0) - 1))
     label_names = published.train.label_names
     written: dict[SplitName, _Written] = {}
@@ -145,8 +148,14 @@ def prepare(
         plan=plan,
         content=hashlib.sha256(json.dumps([label_names, contents]).encode()).hexdigest(),
     )
-    (out / INFO_FILE).write_bytes(info.model_dump_json(indent=1).encode() + b"\n")
+    (out / INFO_FILE).write_bytes(_as_lines(info.model_dump(mode="json")))
     return info
+
+
+def _as_lines(content: dict[str, Any]) -> bytes:
+    """JSON with a line for each field: the square of co-occurrence would be thousands."""
+    lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in content.items()]
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
 def _claim(out: Location, plan: str) -> None:
@@ -157,7 +166,7 @@ def _claim(out: Location, plan: str) -> None:
     """
     place = out / PLAN_FILE
     if place.is_file():
-        theirs = read_json(place)
+        theirs = read_json(place, ANEW)
         if theirs != {"format": FORMAT, "version": VERSION, "plan": plan}:
             raise UserError(
                 f"--out {out}: holds another data set, or this one with other labels or settings; give a new folder, or empty this one"

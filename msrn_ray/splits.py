@@ -25,10 +25,10 @@ from .storage import Location, in_row_group
 from .types import SampleTable
 
 _TEST_FRACTION = 0.25  # of data sets that publish no split
-# Settings of tensors, words and protocol; and `labels`, since of a list of labels the names are kept, not where it lay
+# Settings of tensors, words and protocol, the seed among them; of a list of labels the names are kept, not where it lay
 _NOT_OF_READERS = {
     *("dataset", "root", "image_size", "crop_scales", "flip", "max_pixels", "max_bad_fraction"),
-    *("word_vectors", "missing_words", "val_fraction", "labels"),
+    *("word_vectors", "missing_words", "val_fraction", "split_seed", "labels"),
 }
 
 

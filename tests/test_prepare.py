@@ -15,11 +15,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from rich.console import Console
 
+from msrn_ray.commands import Prepare
 from msrn_ray.config import DataSettings, ExperimentConfig
 from msrn_ray.datasets.prepared import PreparedInfo, index_place, read_info, shard_place
 from msrn_ray.errors import BadImagesError, UserError
@@ -30,6 +32,7 @@ from msrn_ray.splits import load_splits, read_published
 from msrn_ray.storage import Location, read_bytes
 from msrn_ray.types import SampleTable
 
+from .test_containers import save_to_disk, write_tar
 from .tiny import make_coco, make_photo, make_picture
 
 ROWS = {"train": [[0], [1], [0, 1], [2], [], [0, 2], [1, 2]], "val": [[0], [1], [2]]}
@@ -37,6 +40,10 @@ ROWS = {"train": [[0], [1], [0, 1], [2], [], [0, 2], [1, 2]], "val": [[0], [1], 
 
 def raw_settings(root: Path, **changes: object) -> DataSettings:
     return DataSettings(dataset="coco", root=str(root), image_size=64).model_copy(update=changes)
+
+
+def as_sample(photo: bytes, labels: list[str]) -> list[tuple[str, bytes]]:
+    return [("jpg", photo), ("json", json.dumps({"labels": labels}).encode())]
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -217,6 +224,40 @@ def test_splits_targets_and_tensors_are_those_of_the_raw_reader(raw: Path, ready
 
 
 @pytest.mark.ray
+@pytest.mark.parametrize("form", ["tar", "arrow", "parquet"])
+def test_images_in_other_containers_train_after_prepare(local_ray: None, tmp_path: Path, form: str) -> None:
+    photos = [make_photo(tmp_path / f"{row}.jpg", row).read_bytes() for row in range(8)]
+    labels = [["dog"], ["cat"], ["cat", "dog"], [], ["dog"], ["cat"], ["dog"], ["cat"]]
+    root = tmp_path / "raw"
+    if form == "tar":
+        samples = {
+            f"{row}.{kind}": content for row in range(8) for kind, content in as_sample(photos[row], labels[row])
+        }
+        write_tar(root / "a.tar", samples)
+    else:
+        images = pa.array([{"bytes": photo, "path": None} for photo in photos])
+        table = pa.table({"image": images, "labels": labels})
+        if form == "arrow":
+            save_to_disk(root, table)
+        else:
+            root.mkdir()
+            pq.write_table(table, root / "a.parquet", row_group_size=3)
+    settings = DataSettings.model_validate(
+        {"dataset": "webdataset" if form == "tar" else "huggingface", "root": str(root), "image_size": 64}
+    )
+    prepare(settings, Location.of(tmp_path / "out"), rows_per_shard=4, console=Console(file=io.StringIO()))
+    before, after = (
+        read_published(settings.model_copy(update={"root": str(place)})) for place in (root, tmp_path / "out")
+    )
+    for theirs, ours in ((before.train, after.train), (before.held_out, after.held_out)):
+        assert ours.table.drop_columns("uri").equals(theirs.table.drop_columns("uri"))
+        stored = [read_bytes(uri) for uri in ours.table["uri"].to_pylist()]
+        assert stored == [read_bytes(uri) for uri in theirs.table["uri"].to_pylist()]
+        assert set(stored) <= set(photos)
+    assert (len(after.train), len(after.held_out)) == (6, 2)
+
+
+@pytest.mark.ray
 def test_a_preset_reads_it_whatever_its_data_set_is(ready: Path) -> None:
     published = read_published(DataSettings(dataset="voc", root=str(ready)))
     assert published.train.label_names == ("apple", "bench", "cat")
@@ -326,6 +367,33 @@ def test_killed_half_way_and_started_again_gives_the_same_bytes(local_ray: None,
     assert len(kept) >= len(done) - 2, "finished shards are not written again"
 
 
+@pytest.mark.ray
+def test_the_command_says_what_is_there_and_how_to_train(
+    local_ray: None, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Prepare("coco2014", str(tmp_path / "my out"), rows_per_shard=4, data=raw_settings(raw)).run()
+    lines = capsys.readouterr().out.splitlines()
+    size = sum(path.stat().st_size for path in (tmp_path / "my out/train").iterdir())
+    assert lines[-7].startswith("9/9 images  ")
+    assert lines[-6:-3] == [
+        "train2014: 7 images, 1 without a label dropped",
+        f"train: 6 images, {size / 1e6:.1f} MB in 2 shards",
+        "val2014: 3 images, 0 without a label kept",
+    ]
+    assert re.fullmatch(r"test: 3 images, 0\.0 MB in 1 shards", lines[-3])
+    assert re.fullmatch(r"3 labels, content [0-9a-f]{12}, \d+ s", lines[-2])
+    assert lines[-1] == f"train on it with: msrn train coco2014 --data.root '{tmp_path}/my out'"
+
+
+@pytest.mark.ray
+def test_a_terminal_gets_a_bar(local_ray: None, raw: Path, tmp_path: Path) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100)
+    prepare(raw_settings(raw), Location.of(tmp_path / "out"), rows_per_shard=2, console=console)
+    assert "━" in screen.getvalue()
+    assert "9/9 " in screen.getvalue()
+
+
 # What can be wrong with a prepared folder
 
 
@@ -392,7 +460,7 @@ def test_an_out_folder_of_something_else_is_refused(raw: Path, copy: Path, tmp_p
     with pytest.raises(UserError, match="is prepared already; give the data set that it was prepared from"):
         prepare(raw_settings(copy), Location.of(tmp_path / "again"))
     (copy / "plan.json").write_text("{")
-    with pytest.raises(UserError, match=r"plan\.json: damaged"):
+    with pytest.raises(UserError, match=r"plan\.json: damaged \(.*; empty the folder and run"):
         prepare(raw_settings(raw), Location.of(copy), rows_per_shard=2)
 
 

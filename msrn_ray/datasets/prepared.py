@@ -28,6 +28,7 @@ from ..types import SampleTable
 FORMAT, VERSION = "msrn_ray prepared data set", 1
 INFO_FILE, PLAN_FILE, BAD_FILE = "dataset.json", "plan.json", "bad_images.csv"
 SplitName = Literal["train", "val", "test"]
+ANEW = "empty the folder and run `msrn prepare` again, or take the file away if it is not of `msrn prepare`"
 AGAIN = "run the same `msrn prepare` again, it writes only what is missing"
 
 
@@ -100,10 +101,10 @@ def read_info(root: Location) -> PreparedInfo | None:
     """
     place = root / INFO_FILE
     if not place.is_file():
-        if (root / PLAN_FILE).is_file() and read_json(root / PLAN_FILE).get("format") == FORMAT:
+        if (root / PLAN_FILE).is_file() and read_json(root / PLAN_FILE, ANEW).get("format") == FORMAT:
             raise UserError(f"{root}: `msrn prepare` has not finished here; {AGAIN}")
         return None
-    content = read_json(place)
+    content = read_json(place, f"{AGAIN}, or take the file away if it is not of `msrn prepare`")
     if content.get("format") != FORMAT:
         return None
     if content.get("version") != VERSION:
@@ -119,8 +120,8 @@ def read_info(root: Location) -> PreparedInfo | None:
         raise UserError(f"{place}: damaged ({field}: {first['msg']}); {AGAIN}") from None
 
 
-def read_json(place: Location) -> dict[str, Any]:
-    """A JSON object; {} for JSON of another kind.
+def read_json(place: Location, mend: str) -> dict[str, Any]:
+    """A JSON object; {} for JSON of another kind. `mend` ends the message where it is damaged.
 
     Raises:
         UserError: if it cannot be read or is not JSON.
@@ -129,9 +130,7 @@ def read_json(place: Location) -> dict[str, Any]:
         content = json.loads(place.read_bytes())
     except (OSError, ValueError) as error:
         what = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{place}: damaged ({what}); {AGAIN}, or take the file away if it is not of `msrn prepare`"
-        ) from None
+        raise UserError(f"{place}: damaged ({what}); {mend}") from None
     return content if isinstance(content, dict) else {}
 
 
