@@ -5,9 +5,11 @@ What a shard holds is recorded in its own footer, so that a shard that is there 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,7 +81,7 @@ class ShardWriter:
         """Writes shard `number` of a `SampleTable.table` unless it is there already.
 
         Raises:
-            UserError: if it cannot be written.
+            UserError: if it cannot be written, or an image that is there cannot be read.
         """
         return self._find(number) or self._write(samples, number)
 
@@ -107,9 +109,10 @@ class ShardWriter:
                 rows.append(start + position)
             except UserError as error:
                 bad.append((start + position, str(error)))
-            except OSError as error:
-                # Its words alone, without the path: the same images elsewhere give the same bytes.
-                bad.append((start + position, error.strerror or str(error)))
+            except FileNotFoundError:  # without its path: the same images elsewhere give the same bytes
+                bad.append((start + position, os.strerror(errno.ENOENT)))
+            except OSError as error:  # a network or a disk that may work again must not leave images out for good
+                raise UserError(f"{uri}: cannot be read ({error})") from None
         kept = chosen.take(pa.array(np.array(rows, np.int64) - start))
         flat = np.asarray(kept["target"].combine_chunks().flatten())
         target = flat.astype(np.int8).reshape(len(rows), len(self.label_names))

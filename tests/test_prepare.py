@@ -184,6 +184,14 @@ def test_bad_images_are_left_out_with_their_reason_and_no_path(shared: Path, tmp
     assert pq.read_table(tmp_path / "none/train/train-00000.parquet").num_rows == 0
 
 
+def test_an_image_that_may_be_read_another_time_is_not_left_out(samples: SampleTable, tmp_path: Path) -> None:
+    (tmp_path / "photos/1.jpg").unlink()
+    (tmp_path / "photos/1.jpg").mkdir()  # stands for a disk or a network that fails
+    with pytest.raises(UserError, match=r"photos/1\.jpg: cannot be read \("):
+        writer(tmp_path / "out").finish(samples.table, 0)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_disk_that_takes_no_more_is_one_line_and_leaves_no_shard(samples: SampleTable, tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # stands for a full disk: writing fails half-way
