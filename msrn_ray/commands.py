@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,20 @@ from .presets import PRESETS
 
 PresetName = Literal["scenes", "voc2007", "coco2014", "nuswide", "apparel", "manifest", "folders"]
 assert set(PRESETS) == set(PresetName.__args__)  # type: ignore[attr-defined]  # the command line's choices are the presets
+# A preset stands for its data set, a reader for its layout
+SourceName = Literal[
+    "scenes",
+    "voc2007",
+    "coco2014",
+    "nuswide",
+    "apparel",
+    "coco",
+    "voc",
+    "manifest",
+    "folders",
+    "huggingface",
+    "webdataset",
+]
 
 
 def _out() -> Console:
@@ -161,6 +176,48 @@ class Predict:
 
 
 @dataclass(frozen=True)
+class Prepare:
+    """Write a data set as Parquet shards with the images inside, which `msrn train` reads from any place."""
+
+    source: tyro.conf.Positional[SourceName]
+    """Preset whose data set is read, or reader of its layout (`msrn train --help`, data.dataset)."""
+    out: str
+    """Folder or URI to write to. Stopped half-way, the same command goes on there."""
+    short_side: int | None = None
+    """Reduce images with a larger short side to this, pixels, and store them as JPEG. None: all bytes as they are."""
+    rows_per_shard: int = 256
+    """Images of a shard file; a task holds as many in memory."""
+    data: DataSettings = field(default_factory=DataSettings)
+
+    def run(self) -> None:
+        """Writes, then says what is there and how to train on it."""
+        from .prepare import prepare
+        from .storage import Location
+
+        for option, value in (("--short-side", self.short_side), ("--rows-per-shard", self.rows_per_shard)):
+            if value is not None and value < 1:
+                raise UserError(f"{option} {value}: must be at least 1")
+        start = time.monotonic()
+        out = _out()
+        place = Location.of(self.out)
+        info = prepare(self.data, place, short_side=self.short_side, rows_per_shard=self.rows_per_shard, console=out)
+        for name, split in info.splits.items():
+            for line in split.notes:
+                out.print(line, markup=False)
+            left_out = f", {split.bad_images} left out (bad_images.csv)" if split.bad_images else ""
+            out.print(
+                f"{name}: {split.images} images{left_out}, {sum(split.shard_bytes) / 1e6:.1f} MB in {len(split.shard_bytes)} shards",
+                markup=False,
+            )
+        out.print(
+            f"{len(info.label_names)} labels, content {info.content[:12]}, {time.monotonic() - start:.0f} s",
+            markup=False,
+        )
+        preset = self.source if self.source in PRESETS else "PRESET"
+        out.print(f"train on it with: msrn train {preset} --data.root {shlex.quote(str(place))}", markup=False)
+
+
+@dataclass(frozen=True)
 class Graph:
     """Show the label graph of a data set: edges at tau, labels without one, a picture."""
 
@@ -296,6 +353,11 @@ def starting_config(argv: list[str]) -> ExperimentConfig:
 
         return resume_config(Path(starts["--resume"]))
     return PRESETS[named if named in PRESETS else "scenes"].config
+
+
+def source_settings(name: str) -> DataSettings:
+    """The data settings that `prepare` starts from: those of a preset, or the defaults with a reader."""
+    return PRESETS[name].config.data if name in PRESETS else DataSettings.model_validate({"dataset": name})
 
 
 def _option(words: Sequence[str], option: str) -> str | None:

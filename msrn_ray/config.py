@@ -18,7 +18,7 @@ from .errors import UserError
 
 Level = Literal["layer1", "layer2", "layer3", "layer4"]
 LEVELS: tuple[Level, ...] = ("layer1", "layer2", "layer3", "layer4")
-Dataset = Literal["scenes", "coco", "voc", "nuswide", "apparel", "manifest", "folders"]
+Dataset = Literal["scenes", "coco", "voc", "nuswide", "apparel", "manifest", "folders", "huggingface", "webdataset"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -36,22 +36,23 @@ class DataSettings(Settings):
     """Which images and labels, and how they become tensors."""
 
     dataset: Dataset = "scenes"
-    """Reader of the data set's layout on disk."""
+    """Reader of the data set's layout on disk. Where `root` holds the output of `msrn prepare`, that is read whatever is set here."""
     root: str | None = None
     """Folder of the data set, or the manifest's file: a path or URI (s3://, gs://, ...). `scenes` generates itself into the user's
     cache folder when none is given."""
     year: Literal[2007, 2012, 2014, 2017] | None = None
     """Edition of COCO (2014, 2017) or VOC (2007, 2012), where the folder holds both. None: the older one that is there."""
     image_column: str | None = None
-    """Manifest: the column of paths or URIs of images. None: the one with a usual name (image, filepath, file_name, uri, path, ...)."""
+    """Manifest, huggingface: the column of images. None: the one with a usual name (image, filepath, file_name, uri, path, ...)."""
     label_column: str | None = None
-    """Manifest: the column that lists an image's labels. None: the one named labels, label or tags; without it each column is a label."""
+    """Manifest, huggingface, webdataset (field of the .json; nested ones dotted): what lists an image's labels. None: labels, label or
+    tags; in a manifest without it each column is a label."""
     label_separator: Annotated[str, Field(min_length=1)] | None = None
     """Manifest: what parts the labels in a text. None: the only one of ; | and , that occurs."""
     labels: str | None = None
-    """Manifest and folders: text file of all labels in their order, one a line. None: those that occur, in alphabetical order."""
+    """Text file of all labels in their order, one a line, for data of one's own. None: those that occur, in alphabetical order."""
     test_fraction: Fraction = 0.1
-    """Manifest and folders without splits: part of all images taken as test; stratified by label. 0: no test split."""
+    """Data of one's own without splits: part of all images taken as test; stratified by label. 0: no test split."""
     image_size: Annotated[int, Field(ge=64, le=2048)] = 448
     """Side S of the square network input, pixels; 448 is the paper's. At least 64: the deepest stage must keep 2x2 positions."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,15 +15,24 @@ from .config import Dataset, DataSettings, ExperimentConfig
 from .datasets.apparel import read_apparel
 from .datasets.coco import find_year, has_split, read_coco
 from .datasets.folders import read_folders
+from .datasets.huggingface import read_huggingface
 from .datasets.label_columns import read_label_names
 from .datasets.manifest import OwnImages, read_manifest
 from .datasets.nuswide import read_nuswide
+from .datasets.prepared import PreparedInfo, read_info, read_prepared
 from .datasets.scenes import generate_scenes
 from .datasets.split import SPLITS, Rows, stratified_split
 from .datasets.voc import Difficult, find_voc, read_voc
+from .datasets.webdataset import read_webdataset
 from .errors import UserError
-from .storage import Location
+from .storage import Location, in_row_group
 from .types import PRESENT, SampleTable
+
+# Settings of tensors, words and protocol, the seed among them; of a list of labels the names are kept, not where it lay
+_NOT_OF_READERS = {
+    *("dataset", "root", "image_size", "crop_scales", "flip", "max_pixels", "max_bad_fraction"),
+    *("word_vectors", "missing_words", "val_fraction", "split_seed", "labels"),
+}
 
 
 @dataclass(frozen=True)
@@ -80,13 +90,17 @@ def load_splits(config: ExperimentConfig) -> Splits:
     Raises:
         UserError: for anything wrong with the data set, naming file and mend.
     """
-    published = READERS[config.data.dataset](config.data)
+    published = read_published(config.data)
     train, held_out = published.train, published.held_out
     notes = [note for table in (train, published.val, held_out) if table is not None for note in table.notes]
     if held_out is None:
         if config.protocol == "paper":
             raise UserError(f"{train.source}: there is no test split, which protocol=paper scores; use protocol=honest")
         notes.append("there is no test split: the score on val, which also chooses the best epoch, is the only one")
+    if any(in_row_group(uri) for uri in train.table["uri"][:1].to_pylist()):
+        notes.append(
+            "images lie in row groups of Parquet files: slow to train from in random order; `msrn prepare` them first"
+        )
     if held_out is not None and config.protocol == "paper":
         notes.append(
             f"protocol paper: the best epoch is chosen on the test split ({held_out.source}), as the papers do"
@@ -111,6 +125,38 @@ def load_splits(config: ExperimentConfig) -> Splits:
         if table is not None and not (table.targets == 1).any():
             raise UserError(f"{name} split ({table.source}): no image has a label, nothing to learn or to score")
     return splits
+
+
+def read_published(settings: DataSettings) -> Published:
+    """The published splits: where `data.root` holds a prepared data set from there, whatever `data.dataset` says; else by the reader.
+
+    Raises:
+        UserError: for anything wrong with the data set, naming file and mend.
+    """
+    if settings.root is not None:
+        root = Location.of(settings.root)
+        info = read_info(root)
+        if info is not None:
+            return _prepared(root, info, settings)
+    return READERS[settings.dataset](settings)
+
+
+def reader_settings(settings: DataSettings) -> dict[str, Any]:
+    """The settings that decide what a reader gives, by name; the others count when a prepared data set is read, too."""
+    return settings.model_dump(mode="json", exclude=_NOT_OF_READERS)
+
+
+def _prepared(root: Location, info: PreparedInfo, settings: DataSettings) -> Published:
+    tables = read_prepared(root, info)
+    now = reader_settings(settings)
+    notes = [f"read from prepared shards ({info.dataset}, {info.content[:12]}): {root}"]
+    notes += [
+        f"data.{name} was {value!r} when the data was prepared and stays so; {now[name]!r} has no effect"
+        for name, value in info.settings.items()
+        if now.get(name) not in (None, value)
+    ]
+    train = replace(tables["train"], notes=(*notes, *tables["train"].notes))
+    return Published(train, tables.get("val"), tables.get("test"))
 
 
 def _root(settings: DataSettings) -> Location:
@@ -194,7 +240,11 @@ def _nuswide(settings: DataSettings) -> Published:
 
 def _apparel(settings: DataSettings) -> Published:
     table = read_apparel(_root(settings), single_labels=settings.apparel_single_labels)
-    rest, part = stratified_split(table.targets, settings.apparel_test_fraction, settings.split_seed)
+    return _held_out_by_seed(table, settings, settings.apparel_test_fraction)
+
+
+def _held_out_by_seed(table: SampleTable, settings: DataSettings, fraction: float) -> Published:
+    rest, part = stratified_split(table.targets, fraction, settings.split_seed)
     test = table.take(part)
     return Published(
         table.take(rest),
@@ -262,6 +312,32 @@ def _part(samples: SampleTable, name: str, rows: Rows, settings: DataSettings) -
     return replace(part, source=f"{name} of {samples.source}", notes=(note,))
 
 
+def _huggingface(settings: DataSettings) -> Published:
+    root = _place(settings, "the folder of the data set (--data.root DIR or URI)")
+    tables = read_huggingface(
+        root, label_names=_label_names(settings), image_column=settings.image_column, label_column=settings.label_column
+    )
+    return _published(tables, settings)
+
+
+def _webdataset(settings: DataSettings) -> Published:
+    root = _place(settings, "the folder of the data set (--data.root DIR or URI)")
+    return _published(
+        read_webdataset(root, label_names=_label_names(settings), label_field=settings.label_column), settings
+    )
+
+
+def _published(tables: dict[str, SampleTable], settings: DataSettings) -> Published:
+    """By the names that a data set gives its splits: without test, val is held out; without both, a part of train by seed."""
+    train, val, test = (tables.get(name) for name in ("train", "val", "test"))
+    assert train is not None
+    if test is not None:
+        return Published(train, val, test)
+    return (
+        Published(train, None, val) if val is not None else _held_out_by_seed(train, settings, settings.test_fraction)
+    )
+
+
 READERS: dict[Dataset, Callable[[DataSettings], Published]] = {
     "scenes": _scenes,
     "coco": _coco,
@@ -270,6 +346,8 @@ READERS: dict[Dataset, Callable[[DataSettings], Published]] = {
     "apparel": _apparel,
     "manifest": _manifest,
     "folders": _folders,
+    "huggingface": _huggingface,
+    "webdataset": _webdataset,
 }
 
 

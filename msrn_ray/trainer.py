@@ -163,14 +163,10 @@ def absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
             f"train.storage {config.train.storage}: give a folder; on a cluster one that every node has mounted"
         )
     changes: dict[str, str] = {"train.storage": _absolute(config.train.storage)}
-    data = config.data
-    for name, value in (
-        ("data.root", data.root),
-        ("data.labels", data.labels),
-        ("data.word_vectors", data.word_vectors),
-    ):
+    for name in ("root", "labels", "word_vectors"):
+        value = getattr(config.data, name)
         if value is not None and "://" not in value:
-            changes[name] = _absolute(value)
+            changes[f"data.{name}"] = _absolute(value)
     weights = config.model.pretrained
     if weights is not None and Path(weights).expanduser().exists():
         changes["model.pretrained"] = _absolute(weights)

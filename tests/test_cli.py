@@ -18,14 +18,14 @@ import msrn_ray
 from msrn_ray import commands
 from msrn_ray.__main__ import main
 from msrn_ray.checkpoint import load_checkpoint, save_checkpoint
-from msrn_ray.commands import starting_config
+from msrn_ray.commands import source_settings, starting_config
 from msrn_ray.config import DataSettings, ExperimentConfig, ResourceSettings, load_config
 from msrn_ray.errors import UserError
 from msrn_ray.presets import PRESETS
 
 from .tiny import make_coco, make_photo, make_tiny_checkpoint
 
-SUBCOMMANDS = ("train", "evaluate", "predict", "graph", "presets", "import-official")
+SUBCOMMANDS = ("train", "evaluate", "predict", "prepare", "graph", "presets", "import-official")
 
 
 class Done(NamedTuple):
@@ -113,6 +113,7 @@ def described_options(name: str) -> list[tuple[str, str]]:
             "data": ExperimentConfig.model_fields["data"],
             "resources": ExperimentConfig.model_fields["resources"],
         },
+        "prepare": {"data": ExperimentConfig.model_fields["data"]},
         "graph": {"data": ExperimentConfig.model_fields["data"]},
     }
     options = []
@@ -139,6 +140,11 @@ OWN_OPTIONS = {
         "STR": "Image files, folders, patterns ('photos/*.jpg') or URIs.",
         "--out": "Write all probabilities to this .csv, .json or .parquet file.",
         "--batch-size": "Images scored at once.",
+    },
+    "prepare": {
+        "--out": "Folder or URI to write to. Stopped half-way, the same command goes on there.",
+        "--short-side": "Reduce images with a larger short side to this, pixels",
+        "--rows-per-shard": "Images of a shard file",
     },
     "graph": {"--tau": "Label i attends to label j", "--out": "The picture", "--protocol": "How the data set is split"},
     "presets": {},
@@ -224,6 +230,8 @@ def test_presets_lists_all(cli: Cli) -> None:
         (["evaluate"], ["Missing", "PATH"]),
         (["evaluate", "--split", "dev"], ["dev", "train", "val", "test"]),
         (["predict"], ["Missing", "PATH"]),
+        (["prepare"], ["Missing", "--out"]),
+        (["prepare", "imagenet", "--out", "o"], ["imagenet", "coco2014", "webdataset"]),
         (["import-official", "x"], ["--preset", "--word-vectors", "--graph", "--out"]),
     ],
 )
@@ -266,6 +274,11 @@ def test_a_command_line_that_cannot_be_parsed(cli: Cli, argv: list[str], words: 
         (["predict", "CHECKPOINT", "PHOTO", "--batch-size", "0"], ["batch", "0"]),
         (["predict", "CHECKPOINT", "PHOTO", "--batch-size", "-1"], ["batch", "-1"]),
         (["evaluate", "CHECKPOINT", "--batch-size", "0"], ["batch", "0"]),
+        (["prepare", "voc", "--out", "o"], ["data.root", "voc", "--data.root DIR"]),
+        (["prepare", "coco", "--out", "o", "--short-side", "0"], ["--short-side 0", "at least 1"]),
+        (["prepare", "coco", "--out", "o", "--rows-per-shard", "0"], ["--rows-per-shard 0", "at least 1"]),
+        (["prepare", "--out", "o", "--data.flip", "coco"], ["give coco first, before the options"]),
+        (["prepare", "coco", "--data.root", "COCO", "--out", "COCO"], ["is not empty", "new or empty folder"]),
         (["graph", "voc2007"], ["data.root", "--data.root DIR"]),
         (["graph", "coco2014", "--data.root", "COCO", "--tau", "1.5"], ["tau is 1.5", "at most 1"]),
         (
@@ -321,6 +334,12 @@ def test_starting_config_of_presets_and_files(tmp_path: Path, checkpoint: Path) 
     assert starting_config(["evaluate", str(checkpoint), "--split", "test"]) == load_checkpoint(checkpoint).config
     with pytest.raises(UserError, match="no such file"):
         starting_config(["evaluate", str(tmp_path / "none")])
+
+
+def test_prepare_starts_from_a_preset_or_a_reader() -> None:
+    assert source_settings("coco2014") == PRESETS["coco2014"].config.data
+    assert source_settings("scenes").image_size == 96
+    assert source_settings("webdataset") == DataSettings(dataset="webdataset")
 
 
 def test_starting_config_of_a_run(tmp_path: Path) -> None:
