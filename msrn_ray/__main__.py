@@ -13,7 +13,17 @@ from typing import Annotated, Any, NoReturn
 import tyro
 from pydantic import ValidationError
 
-from .commands import Evaluate, Graph, ImportOfficial, Predict, Presets, Train, first_positional, starting_config
+from .commands import (
+    Doctor,
+    Evaluate,
+    Graph,
+    ImportOfficial,
+    Predict,
+    Presets,
+    Train,
+    first_positional,
+    starting_config,
+)
 from .config import describe_errors
 from .errors import UserError
 
@@ -23,6 +33,7 @@ _COMMANDS = {
     "evaluate": Evaluate,
     "predict": Predict,
     "graph": Graph,
+    "doctor": Doctor,
     "presets": Presets,
     "import-official": ImportOfficial,
 }
@@ -81,7 +92,7 @@ def _check_order(command: Any, argv: list[str]) -> Any:
     seen = first_positional(argv[1:])
     if isinstance(command, Evaluate):
         named, used = command.checkpoint, Path(seen or "")
-    elif isinstance(command, (Train, Graph)):
+    elif isinstance(command, (Train, Graph, Doctor)):
         named, used = Path(command.preset), Path(seen or "scenes")
     else:
         return command
@@ -105,7 +116,12 @@ def _with_defaults(argv: list[str]) -> Any:
         )
     if argv[0] == "graph":
         config = starting_config(argv)
-        return Graph(tau=config.model.tau, protocol=config.protocol, data=config.data)
+        return Graph(
+            tau=config.model.tau, tau_degree=config.model.tau_degree, protocol=config.protocol, data=config.data
+        )
+    if argv[0] == "doctor":
+        config = starting_config(argv)
+        return Doctor(protocol=config.protocol, data=config.data)
     return tyro.MISSING_NONPROP
 
 
