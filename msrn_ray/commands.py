@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 from rich.console import Console
@@ -216,8 +216,8 @@ class Graph:
 class Doctor:
     """Look a data set over: labels, duplicates, unreadable images, sizes, label graph, and what to do about each finding."""
 
-    preset: tyro.conf.Positional[PresetName | Dataset] = "scenes"
-    """Preset or reader whose data set is looked over, with all options of training on it."""
+    preset: tyro.conf.Positional[str] = "scenes"
+    """Preset, or reader (a choice of `--data.dataset`), whose data set is looked over."""
     out: Path | None = None
     """Write the report, with thumbnails, to this .html file too."""
     protocol: Literal["honest", "paper"] = "honest"
@@ -348,16 +348,24 @@ def starting_config(argv: list[str]) -> ExperimentConfig:
         from .trainer import resume_config
 
         return resume_config(Path(starts["--resume"]))
-    return named_config(named or "scenes")
+    if command == "doctor" and named is not None:
+        return named_config(named)
+    return PRESETS[named if named in PRESETS else "scenes"].config
 
 
 def named_config(name: str) -> ExperimentConfig:
-    """The config of a preset, or a plain one with the reader of that name; of `scenes` for any other word."""
+    """The config of a preset, or a plain one with the reader of that name.
+
+    Raises:
+        UserError: for any other name, with those that there are.
+    """
+    readers: tuple[str, ...] = get_args(Dataset)
     if name in PRESETS:
         return PRESETS[name].config
-    if name in Dataset.__args__:  # type: ignore[attr-defined]  # the choices of a Literal
-        return ExperimentConfig(preset=name, data=DataSettings.model_validate({"dataset": name}))
-    return PRESETS["scenes"].config
+    if name in readers:
+        return ExperimentConfig(preset=name).with_overrides({"data.dataset": name})
+    known = dict.fromkeys([*PRESETS, *readers])
+    raise UserError(f"{name}: neither a preset nor a reader; give one of {', '.join(known)}")
 
 
 def _option(words: Sequence[str], option: str) -> str | None:

@@ -148,7 +148,11 @@ OWN_OPTIONS = {
         "--save-counts": "Write the label counts",
         "--protocol": "How the data set is split",
     },
-    "doctor": {"--out": "Write the report, with thumbnails", "--protocol": "How the data set is split"},
+    "doctor": {
+        "STR": "Preset, or reader",
+        "--out": "Write the report, with thumbnails",
+        "--protocol": "How the data set is split",
+    },
     "presets": {},
     "import-official": {
         "PATH": "The authors' .pth.tar.",
@@ -281,8 +285,8 @@ def test_a_command_line_that_cannot_be_parsed(cli: Cli, argv: list[str], words: 
         (["train", "--model.tau", "2"], ["model.tau", "at most 1, or auto", "2"]),
         (["doctor", "coco2014"], ["data.root", "--data.root DIR"]),
         (["doctor", "coco2014", "--data.root", "nowhere"], ["nowhere", "no such folder"]),
+        (["doctor", "imagenet"], ["imagenet: neither a preset nor a reader", "coco2014", "voc"]),
         (["doctor", "coco2014", "--out", "a.pdf"], ["--out a.pdf", ".html"]),
-        (["doctor", "--protocol", "paper", "voc"], ["give voc first"]),
         (
             ["graph", "coco2014", "--data.root", "COCO", "--out", "nowhere/a.png"],
             ["nowhere/a.png", "cannot be written"],
