@@ -337,10 +337,13 @@ def _copies(evidence: _Evidence) -> Iterator[Finding]:
     differing = (targets != targets[first].repeat(length, 0)).any(1)
     contradicting = np.logical_or.reduceat(differing, first)
 
+    def number(chosen: npt.NDArray[np.bool_]) -> int:
+        return int(np.count_nonzero(chosen))
+
     def groups(chosen: npt.NDArray[np.bool_]) -> tuple[tuple[str, ...], tuple[Shown, ...]]:
         picked = [rows[first[group] : first[group] + length[group]] for group in np.flatnonzero(chosen)[:_SHOWN]]
         lines = [" = ".join(one.caption for one in evidence.show(group)) for group in picked]
-        return _few(lines, np.count_nonzero(chosen)), evidence.show(np.concatenate(picked))
+        return _few(lines, number(chosen)), evidence.show(np.concatenate(picked))
 
     if crossing.any():
         between = [
@@ -351,14 +354,14 @@ def _copies(evidence: _Evidence) -> Iterator[Finding]:
         ]
         yield Finding(
             "error",
-            f"{_plural(np.count_nonzero(crossing), 'image')} in more than one split ({', '.join(between)})",
+            f"{_plural(number(crossing), 'image')} in more than one split ({', '.join(between)})",
             "keep each in one split: scores on images that were trained on are too high",
             *groups(crossing),
         )
     if contradicting.any():
         yield Finding(
             "warning",
-            f"{_plural(np.count_nonzero(contradicting), 'image')} more than once with different labels",
+            f"{_plural(number(contradicting), 'image')} more than once with different labels",
             "keep the copy with the right labels",
             *groups(contradicting),
         )
@@ -367,7 +370,7 @@ def _copies(evidence: _Evidence) -> Iterator[Finding]:
         extra = int((length[plain] - 1).sum())
         yield Finding(
             "warning",
-            f"{_plural(np.count_nonzero(plain), 'image')} more than once in the same split, {extra:,} copies too many",
+            f"{_plural(number(plain), 'image')} more than once in the same split, {extra:,} copies too many",
             "keep one of each: copies weigh more than other images, in the loss and in the score",
             *groups(plain),
         )
@@ -383,12 +386,11 @@ def _labels_without_images(evidence: _Evidence) -> Iterator[Finding]:
     for summary in evidence.summaries:
         empty = [name for name, number in zip(evidence.label_names, summary.present, strict=True) if not number]
         if empty:
-            train = summary.name == "train"
             yield Finding(
                 "warning",
                 f"{_plural(len(empty), 'label')} without an image in {summary.name}",
                 "add images with them, or take the labels out of the data set: they cannot be learnt"
-                if train
+                if summary.name == "train"
                 else "their AP is nan and left out of mAP; add images with them, or split anew",
                 _few(empty),
             )

@@ -159,11 +159,8 @@ def _per_image_rows(diagnosis: Diagnosis) -> list[dict[str, Any]]:
     """One row for each number of labels that an image has: `number`, `counts` of each split, `share` of the largest in train."""
     longest = max(len(one.labels_per_image) for one in diagnosis.splits)
     most = int(diagnosis.splits[0].labels_per_image.max())
-    rows = [
-        {"number": number, "counts": [_at(one.labels_per_image, number) for one in diagnosis.splits]}
-        for number in range(longest)
-    ]
-    return [row | {"share": row["counts"][0] / most} for row in rows if any(row["counts"])]
+    counts = [[_at(one.labels_per_image, number) for one in diagnosis.splits] for number in range(longest)]
+    return [{"number": number, "counts": row, "share": row[0] / most} for number, row in enumerate(counts) if any(row)]
 
 
 def _at(values: Sequence[int] | np.ndarray[Any, Any], index: int) -> int:

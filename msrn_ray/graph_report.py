@@ -65,14 +65,15 @@ def draw_graph(counts: LabelCounts, tau: float, target: Path | BinaryIO) -> None
     share = counts.count / max(1, counts.count.max())
     area = 12 + 900 * share * min(1, 30 / number)
     radius = np.sqrt(area) / 2  # points
-    for i, j, probability in reversed(found):  # the strongest on top
+    tints = colour.to_rgba(np.array([probability for _, _, probability in found]))
+    for (i, j, probability), tint in zip(reversed(found), reversed(tints), strict=True):  # the strongest on top
         axis.annotate(
             "",
             xy=tuple(place[i]),
             xytext=tuple(place[j]),
             arrowprops={
                 "arrowstyle": "-|>,head_width=0.25,head_length=0.5",
-                "color": colour.to_rgba(probability),
+                "color": tuple(tint),
                 "linewidth": 0.6 + 2 * probability,
                 "connectionstyle": "arc3,rad=0.15",
                 "shrinkA": radius[j] + 1,
@@ -82,7 +83,8 @@ def draw_graph(counts: LabelCounts, tau: float, target: Path | BinaryIO) -> None
     linked = np.zeros(number, bool)
     linked[[index for i, j, _ in found for index in (i, j)]] = True
     axis.scatter(
-        *place.T,
+        place[:, 0],
+        place[:, 1],
         s=area,
         c=np.where(linked, "tab:orange", "lightgrey"),
         edgecolors="black",

@@ -46,10 +46,11 @@ def diagnose_data(config: ExperimentConfig) -> Diagnosis:
     graph = counts if config.data.label_counts is None else label_counts(splits.train, config.data.label_counts)
     missing = load_word_vectors(splits.train.label_names, config.data.word_vectors, missing="zero").missing
     samples = all_samples(splits)
+    print(f"reading {len(samples):,} images; starting Ray", flush=True)
     connect(config.resources)
     facts = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"reading {len(samples):,} images", total=len(samples))
+        task = progress.add_task("reading", total=len(samples))
         for block in inspect_images(samples, config.data.max_pixels):
             facts.append(block)
             progress.advance(task, len(block))

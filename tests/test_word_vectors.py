@@ -116,7 +116,7 @@ def test_missing_names_are_all_listed_with_the_options(glove: Path) -> None:
         load_word_vectors(["dog", "yak", "light gnu", "tvmonitor"], str(glove))
     message = str(error.value)
     assert "glove.txt: no word vector for 'yak', 'light gnu', 'tvmonitor';" in message
-    assert "give a source that has the words, or set data.missing_words to random or zero" in message
+    assert "give a source that has the words, set data.missing_words to random or zero" in message
 
 
 def test_missing_as_zero(glove: Path) -> None:
