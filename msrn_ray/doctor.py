@@ -288,6 +288,11 @@ def _few(names: Sequence[str], number: int | None = None) -> tuple[str, ...]:
     return (*names[:_SHOWN], *([f"... and {more:,} more"] if more > 0 else []))
 
 
+def _listed(names: Sequence[str]) -> tuple[str, ...]:
+    """The first names in one line."""
+    return (", ".join(_few(names)),)
+
+
 def _plural(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
@@ -392,7 +397,7 @@ def _labels_without_images(evidence: _Evidence) -> Iterator[Finding]:
                 "add images with them, or take the labels out of the data set: they cannot be learnt"
                 if summary.name == "train"
                 else "their AP is nan and left out of mAP; add images with them, or split anew",
-                _few(empty),
+                _listed(empty),
             )
     train = evidence.summaries[0]
     known = train.num_images - train.unknown
@@ -406,7 +411,7 @@ def _labels_without_images(evidence: _Evidence) -> Iterator[Finding]:
             "warning",
             f"{_plural(len(always), 'label')} on every train image where known",
             "add images without them, or take the labels out: there is nothing to tell apart",
-            _few(always),
+            _listed(always),
         )
 
 
@@ -475,7 +480,7 @@ def _balance(evidence: _Evidence) -> Iterator[Finding]:
             f"{_plural(len(few), 'label')} with fewer than {_FEW} train images",
             "add images, or merge with a kindred label; with few images in all, keep the backbone as it is "
             "(model.frozen_stages 5)",
-            _few(few),
+            _listed(few),
         )
     seen = train.present[train.present > 0]
     if len(seen) and seen.max() >= _UNEVEN * seen.min():
@@ -486,14 +491,13 @@ def _balance(evidence: _Evidence) -> Iterator[Finding]:
             f"{evidence.label_names[least]}",
             "look at the AP of each label (msrn evaluate), not at OF1 alone; model.prior_bias starts each label at its own rate",
         )
-    for summary in evidence.summaries:
-        number = int(summary.unknown.sum())
-        if number:
-            yield Finding(
-                "info",
-                f"{_plural(number, 'label')} of {summary.name} images unknown (-1)",
-                "nothing to do: they are left out of the loss, the label graph and the metrics",
-            )
+    unknown = [f"{summary.name} {number:,}" for summary in evidence.summaries if (number := int(summary.unknown.sum()))]
+    if unknown:
+        yield Finding(
+            "info",
+            f"labels of images that are unknown (-1): {', '.join(unknown)}",
+            "nothing to do: they are left out of the loss, the label graph and the metrics",
+        )
 
 
 def _sizes(evidence: _Evidence) -> Iterator[Finding]:
@@ -556,7 +560,7 @@ def _word_vectors(missing: Sequence[str], config: ExperimentConfig) -> Iterator[
             "training would stop; rename them, or choose --data.missing-words random or --data.word-vectors learned"
             if stops
             else f"they get {config.data.missing_words} vectors (data.missing_words); rename them for real ones",
-            _few(missing),
+            _listed(missing),
         )
 
 

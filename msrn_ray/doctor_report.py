@@ -83,7 +83,11 @@ def print_diagnosis(out: Console, diagnosis: Diagnosis) -> None:
 def summary_line(diagnosis: Diagnosis) -> str:
     """How many findings of each gravity."""
     counts = {gravity: diagnosis.number(gravity) for gravity in GRAVITIES}
-    found = ", ".join(f"{number} {gravity}{'' if number == 1 else 's'}" for gravity, number in counts.items() if number)
+    found = ", ".join(
+        f"{number} {gravity}{'' if number == 1 or gravity == 'info' else 's'}"
+        for gravity, number in counts.items()
+        if number
+    )
     return f"findings: {found or 'none'}"
 
 
@@ -118,6 +122,7 @@ def write_page(path: Path, diagnosis: Diagnosis, max_pixels: int) -> None:
         thumbnail=thumbnail,
         labels=_label_rows(diagnosis),
         per_image=_per_image_rows(diagnosis),
+        margin=1 + 0.45 * min(20, max(map(len, diagnosis.label_names))),
         heat_map=_heat_map(diagnosis) if len(diagnosis.label_names) <= _HEAT_MAP else [],
         graph=_data_uri(picture.getvalue(), "png"),
     )

@@ -61,7 +61,7 @@ def draw_graph(counts: LabelCounts, tau: float, target: Path | BinaryIO) -> None
     angle = np.empty(number)
     angle[_circle_order(conditional_probability(counts))] = 2 * np.pi * np.arange(number) / number
     place = np.stack([np.cos(angle), np.sin(angle)], 1)
-    colour = ScalarMappable(Normalize(tau, 1), "viridis_r")
+    colour = ScalarMappable(Normalize(0, 1), "viridis_r")
     share = counts.count / max(1, counts.count.max())
     area = 12 + 900 * share * min(1, 30 / number)
     radius = np.sqrt(area) / 2  # points
@@ -75,7 +75,7 @@ def draw_graph(counts: LabelCounts, tau: float, target: Path | BinaryIO) -> None
                 "arrowstyle": "-|>,head_width=0.25,head_length=0.5",
                 "color": tuple(tint),
                 "linewidth": 0.6 + 2 * probability,
-                "connectionstyle": "arc3,rad=0.15",
+                "connectionstyle": f"arc3,rad={_bend(place[j], place[i]):.3f}",
                 "shrinkA": radius[j] + 1,
                 "shrinkB": radius[i] + 1,
             },
@@ -116,6 +116,15 @@ def draw_graph(counts: LabelCounts, tau: float, target: Path | BinaryIO) -> None
         figure.savefig(target, format="png")
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror})") from None
+
+
+def _bend(start: npt.NDArray[np.float64], end: npt.NDArray[np.float64]) -> float:
+    """How far an arrow bends towards the middle of the circle: short ones most, so that they leave the labels between free."""
+    along, middle = end - start, start + end
+    left = along[0] * middle[1] - along[1] * middle[0] >= 0  # of the arrow lies the middle
+    return (1 if left else -0.85) * (
+        0.05 + 0.25 * (2 - float(np.hypot(*along)))
+    )  # unlike, so that there and back are two arrows
 
 
 def _circle_order(probability: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -48,6 +49,7 @@ def diagnose_data(config: ExperimentConfig) -> Diagnosis:
     samples = all_samples(splits)
     print(f"reading {len(samples):,} images; starting Ray", flush=True)
     connect(config.resources)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plans and warnings are not for the user of a report
     facts = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("reading", total=len(samples))

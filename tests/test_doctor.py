@@ -220,7 +220,7 @@ def test_unknown_labels_are_no_missing_labels(shared: Path) -> None:
     train = diagnosis.splits[0]
     assert train.unknown.sum() > 0
     assert train.num_unlabelled == 0, "12 photos hold nothing but difficult objects"
-    assert any("unknown (-1)" in finding.title for finding in diagnosis.findings)
+    assert any("unknown (-1): train " in finding.title for finding in diagnosis.findings)
 
 
 def test_sizes(root: Path) -> None:
@@ -243,7 +243,7 @@ def test_rare_and_uneven_labels(tmp_path: Path) -> None:
     found = diagnosis_of(root, model__tau="auto").findings
     assert grave(found) == []
     titles = {finding.title: finding.details for finding in found}
-    assert titles["2 labels with fewer than 10 train images"] == ("cat (1)", "bench (3)")
+    assert titles["2 labels with fewer than 10 train images"] == ("cat (1), bench (3)",)
     assert "uneven labels: apple is 110 times as frequent as cat" in titles
 
 
