@@ -70,7 +70,7 @@ class DataSettings(Settings):
     missing_words: Literal["error", "random", "zero"] = "error"
     """What a label name without a word vector gets."""
     label_counts: str | None = None
-    """Label counts for the graph: an .npz file that `msrn graph --save-counts` wrote, or one with `names`, `adj` and `nums`.
+    """Label counts for the graph: an .npz file that `msrn graph` saved, or one with `names`, `adj` and `nums`.
     None: counted on the train split."""
     crop_scales: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0, 0.9, 0.8, 0.7, 0.6)
     """Sides of the multi-scale train crop as parts of the short side, large to small; height and width are at most two steps
