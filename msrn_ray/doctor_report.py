@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .doctor import GRAVITIES, Diagnosis, Gravity, Shown
+from .doctor import Diagnosis
 from .errors import UserError
+from .findings import GRAVITIES, Gravity, Shown
 from .graph_report import draw_graph
 from .label_graph import conditional_probability
 from .storage import read_bytes

@@ -73,7 +73,7 @@ def images_left_out(config: ExperimentConfig, splits: Splits) -> pa.Table:
     if config.data.keep_unlabelled_train and config.data.keep_unlabelled_eval:
         return all_samples(splits).slice(0, 0)
     whole = all_samples(load_splits(config.with_overrides(everything)))
-    used = pc.is_in(whole["uri"], all_samples(splits)["uri"].combine_chunks())
+    used = pc.is_in(whole["uri"], all_samples(splits)["uri"])
     return whole.filter(pc.invert(used))
 
 

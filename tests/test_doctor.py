@@ -18,9 +18,10 @@ from rich.console import Console
 from msrn_ray import inspection
 from msrn_ray.__main__ import main
 from msrn_ray.config import ExperimentConfig
-from msrn_ray.doctor import FACTS, Diagnosis, Finding, all_samples, diagnose
+from msrn_ray.doctor import FACTS, Diagnosis, all_samples, diagnose
 from msrn_ray.doctor_report import print_diagnosis, summary_line, write_page
 from msrn_ray.errors import UserError
+from msrn_ray.findings import Finding
 from msrn_ray.inspection import inspect_images, inspect_rows
 from msrn_ray.materials import label_counts
 from msrn_ray.splits import load_splits
@@ -133,6 +134,23 @@ def test_the_same_photograph_twice_in_a_split(root: Path) -> None:
         "1 image more than once in the same split, 2 copies too many",
     )
     assert all(f"train_00{row}.jpg" in finding.details[0] for row in range(3))
+
+
+def test_many_copies_and_many_groups_are_cut_with_a_count(tmp_path: Path) -> None:
+    rows = TRAIN + [[0]] * 15
+    root = make_coco(tmp_path / "set", {"train": rows, "val": [[0]] * 20, "test": HELD_OUT})
+    for row in range(23, 38):
+        shutil.copy(photo(root, "train", 6), photo(root, "train", row))
+    many = next(finding for finding in diagnosis_of(root).findings if "more than once" in finding.title)
+    assert many.title == "1 image more than once in the same split, 15 copies too many"
+    assert many.details[0].endswith(f"train: {photo(root, 'train', 33)} = ... and 4 more")
+    for row in range(14):
+        shutil.copy(photo(root, "train", row), photo(root, "val", row))
+    leak = diagnosis_of(root).findings[0]
+    assert leak.title.startswith("14 images in more than one split (train and val: 14)")
+    assert len(leak.details) == 13
+    assert leak.details[-1] == "... and 2 more"
+    assert len(leak.images) == 12
 
 
 def test_the_same_photograph_with_other_labels(root: Path) -> None:
