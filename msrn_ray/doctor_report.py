@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from .doctor import Diagnosis
 from .errors import UserError
@@ -35,7 +35,16 @@ def print_diagnosis(out: Console, diagnosis: Diagnosis) -> None:
     """Findings, the gravest first, then the numbers that they come from."""
     for note in diagnosis.notes:
         out.print(note, markup=False)
-    table = Table("split", "images", "without label", "unreadable", "labels an image", "MB", "from", title="images")
+    table = Table(
+        "split",
+        "images",
+        "without label",
+        "unreadable",
+        "labels an image",
+        "MB",
+        Column("from", overflow="fold"),
+        title="images",
+    )
     for one in diagnosis.splits:
         table.add_row(
             one.name,
@@ -62,7 +71,13 @@ def print_diagnosis(out: Console, diagnosis: Diagnosis) -> None:
         table.add_row(escape(f"{first}, {second}"), f"{together:,}", f"{probability:.2f}")
     out.print(table)
 
-    table = Table("tau", "edges", "edges a label", "labels without one", title="label graph")
+    table = Table(
+        "tau",
+        "edges",
+        "edges a label",
+        "labels without one",
+        title=escape(f"label graph, counted on {_origin(diagnosis)}"),
+    )
     for at in diagnosis.taus:
         mark = " *" if at.tau == diagnosis.tau else ""
         table.add_row(f"{at.tau:.4g}{mark}", f"{at.num_edges:,}", f"{at.mean_degree:.2f}", str(at.num_alone))
@@ -123,6 +138,7 @@ def write_page(path: Path, diagnosis: Diagnosis, max_pixels: int) -> None:
         thumbnail=thumbnail,
         labels=_label_rows(diagnosis),
         per_image=_per_image_rows(diagnosis),
+        origin=_origin(diagnosis),
         margin=1 + 0.45 * min(20, max(map(len, diagnosis.label_names))),
         heat_map=_heat_map(diagnosis) if len(diagnosis.label_names) <= _HEAT_MAP else [],
         graph=_data_uri(picture.getvalue(), "png"),
@@ -144,6 +160,11 @@ def _print_labels(out: Console, diagnosis: Diagnosis) -> None:
             bar = "█" * round(_BAR * row["share"]) or ("▏" if row["numbers"][0] else "")
             table.add_row(escape(row["name"]), *(f"{number:,}" for number in row["numbers"]), bar)
     out.print(table)
+
+
+def _origin(diagnosis: Diagnosis) -> str:
+    """What the label graph was counted on."""
+    return str(diagnosis.graph.provenance or "a file that does not say on what it was counted")
 
 
 def _label_rows(diagnosis: Diagnosis) -> list[dict[str, Any]]:

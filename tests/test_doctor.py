@@ -302,7 +302,7 @@ def test_the_gravest_come_first_and_the_order_of_facts_does_not_matter(root: Pat
 
 @pytest.mark.ray
 def test_the_stream_gives_each_image_once(local_ray: None, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspection, "_MIN_ROWS", 4)
+    monkeypatch.setattr(inspection, "_MIN_ROWS", 16)
     photo(root, "train", 5).write_bytes(b"")
     samples = all_samples(load_splits(config(root)))
     blocks = list(inspect_images(samples, 10**6))
@@ -360,6 +360,7 @@ def test_the_page_is_one_file_and_runs_nothing(hostile: Path, tmp_path: Path) ->
         assert name in words
     assert "train: " + str(photo(hostile, "train", 20)) + " = test: " in words
     assert "unreadable" in words
+    assert "counted on 23 images of instances_train2014.json (fingerprint " in words
     assert "prefers-color-scheme: dark" in text
 
 
