@@ -14,6 +14,7 @@ import tyro
 from pydantic import ValidationError
 
 from .commands import (
+    Doctor,
     Evaluate,
     Graph,
     ImportOfficial,
@@ -23,7 +24,7 @@ from .commands import (
     SourceName,
     Train,
     first_positional,
-    source_settings,
+    named_config,
     starting_config,
 )
 from .config import DataSettings, describe_errors
@@ -36,6 +37,7 @@ _COMMANDS = {
     "predict": Predict,
     "prepare": Prepare,
     "graph": Graph,
+    "doctor": Doctor,
     "presets": Presets,
     "import-official": ImportOfficial,
 }
@@ -94,7 +96,7 @@ def _check_order(command: Any, argv: list[str]) -> Any:
     seen = first_positional(argv[1:])
     if isinstance(command, Evaluate):
         named, used = command.checkpoint, Path(seen or "")
-    elif isinstance(command, (Train, Graph)):
+    elif isinstance(command, (Train, Graph, Doctor)):
         named, used = Path(command.preset), Path(seen or "scenes")
     elif isinstance(command, Prepare):
         named, used = Path(command.source), Path(seen or "")
@@ -120,11 +122,16 @@ def _with_defaults(argv: list[str]) -> Any:
         )
     if argv[0] == "graph":
         config = starting_config(argv)
-        return Graph(tau=config.model.tau, protocol=config.protocol, data=config.data)
+        return Graph(
+            tau=config.model.tau, tau_degree=config.model.tau_degree, protocol=config.protocol, data=config.data
+        )
     if argv[0] == "prepare":
         named = first_positional(argv[1:]) or ""
-        data = source_settings(named) if named in get_args(SourceName) else DataSettings()
+        data = named_config(named).data if named in get_args(SourceName) else DataSettings()
         return Prepare(tyro.MISSING, tyro.MISSING, data=data)
+    if argv[0] == "doctor":
+        config = starting_config(argv)
+        return Doctor(protocol=config.protocol, data=config.data)
     return tyro.MISSING_NONPROP
 
 

@@ -31,7 +31,7 @@ from .types import PRESENT, SampleTable
 # Settings of tensors, words and protocol, the seed among them; of a list of labels the names are kept, not where it lay
 _NOT_OF_READERS = {
     *("dataset", "root", "image_size", "crop_scales", "flip", "max_pixels", "max_bad_fraction"),
-    *("word_vectors", "missing_words", "val_fraction", "split_seed", "labels"),
+    *("word_vectors", "missing_words", "label_counts", "val_fraction", "split_seed", "labels"),
 }
 
 

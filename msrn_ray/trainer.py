@@ -30,6 +30,7 @@ from .materials import Materials, describe, gather_materials
 from .resources import Allocation, allocate, connect
 from .run_log import RunLog
 from .splits import fingerprint
+from .word_vectors import LEARNED
 from .worker import train_loop_per_worker
 
 CONFIG_FILE, FAILURE_FILE, DATA_FILE = "config.yaml", "failure.txt", "data.sha256"
@@ -163,9 +164,9 @@ def absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
             f"train.storage {config.train.storage}: give a folder; on a cluster one that every node has mounted"
         )
     changes: dict[str, str] = {"train.storage": _absolute(config.train.storage)}
-    for name in ("root", "labels", "word_vectors"):
+    for name in ("root", "labels", "word_vectors", "label_counts"):
         value = getattr(config.data, name)
-        if value is not None and "://" not in value:
+        if value is not None and "://" not in value and (name, value) != ("word_vectors", LEARNED):
             changes[f"data.{name}"] = _absolute(value)
     weights = config.model.pretrained
     if weights is not None and Path(weights).expanduser().exists():
@@ -261,6 +262,7 @@ _MAY_MOVE = (
     "data.max_bad_fraction",
     "data.max_pixels",
     "data.word_vectors",
+    "data.label_counts",
     "model.pretrained",
 )
 
@@ -277,6 +279,8 @@ def check_resumable(folder: Path, config: ExperimentConfig) -> None:
     if config.train.epochs < load_config(folder / CONFIG_FILE).train.epochs:
         raise UserError(f"{folder}: train.epochs can be raised when a run goes on, not lowered")
     changed = [name for name in now if saved[name] != now[name] and not name.startswith(_MAY_CHANGE + _MAY_MOVE)]
+    if LEARNED in (saved["data.word_vectors"], now["data.word_vectors"]):  # not a file that was moved
+        changed += ["data.word_vectors"] * (saved["data.word_vectors"] != now["data.word_vectors"])
     if changed:
         details = ", ".join(f"{name} was {saved[name]!r}, now {now[name]!r}" for name in changed)
         raise UserError(

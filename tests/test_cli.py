@@ -25,7 +25,7 @@ from msrn_ray.presets import PRESETS
 
 from .tiny import make_coco, make_photo, make_tiny_checkpoint
 
-SUBCOMMANDS = ("train", "evaluate", "predict", "prepare", "graph", "presets", "import-official")
+SUBCOMMANDS = ("train", "evaluate", "predict", "prepare", "graph", "doctor", "presets", "import-official")
 
 
 class Done(NamedTuple):
@@ -115,6 +115,7 @@ def described_options(name: str) -> list[tuple[str, str]]:
         },
         "prepare": {"data": ExperimentConfig.model_fields["data"]},
         "graph": {"data": ExperimentConfig.model_fields["data"]},
+        "doctor": {"data": ExperimentConfig.model_fields["data"]},
     }
     options = []
     for group, field in groups.get(name, {}).items():
@@ -146,7 +147,18 @@ OWN_OPTIONS = {
         "--short-side": "Reduce images with a larger short side to this, pixels",
         "--rows-per-shard": "Images of a shard file",
     },
-    "graph": {"--tau": "Label i attends to label j", "--out": "The picture", "--protocol": "How the data set is split"},
+    "graph": {
+        "--tau": "Label i attends to label j",
+        "--tau-degree": "at the least, with tau `auto`.",
+        "--out": "The picture",
+        "--save-counts": "Write the label counts",
+        "--protocol": "How the data set is split",
+    },
+    "doctor": {
+        "STR": "Preset, or reader",
+        "--out": "Write the report, with thumbnails",
+        "--protocol": "How the data set is split",
+    },
     "presets": {},
     "import-official": {
         "PATH": "The authors' .pth.tar.",
@@ -280,7 +292,15 @@ def test_a_command_line_that_cannot_be_parsed(cli: Cli, argv: list[str], words: 
         (["prepare", "--out", "o", "--data.flip", "coco"], ["give coco first, before the options"]),
         (["prepare", "coco", "--data.root", "COCO", "--out", "COCO"], ["is not empty", "new or empty folder"]),
         (["graph", "voc2007"], ["data.root", "--data.root DIR"]),
-        (["graph", "coco2014", "--data.root", "COCO", "--tau", "1.5"], ["tau is 1.5", "at most 1"]),
+        (["graph", "coco2014", "--data.root", "COCO", "--tau", "1.5"], ["model.tau", "1.5", "at most 1", "auto"]),
+        (["graph", "coco2014", "--data.root", "COCO", "--tau-degree", "0"], ["model.tau_degree", "greater than 0"]),
+        (["graph", "coco2014", "--save-counts", "a.json"], ["--save-counts a.json", ".npz"]),
+        (["graph", "coco2014", "--data.label-counts", "none.npz"], ["none.npz", "no such file"]),
+        (["train", "--model.tau", "2"], ["model.tau", "at most 1, or auto", "2"]),
+        (["doctor", "coco2014"], ["data.root", "--data.root DIR"]),
+        (["doctor", "coco2014", "--data.root", "nowhere"], ["nowhere", "no such folder"]),
+        (["doctor", "imagenet"], ["imagenet: neither a preset nor a reader", "coco2014", "voc"]),
+        (["doctor", "coco2014", "--out", "a.pdf"], ["--out a.pdf", ".html"]),
         (
             ["graph", "coco2014", "--data.root", "COCO", "--out", "nowhere/a.png"],
             ["nowhere/a.png", "cannot be written"],
@@ -500,6 +520,25 @@ def test_graph_reports_and_draws(cli: Cli, tmp_path: Path) -> None:
     assert Path("label_graph.png").read_bytes().startswith(b"\x89PNG")
     assert cli(*argv, "--tau", "0.3", "--out", "b.png").out.count(" <- ") == 3 + 1  # one more edge, and the legend
     assert Path("b.png").exists()
+
+
+def test_graph_with_tau_auto_and_saved_counts(cli: Cli, tmp_path: Path) -> None:
+    rows = [[0, 1], [0, 1], [0], [0], [0], [0, 2]] * 5
+    make_coco(tmp_path / "coco", {"train": rows, "val": [[0]]})
+    argv = ["graph", "coco2014", "--data.root", tmp_path / "coco", "--protocol", "paper"]
+    done = cli(*argv, "--tau", "auto", "--save-counts", "counts.npz")
+    assert (done.code, done.err) == (0, "")
+    assert "counted on 30 images of instances_train2014.json (fingerprint " in done.out
+    assert "tau auto: 0.3333 for a mean degree of 1 or more" in done.out
+    assert "3 labels, 3 edges at tau 0.3333" in done.out
+    assert "counts counts.npz" in done.out
+    again = cli("graph", "coco2014", "--data.label-counts", "counts.npz", "--out", "again.png")
+    assert (again.code, again.err) == (0, "")
+    assert "counted on 30 images of instances_train2014.json (fingerprint " in again.out
+    assert "3 labels, 2 edges at tau 0.4" in again.out
+    assert Path("again.png").read_bytes().startswith(b"\x89PNG")
+    thin = cli("graph", "coco2014", "--data.label-counts", "counts.npz", "--tau", "auto", "--tau-degree", "0.3")
+    assert "3 labels, 2 edges at tau 1 " in thin.out
 
 
 def test_ctrl_c_and_faults_of_our_own(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
-from msrn_ray.label_graph import count_labels
+from msrn_ray.label_graph import LabelCounts, count_labels, save_counts
 from msrn_ray.materials import describe, gather_materials
 from msrn_ray.splits import default_scenes_root, fingerprint, load_splits
 from msrn_ray.types import SampleTable
@@ -335,6 +335,42 @@ def test_describe_says_what_is_about_to_happen(tmp_path: Path) -> None:
     assert "coco: 3 labels, images: train 12, val 2" in lines
     assert any("0 edges (labels only see themselves; a lower model.tau adds edges)" in line for line in lines)
     assert not any(line.startswith("test:") for line in lines)
+
+
+def test_counts_from_a_file_take_the_place_of_those_of_train(two: Path, tmp_path: Path) -> None:
+    settings = config(two)
+    own = gather_materials(settings)
+    assert own.counts.provenance is not None
+    assert (own.counts.provenance.source, own.counts.provenance.num_images) == (
+        own.splits.train.source,
+        len(own.splits.train),
+    )
+    assert own.counts.provenance.fingerprint == fingerprint(own.splits.train)
+    given = LabelCounts(CATEGORIES[::-1], np.array([[0, 3, 0], [3, 0, 0], [0, 0, 0]]), np.array([4, 9, 1]))
+    save_counts(tmp_path / "counts.npz", given)
+    settings = config(two, data__label_counts=str(tmp_path / "counts.npz"))
+    materials = gather_materials(settings)
+    assert materials.counts.names == CATEGORIES
+    assert materials.counts.count.tolist() == [1, 9, 4]
+    lines = list(describe(materials, settings))
+    assert f"label graph from {tmp_path / 'counts.npz'}: no source is given in it" in lines
+    assert "label graph at tau 0.4: 1 edges" in lines
+    save_counts(tmp_path / "counts.npz", LabelCounts(("a",), np.zeros((1, 1), np.int64), np.ones(1, np.int64)))
+    with pytest.raises(UserError, match=r"counts\.npz: .*lacking: apple, bench, cat"):
+        gather_materials(settings)
+
+
+def test_describe_says_what_auto_chose_and_which_labels_have_no_words(tmp_path: Path) -> None:
+    rows = [[0, 1], [0, 1], [0], [1], [2]] * 3
+    root = make_coco(tmp_path / "set", {"train": rows, "val": rows}, ["apple", "bench", "qzxv"])
+    settings = config(root, model__tau="auto", model__tau_degree=0.5, data__missing_words="zero", protocol="paper")
+    lines = list(describe(gather_materials(settings), settings))
+    assert "label graph at tau 0.6667 (auto): 2 edges" in lines
+    assert "word vectors: zero for 1 labels not found: qzxv" in lines
+    settings = settings.with_overrides({"data.word_vectors": "learned"})
+    lines = list(describe(gather_materials(settings), settings))
+    assert "word vectors: 50 numbers a label, learnt from a random start" in lines
+    assert not any("not found" in line for line in lines)
 
 
 def test_describe_names_eight_empty_labels_and_counts_the_rest(shared: Path) -> None:
