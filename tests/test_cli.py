@@ -18,7 +18,7 @@ import msrn_ray
 from msrn_ray import commands
 from msrn_ray.__main__ import main
 from msrn_ray.checkpoint import load_checkpoint, save_checkpoint
-from msrn_ray.commands import source_settings, starting_config
+from msrn_ray.commands import named_config, starting_config
 from msrn_ray.config import DataSettings, ExperimentConfig, ResourceSettings, load_config
 from msrn_ray.errors import UserError
 from msrn_ray.presets import PRESETS
@@ -357,9 +357,9 @@ def test_starting_config_of_presets_and_files(tmp_path: Path, checkpoint: Path) 
 
 
 def test_prepare_starts_from_a_preset_or_a_reader() -> None:
-    assert source_settings("coco2014") == PRESETS["coco2014"].config.data
-    assert source_settings("scenes").image_size == 96
-    assert source_settings("webdataset") == DataSettings(dataset="webdataset")
+    assert named_config("coco2014").data == PRESETS["coco2014"].config.data
+    assert named_config("scenes").data.image_size == 96
+    assert named_config("webdataset").data == DataSettings(dataset="webdataset")
 
 
 def test_starting_config_of_a_run(tmp_path: Path) -> None:

@@ -270,8 +270,10 @@ def test_huggingface_from_elsewhere_and_of_one_split(tmp_path: Path) -> None:
         (remote / path.name).write_bytes(path.read_bytes())
     tables = [read_huggingface(place)["train"] for place in (Location.of(root), remote)]
     assert targets_and_images(tables[0]) == targets_and_images(tables[1])
-    published = read_published(DataSettings(dataset="huggingface", root=str(root)))
+    published = read_published(DataSettings(dataset="huggingface", root=str(root), test_fraction=0.25))
+    assert published.held_out is not None
     assert (len(published.train), len(published.held_out)) == (4, 1)
+    assert read_published(DataSettings(dataset="huggingface", root=str(root), test_fraction=0)).held_out is None
 
 
 @pytest.mark.parametrize("compression", ["snappy", "none"])

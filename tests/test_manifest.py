@@ -159,7 +159,11 @@ NAMES = st.text(
     min_size=1,
     max_size=8,
 ).filter(lambda name: name == name.strip() and name.strip("."))
-LABELS = NAMES.filter(lambda name: name[0] not in '["' and name.lower() not in {"image", "id", "image_id", "labels"})
+LABELS = NAMES.filter(
+    lambda name: (
+        name[0] not in '["' and name.lower() not in {"image", "id", "image_id", "labels", "split", "split_name"}
+    )
+)
 
 
 @st.composite

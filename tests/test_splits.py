@@ -241,9 +241,9 @@ def test_splits_of_other_labels_are_refused(tmp_path: Path) -> None:
 
 def test_scenes_are_generated_on_this_machine() -> None:
     with pytest.raises(
-        UserError, match=r"data\.root s3://bucket/scenes: scenes are generated into a folder on this machine"
+        UserError, match=r"data\.root memory://bucket/scenes: scenes are generated into a folder on this machine"
     ):
-        load_splits(config(None, data__dataset="scenes", data__root="s3://bucket/scenes"))
+        load_splits(config(None, data__dataset="scenes", data__root="memory://bucket/scenes"))
 
 
 def test_half_of_apparel_is_test_when_asked(shared: Path) -> None:
