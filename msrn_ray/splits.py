@@ -244,9 +244,9 @@ def _apparel(settings: DataSettings) -> Published:
 
 
 def _held_out_by_seed(table: SampleTable, settings: DataSettings, fraction: float) -> Published:
-    rest, part = stratified_split(table.targets, fraction, settings.split_seed)
-    if len(part) == 0:
+    if fraction == 0:
         return Published(table, None, None)
+    rest, part = stratified_split(table.targets, fraction, settings.split_seed)
     test = table.take(part)
     return Published(
         table.take(rest),
