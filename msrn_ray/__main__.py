@@ -8,13 +8,26 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args
 
 import tyro
 from pydantic import ValidationError
 
-from .commands import Evaluate, Graph, ImportOfficial, Predict, Presets, Train, first_positional, starting_config
-from .config import describe_errors
+from .commands import (
+    Doctor,
+    Evaluate,
+    Graph,
+    ImportOfficial,
+    Predict,
+    Prepare,
+    Presets,
+    SourceName,
+    Train,
+    first_positional,
+    named_config,
+    starting_config,
+)
+from .config import DataSettings, describe_errors
 from .errors import UserError
 
 _ABOUT = "MSRN (arXiv 2106.11596): multi-label image classification with label graphs and semantic attention, on Ray."
@@ -22,7 +35,9 @@ _COMMANDS = {
     "train": Train,
     "evaluate": Evaluate,
     "predict": Predict,
+    "prepare": Prepare,
     "graph": Graph,
+    "doctor": Doctor,
     "presets": Presets,
     "import-official": ImportOfficial,
 }
@@ -81,8 +96,10 @@ def _check_order(command: Any, argv: list[str]) -> Any:
     seen = first_positional(argv[1:])
     if isinstance(command, Evaluate):
         named, used = command.checkpoint, Path(seen or "")
-    elif isinstance(command, (Train, Graph)):
+    elif isinstance(command, (Train, Graph, Doctor)):
         named, used = Path(command.preset), Path(seen or "scenes")
+    elif isinstance(command, Prepare):
+        named, used = Path(command.source), Path(seen or "")
     else:
         return command
     if named != used:
@@ -105,7 +122,16 @@ def _with_defaults(argv: list[str]) -> Any:
         )
     if argv[0] == "graph":
         config = starting_config(argv)
-        return Graph(tau=config.model.tau, protocol=config.protocol, data=config.data)
+        return Graph(
+            tau=config.model.tau, tau_degree=config.model.tau_degree, protocol=config.protocol, data=config.data
+        )
+    if argv[0] == "prepare":
+        named = first_positional(argv[1:]) or ""
+        data = named_config(named).data if named in get_args(SourceName) else DataSettings()
+        return Prepare(tyro.MISSING, tyro.MISSING, data=data)
+    if argv[0] == "doctor":
+        config = starting_config(argv)
+        return Doctor(protocol=config.protocol, data=config.data)
     return tyro.MISSING_NONPROP
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .config import ExperimentConfig, config_from_dict
 from .errors import UserError
-from .label_graph import LabelCounts
+from .label_graph import LabelCounts, Provenance
 from .transforms import IMAGENET_MEAN, IMAGENET_STD
 
 MODEL_FILE, STATE_FILE, BEST_FILE = "model.pt", "train_state.pt", "best.txt"
@@ -83,6 +83,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, state: TrainState | No
         "label_names": list(checkpoint.label_names),
         "cooccurrence": torch.from_numpy(checkpoint.counts.cooccurrence),
         "counts": torch.from_numpy(checkpoint.counts.count),
+        "counts_provenance": asdict(checkpoint.counts.provenance) if checkpoint.counts.provenance else None,
         "weights": dict(checkpoint.weights),
         "thresholds": list(checkpoint.thresholds),
         "metrics": dict(checkpoint.metrics),
@@ -110,10 +111,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
         )
     try:
         names = tuple(content["label_names"])
+        origin = content.get("counts_provenance")  # older checkpoints have none
+        provenance = Provenance(origin["source"], origin["num_images"], origin["fingerprint"]) if origin else None
         return Checkpoint(
             config=config_from_dict(content["config"], source=f"{file}: config"),
             label_names=names,
-            counts=LabelCounts(names, content["cooccurrence"].numpy(), content["counts"].numpy()),
+            counts=LabelCounts(names, content["cooccurrence"].numpy(), content["counts"].numpy(), provenance),
             weights=content["weights"],
             thresholds=tuple(content["thresholds"]),
             metrics=content["metrics"],

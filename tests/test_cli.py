@@ -18,14 +18,14 @@ import msrn_ray
 from msrn_ray import commands
 from msrn_ray.__main__ import main
 from msrn_ray.checkpoint import load_checkpoint, save_checkpoint
-from msrn_ray.commands import starting_config
+from msrn_ray.commands import named_config, starting_config
 from msrn_ray.config import DataSettings, ExperimentConfig, ResourceSettings, load_config
 from msrn_ray.errors import UserError
 from msrn_ray.presets import PRESETS
 
 from .tiny import make_coco, make_photo, make_tiny_checkpoint
 
-SUBCOMMANDS = ("train", "evaluate", "predict", "graph", "presets", "import-official")
+SUBCOMMANDS = ("train", "evaluate", "predict", "prepare", "graph", "doctor", "presets", "import-official")
 
 
 class Done(NamedTuple):
@@ -113,7 +113,9 @@ def described_options(name: str) -> list[tuple[str, str]]:
             "data": ExperimentConfig.model_fields["data"],
             "resources": ExperimentConfig.model_fields["resources"],
         },
+        "prepare": {"data": ExperimentConfig.model_fields["data"]},
         "graph": {"data": ExperimentConfig.model_fields["data"]},
+        "doctor": {"data": ExperimentConfig.model_fields["data"]},
     }
     options = []
     for group, field in groups.get(name, {}).items():
@@ -140,7 +142,23 @@ OWN_OPTIONS = {
         "--out": "Write all probabilities to this .csv, .json or .parquet file.",
         "--batch-size": "Images scored at once.",
     },
-    "graph": {"--tau": "Label i attends to label j", "--out": "The picture", "--protocol": "How the data set is split"},
+    "prepare": {
+        "--out": "Folder or URI to write to. Stopped half-way, the same command goes on there.",
+        "--short-side": "Reduce images with a larger short side to this, pixels",
+        "--rows-per-shard": "Images of a shard file",
+    },
+    "graph": {
+        "--tau": "Label i attends to label j",
+        "--tau-degree": "at the least, with tau `auto`.",
+        "--out": "The picture",
+        "--save-counts": "Write the label counts",
+        "--protocol": "How the data set is split",
+    },
+    "doctor": {
+        "STR": "Preset, or reader",
+        "--out": "Write the report, with thumbnails",
+        "--protocol": "How the data set is split",
+    },
     "presets": {},
     "import-official": {
         "PATH": "The authors' .pth.tar.",
@@ -205,7 +223,8 @@ def test_presets_lists_all(cli: Cli) -> None:
     assert (done.code, done.err) == (0, "")
     for name, preset in PRESETS.items():
         assert f"{name}: {preset.about}" in done.out
-        assert f"msrn train {name}{'' if name == 'scenes' else ' --data.root DIR'}\n" in done.out
+        root = {"scenes": "", "manifest": " --data.root labels.csv"}.get(name, " --data.root DIR")
+        assert f"msrn train {name}{root}\n" in done.out
         assert f"expected  mAP {preset.expected}" in done.out
     assert "resnet101, 448 px, sgd 0.1, batch 16, 40 epochs" in done.out
 
@@ -223,6 +242,8 @@ def test_presets_lists_all(cli: Cli) -> None:
         (["evaluate"], ["Missing", "PATH"]),
         (["evaluate", "--split", "dev"], ["dev", "train", "val", "test"]),
         (["predict"], ["Missing", "PATH"]),
+        (["prepare"], ["Missing", "--out"]),
+        (["prepare", "imagenet", "--out", "o"], ["imagenet", "coco2014", "webdataset"]),
         (["import-official", "x"], ["--preset", "--word-vectors", "--graph", "--out"]),
     ],
 )
@@ -265,8 +286,21 @@ def test_a_command_line_that_cannot_be_parsed(cli: Cli, argv: list[str], words: 
         (["predict", "CHECKPOINT", "PHOTO", "--batch-size", "0"], ["batch", "0"]),
         (["predict", "CHECKPOINT", "PHOTO", "--batch-size", "-1"], ["batch", "-1"]),
         (["evaluate", "CHECKPOINT", "--batch-size", "0"], ["batch", "0"]),
+        (["prepare", "voc", "--out", "o"], ["data.root", "voc", "--data.root DIR"]),
+        (["prepare", "coco", "--out", "o", "--short-side", "0"], ["--short-side 0", "at least 1"]),
+        (["prepare", "coco", "--out", "o", "--rows-per-shard", "0"], ["--rows-per-shard 0", "at least 1"]),
+        (["prepare", "--out", "o", "--data.flip", "coco"], ["give coco first, before the options"]),
+        (["prepare", "coco", "--data.root", "COCO", "--out", "COCO"], ["is not empty", "new or empty folder"]),
         (["graph", "voc2007"], ["data.root", "--data.root DIR"]),
-        (["graph", "coco2014", "--data.root", "COCO", "--tau", "1.5"], ["tau is 1.5", "at most 1"]),
+        (["graph", "coco2014", "--data.root", "COCO", "--tau", "1.5"], ["model.tau", "1.5", "at most 1", "auto"]),
+        (["graph", "coco2014", "--data.root", "COCO", "--tau-degree", "0"], ["model.tau_degree", "greater than 0"]),
+        (["graph", "coco2014", "--save-counts", "a.json"], ["--save-counts a.json", ".npz"]),
+        (["graph", "coco2014", "--data.label-counts", "none.npz"], ["none.npz", "no such file"]),
+        (["train", "--model.tau", "2"], ["model.tau", "at most 1, or auto", "2"]),
+        (["doctor", "coco2014"], ["data.root", "--data.root DIR"]),
+        (["doctor", "coco2014", "--data.root", "nowhere"], ["nowhere", "no such folder"]),
+        (["doctor", "imagenet"], ["imagenet: neither a preset nor a reader", "coco2014", "voc"]),
+        (["doctor", "coco2014", "--out", "a.pdf"], ["--out a.pdf", ".html"]),
         (
             ["graph", "coco2014", "--data.root", "COCO", "--out", "nowhere/a.png"],
             ["nowhere/a.png", "cannot be written"],
@@ -320,6 +354,12 @@ def test_starting_config_of_presets_and_files(tmp_path: Path, checkpoint: Path) 
     assert starting_config(["evaluate", str(checkpoint), "--split", "test"]) == load_checkpoint(checkpoint).config
     with pytest.raises(UserError, match="no such file"):
         starting_config(["evaluate", str(tmp_path / "none")])
+
+
+def test_prepare_starts_from_a_preset_or_a_reader() -> None:
+    assert named_config("coco2014").data == PRESETS["coco2014"].config.data
+    assert named_config("scenes").data.image_size == 96
+    assert named_config("webdataset").data == DataSettings(dataset="webdataset")
 
 
 def test_starting_config_of_a_run(tmp_path: Path) -> None:
@@ -480,6 +520,25 @@ def test_graph_reports_and_draws(cli: Cli, tmp_path: Path) -> None:
     assert Path("label_graph.png").read_bytes().startswith(b"\x89PNG")
     assert cli(*argv, "--tau", "0.3", "--out", "b.png").out.count(" <- ") == 3 + 1  # one more edge, and the legend
     assert Path("b.png").exists()
+
+
+def test_graph_with_tau_auto_and_saved_counts(cli: Cli, tmp_path: Path) -> None:
+    rows = [[0, 1], [0, 1], [0], [0], [0], [0, 2]] * 5
+    make_coco(tmp_path / "coco", {"train": rows, "val": [[0]]})
+    argv = ["graph", "coco2014", "--data.root", tmp_path / "coco", "--protocol", "paper"]
+    done = cli(*argv, "--tau", "auto", "--save-counts", "counts.npz")
+    assert (done.code, done.err) == (0, "")
+    assert "counted on 30 images of instances_train2014.json (fingerprint " in done.out
+    assert "tau auto: 0.3333 for a mean degree of 1 or more" in done.out
+    assert "3 labels, 3 edges at tau 0.3333" in done.out
+    assert "counts counts.npz" in done.out
+    again = cli("graph", "coco2014", "--data.label-counts", "counts.npz", "--out", "again.png")
+    assert (again.code, again.err) == (0, "")
+    assert "counted on 30 images of instances_train2014.json (fingerprint " in again.out
+    assert "3 labels, 2 edges at tau 0.4" in again.out
+    assert Path("again.png").read_bytes().startswith(b"\x89PNG")
+    thin = cli("graph", "coco2014", "--data.label-counts", "counts.npz", "--tau", "auto", "--tau-degree", "0.3")
+    assert "3 labels, 2 edges at tau 1 " in thin.out
 
 
 def test_ctrl_c_and_faults_of_our_own(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

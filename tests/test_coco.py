@@ -13,6 +13,7 @@ import pytest
 
 from msrn_ray.datasets.coco import has_split, read_coco
 from msrn_ray.errors import UserError
+from msrn_ray.storage import Location
 
 Json = dict[str, Any]
 
@@ -56,13 +57,13 @@ def test_drops_unlabelled(tmp_path: Path) -> None:
     samples = read_coco(write(tmp_path, small_json()), "train", keep_unlabelled=False)
     assert samples.table["image_id"].to_pylist() == ["3", "7", "20"]
     assert samples.table["uri"].to_pylist()[2].endswith("020.jpg")
-    assert samples.notes == ("train2014: 4 images, 1 without a label dropped",)
+    assert samples.notes == ("train2014: 3 of 4 images, 1 without a label dropped",)
 
 
 def test_crowds_can_be_left_out(tmp_path: Path) -> None:
     samples = read_coco(write(tmp_path, small_json()), "train", keep_unlabelled=False, crowd=False)
     assert samples.table["image_id"].to_pylist() == ["3", "20"]
-    assert samples.notes == ("train2014: 4 images, 2 without a label dropped",)
+    assert samples.notes == ("train2014: 2 of 4 images, 2 without a label dropped",)
 
 
 def test_uri_is_absolute_for_a_relative_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,13 +84,23 @@ def test_2014_comes_before_2017(tmp_path: Path) -> None:
     other = small_json() | {"annotations": []}
     (tmp_path / "annotations/instances_train2017.json").write_text(json.dumps(other))
     assert read_coco(tmp_path, "train", keep_unlabelled=True).source == "instances_train2014.json"
+    assert read_coco(tmp_path, "train", keep_unlabelled=True, year=2017).source == "instances_train2017.json"
+
+
+def test_years_that_are_not_there(tmp_path: Path) -> None:
+    root = write(tmp_path, small_json())
+    with pytest.raises(UserError, match=r"looked for annotations/instances_train2017\.json, found only annotations, "):
+        read_coco(root, "train", keep_unlabelled=True, year=2017)
+    with pytest.raises(UserError, match=r"data\.year 2012: COCO is read for 2014 and 2017"):
+        read_coco(root, "train", keep_unlabelled=True, year=2012)
 
 
 def test_has_split(tmp_path: Path) -> None:
-    write(tmp_path / "data", small_json(), 2017)
-    assert has_split(tmp_path / "data", "train")
-    assert not has_split(tmp_path / "data", "val")
-    assert not has_split(tmp_path / "nothing", "train")
+    root = Location.of(write(tmp_path / "data", small_json(), 2017))
+    assert has_split(root, "train", 2017)
+    assert not has_split(root, "train", 2014)
+    assert not has_split(root, "val", 2017)
+    assert not has_split(root / "nothing", "train", 2017)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +150,24 @@ def test_empty_root_says_what_was_looked_for(tmp_path: Path) -> None:
         UserError, match=r"instances_train2014\.json or annotations/instances_train2017\.json, found nothing; give"
     ):
         read_coco(tmp_path, "train", keep_unlabelled=True)
+
+
+def test_outlines_change_nothing(tmp_path: Path) -> None:
+    plain = read_coco(write(tmp_path / "plain", small_json()), "train", keep_unlabelled=True)
+    content = small_json()
+    shapes = ([[1.5, 2, 3, 4]], {"counts": [1, 2], "size": [5, 6]}, {"counts": "aZ", "size": [5, 6]}, [], None)
+    for annotation, outline in zip(content["annotations"], shapes, strict=True):
+        annotation |= {"segmentation": outline, "bbox": [0, 0, 1.5, 2], "area": 3.0}
+    assert (
+        read_coco(write(tmp_path / "full", content), "train", keep_unlabelled=True).targets.tolist()
+        == plain.targets.tolist()
+    )
+
+
+def test_byte_order_mark(tmp_path: Path) -> None:
+    path = write(tmp_path, small_json()) / "annotations/instances_train2014.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(read_coco(tmp_path, "train", keep_unlabelled=True)) == 4
 
 
 @pytest.mark.parametrize("level", ["annotations", "train2014", ".."])
@@ -261,6 +290,8 @@ def test_damaged_json_names_the_place(tmp_path: Path, content: Json, message: st
 
 def test_no_labelled_image(tmp_path: Path) -> None:
     root = write(tmp_path, change(lambda c: c.update(annotations=[])))
-    with pytest.raises(UserError, match=r"no image is left to use \(train2014: 4 images, 4 without a label dropped\)"):
+    with pytest.raises(
+        UserError, match=r"no image is left to use \(train2014: 0 of 4 images, 4 without a label dropped\)"
+    ):
         read_coco(root, "train", keep_unlabelled=False)
     assert len(read_coco(root, "train", keep_unlabelled=True)) == 4

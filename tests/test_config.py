@@ -111,7 +111,12 @@ def test_a_group_cannot_be_set_at_once() -> None:
         ("data.val_fraction", 0, ("data.val_fraction", "0", "greater than 0")),
         ("data.crop_scales", [1.0, 1.5], ("data.crop_scales.1", "1.5", "less than or equal to 1")),
         ("model.levels", ["layer5"], ("model.levels.0", "'layer5'", "'layer4'")),
-        ("model.tau", 0, ("model.tau", "0", "greater than 0")),
+        ("model.tau", 0, ("model.tau", "0", "greater than 0", "auto")),
+        ("model.tau", 1.01, ("model.tau", "1.01", "at most 1")),
+        ("model.tau", math.nan, ("model.tau", "nan")),
+        ("model.tau", "automatic", ("model.tau", "'automatic'", "or auto")),
+        ("model.tau", None, ("model.tau", "None", "or auto")),
+        ("model.tau_degree", 0, ("model.tau_degree", "0", "greater than 0")),
         ("model.frozen_stages", 6, ("model.frozen_stages", "6", "less than or equal to 5")),
         ("train.epochs", 0, ("train.epochs", "0", "greater than or equal to 1")),
         ("train.seed", -1, ("train.seed", "-1", "greater than or equal to 0")),
@@ -294,7 +299,7 @@ def test_benchmarks_follow_the_paper(name: str, dataset: str, group_ratio: float
 def test_expected_figures_are_the_published_ones() -> None:
     figures = {"voc2007": "96.0", "coco2014": "83.4", "nuswide": "61.5"}
     assert {name: figure for name, figure in figures.items() if figure not in PRESETS[name].expected} == {}
-    assert set(PRESETS) == {"scenes", *BENCHMARKS}
+    assert set(PRESETS) == {"scenes", "manifest", "folders", *BENCHMARKS}
 
 
 def test_the_small_preset_needs_nothing_from_outside() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -92,18 +93,73 @@ def test_the_graphs_of_the_benchmarks(shared: Path, tmp_path: Path, name: str, n
     assert (tmp_path / "graph.png").stat().st_size > 20_000
 
 
-def test_the_arrow_ends_at_the_label_that_attends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Drawn(NamedTuple):
+    """What a picture shows: where each label stands, and arrows (from, to, colour)."""
+
+    place: dict[str, tuple[float, float]]
+    area: dict[str, float]
+    arrows: list[tuple[tuple[float, float], tuple[float, float], tuple[float, ...]]]
+
+
+def drawing(counts: LabelCounts, tau: float, path: Path, monkeypatch: pytest.MonkeyPatch) -> Drawn:
     from matplotlib.axes import Axes
 
-    drawn = []
+    drawn = Drawn({}, {}, [])
+    annotate, scatter = Axes.annotate, Axes.scatter
 
-    def note(self: Axes, text: str, *, xy: np.ndarray, xytext: np.ndarray, arrowprops: dict[str, object]) -> None:
-        drawn.append((tuple(xytext.round(6).tolist()), tuple(xy.round(6).tolist()), arrowprops["arrowstyle"]))
+    def note(self: Axes, text: str, **options: Any) -> Any:
+        if text:
+            drawn.place[text.rpartition(" ")[0]] = options["xy"]
+        else:
+            drawn.arrows.append((options["xytext"], options["xy"], options["arrowprops"]["color"]))
+        return annotate(self, text, **options)
+
+    def spots(self: Axes, x: Any, y: Any, *, s: Any, **options: Any) -> Any:
+        drawn.area.update(zip(counts.names, s.tolist(), strict=True))
+        return scatter(self, x, y, s=s, **options)
 
     monkeypatch.setattr(Axes, "annotate", note)
-    draw_graph(hand_made(), 0.9, tmp_path / "graph.png")
-    person, tie = (1.0, 0.0), (0.0, 1.0)  # the first and second of four places on the circle
-    assert drawn == [(tie, person, "-|>")]
+    monkeypatch.setattr(Axes, "scatter", spots)
+    draw_graph(counts, tau, path)
+    return drawn
+
+
+def test_the_arrow_ends_at_the_label_that_attends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = drawing(hand_made(), 0.9, tmp_path / "graph.png", monkeypatch)
+    assert [arrow[:2] for arrow in drawn.arrows] == [(drawn.place["tie"], drawn.place["person"])]
+
+
+def test_nodes_by_frequency_and_edges_by_probability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = drawing(hand_made(), 0.4, tmp_path / "graph.png", monkeypatch)
+    person, tie, dog, rare = (drawn.area[name] for name in hand_made().names)
+    assert person > dog > tie > rare > 0
+    assert (dog - tie) / (person - dog) == pytest.approx(10 / 80), "areas, not radii, grow with the number of images"
+    assert len(drawn.arrows) == len({colour for _, _, colour in drawn.arrows}) == 3
+    assert drawn.arrows[-1][:2] == (drawn.place["tie"], drawn.place["person"]), "the strongest lies on top"
+
+
+def test_labels_that_go_together_stand_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two circles of friends, named in turn, stand apart from each other."""
+    pairs = np.zeros((8, 8), np.int64)
+    for one in range(8):
+        for other in range(8):
+            pairs[one, other] = (one != other) * (9 if one % 2 == other % 2 else 1)
+    counts = LabelCounts(tuple("abcdefgh"), pairs, np.full(8, 20, np.int64))
+    drawn = drawing(counts, 0.4, tmp_path / "graph.png", monkeypatch)
+    round_the_circle = sorted(counts.names, key=lambda name: np.arctan2(*drawn.place[name][::-1]) % (2 * np.pi))
+    sides = [counts.names.index(name) % 2 for name in round_the_circle]
+    assert sum(one != other for one, other in zip(sides, sides[1:] + sides[:1], strict=True)) == 2
+
+
+def test_the_picture_is_the_same_each_time(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        draw_graph(hand_made(), 0.4, tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_name_with_dollars_is_no_formula(tmp_path: Path) -> None:
+    counts = LabelCounts(("$\\bad$", "b"), np.zeros((2, 2), np.int64), np.array([3, 1], np.int64))
+    draw_graph(counts, 1.0, tmp_path / "graph.png")
 
 
 def test_a_picture_whatever_the_graph(tmp_path: Path) -> None:
@@ -119,6 +175,9 @@ def test_a_picture_that_cannot_be_written_and_a_bad_tau(tmp_path: Path) -> None:
         draw_graph(hand_made(), 0.4, tmp_path / "none" / "graph.png")
     with pytest.raises(UserError, match="cannot be written"):
         draw_graph(hand_made(), 0.4, tmp_path)
+    wrong = LabelCounts(("a", "b"), np.array([[0, 3], [3, 0]]), np.array([5, 2]))
+    with pytest.raises(UserError, match=r"P\(a \| b\) is 3 / 2, not in \[0, 1\]"):
+        draw_graph(wrong, 0.4, tmp_path / "graph.png")
     for tau in (0.0, 1.01, -0.4):
         with pytest.raises(UserError, match=f"tau is {tau}"):
             edges(hand_made(), tau)

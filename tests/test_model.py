@@ -291,6 +291,28 @@ def test_label_embedding_follows_the_graph() -> None:
         assert (4 in moved) == (changed == 4), "the label that stands alone depends on itself only"
 
 
+def test_word_vectors_that_are_learnt() -> None:
+    """The same network and state dict either way; learnt ones are a weight with a gradient of its own."""
+    start = random(NUM_LABELS, VECTOR)
+    before = start.clone()
+    torch.manual_seed(0)
+    model = build_model(small(), start, MASK, train_vectors=True)
+    fixed = network()
+    assert list(model.state_dict()) != []
+    assert set(model.state_dict()) == set(fixed.state_dict())
+    assert "label_semantics.word_vectors" in dict(model.named_parameters())
+    assert "label_semantics.word_vectors" not in dict(fixed.named_parameters())
+    images = random(2, 3, 64, 64)
+    torch.testing.assert_close(model.eval()(images).logits, fixed.eval()(images).logits, rtol=0, atol=0)
+    total_loss(model(images)).backward()
+    gradient = model.label_semantics.word_vectors.grad
+    assert gradient is not None
+    assert (gradient.abs().sum(1) > 0).all(), "each label's vector learns"
+    with torch.no_grad():
+        model.label_semantics.word_vectors.add_(1)
+    assert torch.equal(start, before), "the caller's tensor is not trained in place"
+
+
 @torch.no_grad()
 def test_groups() -> None:
     torch.manual_seed(1)

@@ -52,7 +52,7 @@ def test_command_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_preset_is_in_the_table() -> None:
     for name in set(PRESETS) - {"scenes"}:
         assert f"| `{name}` |" in README
-        assert f"`msrn train {name} --data.root DIR`" in README
+        assert f"`msrn train {name} --data.root {'FILE' if name == 'manifest' else 'DIR'}`" in README
 
 
 def test_files_on_the_map_exist() -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pytest
 import torch
 
 from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
-from msrn_ray.label_graph import count_labels
+from msrn_ray.label_graph import LabelCounts, count_labels, save_counts
 from msrn_ray.materials import describe, gather_materials
 from msrn_ray.splits import default_scenes_root, fingerprint, load_splits
 from msrn_ray.types import SampleTable
 
-from .tiny import CATEGORIES, make_coco
+from .tiny import CATEGORIES, make_coco, make_photo
 
 TRAIN = [[0], [0, 1], [1], [0, 1], [2], [], [0], [0, 2], [1], [0]] * 4  # 40 images, 4 of them without a label
 HELD_OUT = [[2], [1, 2], [], [0]]
@@ -185,6 +189,80 @@ def test_voc_and_its_difficult_objects(shared: Path) -> None:
     assert [len(part) for part in (honest.train, honest.val, honest.test) if part is not None] == [123, 14, 87]
 
 
+def test_voc_with_the_references_policy(shared: Path) -> None:
+    root = shared / "data/voc_mini"
+    reference = load_splits(config(root, data__dataset="voc", protocol="paper", data__voc_difficult="reference"))
+    positive = load_splits(config(root, data__dataset="voc", protocol="paper", data__voc_difficult="positive"))
+    ignore = load_splits(config(root, data__dataset="voc", protocol="paper"))
+    np.testing.assert_array_equal(reference.train.targets, positive.train.targets)
+    np.testing.assert_array_equal(reference.val.targets, ignore.val.targets)
+
+
+def test_voc2012_holds_val_out(shared: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(shared / "data/voc_mini/VOCdevkit/VOC2007", tmp_path / "VOC2012")
+    for path in (base / "ImageSets/Main").glob("*_test.txt"):
+        path.unlink()
+    splits = load_splits(config(tmp_path, data__dataset="voc", protocol="paper"))
+    assert (splits.train.source, splits.val.source) == ("VOC2012 train", "VOC2012 val")
+    assert (len(splits.train), len(splits.val)) == (69, 68)
+
+
+def test_crowds_as_asked(two: Path) -> None:
+    path = two / "annotations/instances_val2014.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["iscrowd"] = 1
+    path.write_text(json.dumps(content))
+    with_crowds, without = (load_splits(config(two, data__crowd=crowd, protocol="paper")) for crowd in (True, False))
+    assert np.argwhere(with_crowds.val.targets != without.val.targets).tolist() == [[0, 2]]
+
+
+def test_years_are_not_mixed(tmp_path: Path) -> None:
+    root = make_coco(tmp_path / "set", {"train": TRAIN, "val": HELD_OUT})
+    for path in (root / "annotations/instances_train2014.json", root / "train2014"):
+        path.rename(path.with_name(path.name.replace("2014", "2017")))
+    with pytest.raises(UserError, match=r"looked for annotations/instances_val2017\.json, found only annotations, "):
+        load_splits(config(root))
+    with pytest.raises(UserError, match=r"looked for annotations/instances_train2014\.json"):
+        load_splits(config(root, data__year=2014))
+    for path in (root / "annotations/instances_val2014.json", root / "val2014"):
+        path.rename(path.with_name(path.name.replace("2014", "2017")))
+    assert load_splits(config(root)).train.source == "instances_train2017.json"
+
+
+def test_splits_of_other_labels_are_refused(tmp_path: Path) -> None:
+    root = make_coco(tmp_path / "set", {"train": TRAIN})
+    make_coco(tmp_path / "other", {"val": HELD_OUT}, ("apple", "bench", "dog"))
+    shutil.copytree(tmp_path / "other", root, dirs_exist_ok=True)
+    with pytest.raises(
+        UserError, match=r"instances_val2014\.json\): its labels are not those of train .*: only one has cat, dog;"
+    ):
+        load_splits(config(root, protocol="paper"))
+
+
+def test_scenes_are_generated_on_this_machine() -> None:
+    with pytest.raises(
+        UserError, match=r"data\.root memory://bucket/scenes: scenes are generated into a folder on this machine"
+    ):
+        load_splits(config(None, data__dataset="scenes", data__root="memory://bucket/scenes"))
+
+
+def test_half_of_apparel_is_test_when_asked(shared: Path) -> None:
+    options = {"data__dataset": "apparel", "data__apparel_test_fraction": 0.5, "protocol": "paper"}
+    splits = load_splits(config(shared / "data/apparel_mini", **options))
+    assert (len(splits.train), len(splits.val)) == (261, 260)
+
+
+def test_single_labels_of_apparel_when_asked(tmp_path: Path) -> None:
+    for folder in ("hat", "red_dress"):
+        for number in range(8):
+            make_photo(tmp_path / folder / f"{number}.jpg", number)
+    options = {"data__dataset": "apparel", "protocol": "paper"}
+    assert load_splits(config(tmp_path, **options)).train.label_names[:2] == ("black", "blue")
+    splits = load_splits(config(tmp_path, data__apparel_single_labels=True, **options))
+    assert splits.train.label_names == ("dress", "hat", "red")
+    assert len(splits.train) + len(splits.val) == 16
+
+
 def test_nuswide_and_its_unlabelled_images(shared: Path) -> None:
     root = shared / "data/nuswide_mini"
     splits = load_splits(config(root, data__dataset="nuswide", protocol="paper"))
@@ -197,7 +275,7 @@ def test_nuswide_and_its_unlabelled_images(shared: Path) -> None:
 
 def test_nuswide_says_what_became_of_unlabelled_images(shared: Path) -> None:
     notes = load_splits(config(shared / "data/nuswide_mini", data__dataset="nuswide")).notes
-    assert "Train: 178 images, 29 without a label dropped" in notes
+    assert "Train: 149 of 178 images, 29 without a label dropped" in notes
     assert "Test: 114 images, 13 without a label kept" in notes
 
 
@@ -246,7 +324,7 @@ def test_describe_says_what_is_about_to_happen(tmp_path: Path) -> None:
     root = make_coco(tmp_path / "set", {"train": rows, "val": [[0], [2]], "test": [[1], [2]]})
     settings = config(root, model__tau=0.6)
     lines = list(describe(gather_materials(settings), settings))
-    assert "train2014: 12 images, 0 without a label dropped" in lines
+    assert "train2014: 12 of 12 images, 0 without a label dropped" in lines
     assert "coco: 3 labels, images: train 12, val 2, test 2" in lines
     assert "label graph at tau 0.6: 2 edges" in lines
     assert "train: no image with cat; cannot be learnt" in lines
@@ -259,6 +337,42 @@ def test_describe_says_what_is_about_to_happen(tmp_path: Path) -> None:
     assert not any(line.startswith("test:") for line in lines)
 
 
+def test_counts_from_a_file_take_the_place_of_those_of_train(two: Path, tmp_path: Path) -> None:
+    settings = config(two)
+    own = gather_materials(settings)
+    assert own.counts.provenance is not None
+    assert (own.counts.provenance.source, own.counts.provenance.num_images) == (
+        own.splits.train.source,
+        len(own.splits.train),
+    )
+    assert own.counts.provenance.fingerprint == fingerprint(own.splits.train)
+    given = LabelCounts(CATEGORIES[::-1], np.array([[0, 3, 0], [3, 0, 0], [0, 0, 0]]), np.array([4, 9, 1]))
+    save_counts(tmp_path / "counts.npz", given)
+    settings = config(two, data__label_counts=str(tmp_path / "counts.npz"))
+    materials = gather_materials(settings)
+    assert materials.counts.names == CATEGORIES
+    assert materials.counts.count.tolist() == [1, 9, 4]
+    lines = list(describe(materials, settings))
+    assert f"label graph from {tmp_path / 'counts.npz'}: no source is given in it" in lines
+    assert "label graph at tau 0.4: 1 edges" in lines
+    save_counts(tmp_path / "counts.npz", LabelCounts(("a",), np.zeros((1, 1), np.int64), np.ones(1, np.int64)))
+    with pytest.raises(UserError, match=r"counts\.npz: .*lacking: apple, bench, cat"):
+        gather_materials(settings)
+
+
+def test_describe_says_what_auto_chose_and_which_labels_have_no_words(tmp_path: Path) -> None:
+    rows = [[0, 1], [0, 1], [0], [1], [2]] * 3
+    root = make_coco(tmp_path / "set", {"train": rows, "val": rows}, ["apple", "bench", "qzxv"])
+    settings = config(root, model__tau="auto", model__tau_degree=0.5, data__missing_words="zero", protocol="paper")
+    lines = list(describe(gather_materials(settings), settings))
+    assert "label graph at tau 0.6667 (auto): 2 edges" in lines
+    assert "word vectors: zero for 1 labels not found: qzxv" in lines
+    settings = settings.with_overrides({"data.word_vectors": "learned"})
+    lines = list(describe(gather_materials(settings), settings))
+    assert "word vectors: 50 numbers a label, learnt from a random start" in lines
+    assert not any("not found" in line for line in lines)
+
+
 def test_describe_names_eight_empty_labels_and_counts_the_rest(shared: Path) -> None:
     settings = config(shared / "data/nuswide_mini", data__dataset="nuswide", protocol="paper")
     materials = gather_materials(settings)
@@ -266,3 +380,12 @@ def test_describe_names_eight_empty_labels_and_counts_the_rest(shared: Path) -> 
     (line,) = [line for line in describe(materials, settings) if line.startswith("train: ")]
     assert f" and {empty - 8} more; cannot be learnt" in line
     assert line.count(", ") == 7
+
+
+def test_the_fingerprint_does_not_depend_on_how_the_table_is_stored() -> None:
+    ids = [f"image {row}" for row in range(70_000)]
+    targets = np.ones((len(ids), 1), np.int8)
+    whole = SampleTable.from_columns(ids, ids, targets, ("dog",), "x")
+    parts = pa.chunked_array([ids[:3], [], ids[3:]], pa.string())
+    known = hashlib.sha256(b"dog" + "\n".join(ids).encode() + targets.tobytes()).hexdigest()
+    assert fingerprint(whole) == fingerprint(SampleTable.from_columns(parts, parts, targets, ("dog",), "x")) == known

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import time
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from msrn_ray.errors import UserError
-from msrn_ray.storage import Location, read_bytes
+from msrn_ray.storage import Location, filesystem_of, parquet_uri, range_uri, read_bytes
 
 
 @pytest.fixture(params=["path", "file", "memory"])
@@ -28,6 +31,56 @@ def test_reading(folder: Location) -> None:
     for missing in ("none.txt", "inner"):
         with pytest.raises(OSError, match=missing):
             read_bytes(str(folder / missing))
+
+
+def test_a_part_of_a_file(folder: Location) -> None:
+    inner = folder / "inner" / "b c.txt"  # its content is "inner/b c.txt"
+    for offset, length in ((0, 13), (0, 1), (6, 3), (12, 1), (3, 0)):
+        assert read_bytes(range_uri(inner, offset, length)) == b"inner/b c.txt"[offset : offset + length]
+    for offset, length in ((0, 14), (12, 2), (13, 1), (99, 1)):
+        with pytest.raises(OSError, match=r"b c\.txt: ends within the"):
+            read_bytes(range_uri(inner, offset, length))
+    with pytest.raises(OSError, match="none"):
+        read_bytes(range_uri(folder / "none.txt", 0, 1))
+    assert range_uri(Location.of("s3://b/a.tar?region=x"), 5, 7) == "s3://b/a.tar?region=x#bytes=5+7"
+
+
+def test_a_mark_in_a_name_is_no_part(tmp_path: Path) -> None:
+    for name in ("a#b.jpg", "a#bytes=1.jpg", "a#bytes=1+2.jpg"):
+        (tmp_path / name).write_bytes(b"whole")
+        assert read_bytes(str(tmp_path / name)) == b"whole"
+        assert read_bytes(range_uri(Location.of(tmp_path / name), 1, 2)) == b"ho"
+
+
+def test_a_value_of_a_parquet_file(folder: Location) -> None:
+    images = [{"bytes": b"one", "path": "a"}, {"bytes": b"two", "path": "b"}, {"bytes": b"three", "path": "c"}, {}]
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"image": images, "plain": [b"x", b"y", b"z", None]}), sink, row_group_size=2)
+    place = folder / "rows.parquet"
+    place.write_bytes(sink.getvalue())
+    assert read_bytes(parquet_uri(place, 0, 1, "image.bytes")) == b"two"
+    assert read_bytes(parquet_uri(place, 1, 0, "image.bytes")) == b"three"
+    assert read_bytes(parquet_uri(place, 1, 0, "plain")) == b"z"
+    with pytest.raises(OSError, match=r"parquet=1,1,plain: holds no bytes"):
+        read_bytes(parquet_uri(place, 1, 1, "plain"))
+
+
+def test_writing_makes_folders_replaces_and_leaves_no_trace(folder: Location) -> None:
+    place = folder / "new" / "deep" / "file.bin"
+    for content in (b"first", b"second, longer", b""):
+        place.write_bytes(content)
+        assert place.read_bytes() == content
+    assert place.parent.sizes() == {"file.bin": 0}
+    assert folder.sizes() == {"a.txt": 5}
+    assert (folder / "none").sizes() == {}
+    assert [name for name in folder.names(recursive=True) if "file" in name] == ["new/deep/file.bin"]
+
+
+def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "below", Path("/proc/none/file")):
+        with pytest.raises(UserError, match="cannot be written"):
+            Location.of(place).write_bytes(b"x")
 
 
 def test_what_is_there(folder: Location) -> None:
@@ -52,6 +105,21 @@ def test_parts() -> None:
     assert local.is_local
 
 
+def test_names_that_a_uri_cannot_hold() -> None:
+    with pytest.raises(
+        UserError, match=r"memory://x: the name 'a\?\.jpg' has a '\?', which ends the path of a URI; rename it"
+    ):
+        Location.of("memory://x") / "a?.jpg"
+
+
+def test_a_missing_folder_may_count_as_empty(folder: Location) -> None:
+    assert (folder / "none").names(missing_ok=True) == []
+
+
+def test_a_public_bucket_of_google() -> None:
+    assert filesystem_of("gs://anonymous@bucket/a/b.jpg")[1] == "bucket/a/b.jpg"
+
+
 def test_a_uri_of_no_kind() -> None:
     with pytest.raises(UserError, match=r"zzz://place: neither pyarrow nor fsspec"):
         Location.of("zzz://place/a").is_dir()
@@ -64,10 +132,12 @@ def test_s3_options_are_checked() -> None:
         Location.of("s3://bucket/a?zone=3").is_dir()
 
 
-def test_a_bucket_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["s3://bucket/a?region=us-east-1&", "gs://anonymous@bucket/a?"])
+def test_a_bucket_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    monkeypatch.setattr("msrn_ray.storage._REQUEST_SECONDS", 2)
     start = time.monotonic()
-    with pytest.raises(UserError, match=r"s3://bucket/a.*cannot be reached .*127\.0\.0\.1"):
-        Location.of("s3://bucket/a?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1").is_dir()
+    with pytest.raises(UserError, match=r"bucket/a.*cannot be reached .*[Cc]ould not connect to server"):
+        Location.of(f"{place}endpoint_override=127.0.0.1:9&scheme=http").is_dir()
     assert time.monotonic() - start < 60, "an error, not a hang"

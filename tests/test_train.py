@@ -12,17 +12,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from msrn_ray.checkpoint import load_checkpoint, load_train_state
 from msrn_ray.config import ExperimentConfig, load_config
 from msrn_ray.datasets.scenes import generate_scenes
 from msrn_ray.errors import BadImagesError, NonFiniteLossError, UserError
 from msrn_ray.evaluation import evaluate_checkpoint
+from msrn_ray.label_graph import LabelCounts, Provenance, save_counts
 from msrn_ray.predictor import Predictor
 from msrn_ray.presets import PRESETS
+from msrn_ray.splits import load_splits
 from msrn_ray.trainer import TrainResult, resume_config, train
+from msrn_ray.word_vectors import load_word_vectors
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -174,6 +179,42 @@ def test_resuming_with_other_settings_is_refused(finished: TrainResult) -> None:
     with pytest.raises(UserError, match=r"model\.levels was .*train\.batch_size was 16, now 8"):
         train(config, resume=True)
     assert (finished.run_folder / "config.yaml").read_bytes() == before
+
+
+def test_resuming_with_other_word_vectors_is_refused(finished: TrainResult) -> None:
+    config = resume_config(finished.run_folder).with_overrides({"data.word_vectors": "learned"})
+    with pytest.raises(UserError, match=r"data\.word_vectors was None, now 'learned'"):
+        train(config, resume=True)
+
+
+def test_learned_vectors_and_given_counts(local_ray: None, scenes: Path, tmp_path: Path) -> None:
+    """Trained, saved, resumed; another file of counts that gives another graph is refused."""
+    names = load_splits(small_config(scenes, tmp_path)).train.label_names
+    pairs = np.zeros((len(names), len(names)), np.int64)
+    pairs[0, 1] = pairs[1, 0] = 9
+    count = np.full(len(names), 10)
+    counts = tmp_path / "counts.npz"
+    save_counts(counts, LabelCounts(names, pairs, count, Provenance("elsewhere", 100, "a" * 64)))
+    settings = {"data.word_vectors": "learned", "data.label_counts": str(counts), "train.epochs": 1}
+    result = train(
+        small_config(scenes, tmp_path, **{"train.run_name": "learned", "resources.num_workers": 1, **settings})
+    )
+    saved = load_checkpoint(result.best_checkpoint)
+    assert saved.counts.provenance == Provenance("elsewhere", 100, "a" * 64)
+    assert int(saved.weights["label_semantics.attend_mask"].sum()) == len(names) + 2
+    start = load_word_vectors(names, "learned").vectors
+    assert saved.weights["label_semantics.word_vectors"].shape == start.shape
+    assert not torch.equal(saved.weights["label_semantics.word_vectors"], start), "they are trained"
+    assert Predictor.from_checkpoint(result.run_folder)([Image.new("RGB", (64, 64))]).shape == (1, len(names))
+
+    pairs[0, 2] = pairs[2, 0] = 9
+    save_counts(tmp_path / "other.npz", LabelCounts(names, pairs, count))
+    longer = resume_config(result.run_folder).with_overrides({"train.epochs": 2})
+    with pytest.raises(UserError, match=r"data\.label_counts: gives another label graph"):
+        train(longer.with_overrides({"data.label_counts": str(tmp_path / "other.npz")}), resume=True)
+    counts.rename(tmp_path / "moved.npz")
+    again = train(longer.with_overrides({"data.label_counts": str(tmp_path / "moved.npz")}), resume=True)
+    assert load_train_state(max(again.run_folder.glob("epoch_0002*"))).epoch == 2
 
 
 def test_resuming_on_other_data_is_refused(finished: TrainResult, scenes: Path, tmp_path: Path) -> None:

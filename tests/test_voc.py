@@ -44,7 +44,7 @@ def test_values(tmp_path: Path, difficult: Literal["ignore", "positive", "negati
     np.testing.assert_array_equal(samples.targets, expected)
     assert samples.table["image_id"].to_pylist() == ["000002", "000005", "000009"]
     assert samples.table["uri"].to_pylist()[1] == str(base / "JPEGImages/000005.jpg")
-    assert samples.notes[0].startswith("train: 3 images, 1 labels seen only in difficult objects taken as ")
+    assert samples.notes[-1].startswith("train: 3 images, 1 labels seen only in difficult objects taken as ")
 
 
 def test_unknown_is_the_default(tmp_path: Path) -> None:
@@ -92,7 +92,8 @@ def test_label_order_is_that_of_the_authors(shared: Path) -> None:
 
 def test_not_voc(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"no ImageSets/Main in it, in VOC2007/ or in VOCdevkit/VOC2007/; give the folder"
+        UserError,
+        match=r"no ImageSets/Main in it, in VOC2007/, .* or in VOCdevkit/VOC2012/; give the folder of VOC2007$",
     ):
         read_voc(tmp_path, "train")
 
@@ -109,7 +110,10 @@ def test_no_such_split(tmp_path: Path) -> None:
         ("000002 -1\n000005 2\n", r"cat_train\.txt, line 2: '000005 2' is not an image id and 1, 0 or -1; correct"),
         ("000002\n", r"cat_train\.txt, line 1: '000002' is not"),
         ("", r"cat_train\.txt: is empty; unpack"),
-        ("000002 -1\n000002 -1\n", r"cat_train\.txt: lists an image twice; unpack"),
+        (
+            "000002 -1\n000002 -1\n",
+            r"cat_train\.txt: 1 values of image id occur more than once \(000002\); make them unique",
+        ),
         (
             "000002 -1\n000005 -1\n",
             r"cat_train\.txt: lists other images, or in another order, than aeroplane_train\.txt",
@@ -120,6 +124,131 @@ def test_no_such_split(tmp_path: Path) -> None:
 def test_damaged_list(tmp_path: Path, text: str, message: str) -> None:
     (write(tmp_path) / "ImageSets/Main/cat_train.txt").write_text(text)
     with pytest.raises(UserError, match=message):
+        read_voc(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    "data", [b"\xef\xbb\xbf000002 -1\r\n000005  1\r\n000009 -1\r\n\r\n", b"000002 -1\r000005 1\r000009 -1"]
+)
+def test_byte_order_mark_and_line_ends(tmp_path: Path, data: bytes) -> None:
+    (write(tmp_path) / "ImageSets/Main/cat_train.txt").write_bytes(data)
+    assert read_voc(tmp_path, "train").targets[:, VOC_LABELS.index("cat")].tolist() == [0, 1, 0]
+
+
+def test_another_encoding(tmp_path: Path) -> None:
+    (write(tmp_path) / "ImageSets/Main/cat_train.txt").write_bytes("000002 -1\n".encode("utf-16"))
+    with pytest.raises(UserError, match=r"cat_train\.txt: is UTF-16; save it as UTF-8"):
+        read_voc(tmp_path, "train")
+
+
+def write_xml(base: Path, image_id: str, *objects: tuple[str, str]) -> None:
+    (base / "Annotations").mkdir(exist_ok=True)
+    entries = "".join(
+        f"<object><name>{name}</name><difficult>{difficult}</difficult><part><name>head</name></part></object>"
+        for name, difficult in objects
+    )
+    (base / f"Annotations/{image_id}.xml").write_text(f"<annotation>{entries}</annotation>")
+
+
+def write_agreeing(base: Path) -> Path:
+    """XML files that say what the lists of `write` say."""
+    write_xml(base, "000002", ("cat", "1"), ("dog", "0"), ("dog", "1"))
+    write_xml(base, "000005", ("cat", "1"), ("cat", "0"))
+    write_xml(base, "000009")
+    return base
+
+
+def test_xml_that_agrees_is_not_mentioned(tmp_path: Path) -> None:
+    base = write(tmp_path)
+    samples = read_voc(tmp_path, "train")
+    (note, _) = samples.notes
+    assert note == "train: 3 of 3 images have no XML to compare the class files with"
+    write_agreeing(base)
+    compared = read_voc(tmp_path, "train")
+    assert compared.table.equals(samples.table)
+    assert len(compared.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("image_id", "objects", "message"),
+    [
+        (
+            "000005",
+            [],
+            r"cat_train\.txt: image 000005 has cat, but no cat in .*Annotations/000005\.xml; 1 such",
+        ),
+        (
+            "000009",
+            [("bus", "0")],
+            r"bus_train\.txt: image 000009 has no bus, but bus in .*Annotations/000009\.xml; 1 such",
+        ),
+        (
+            "000009",
+            [("bus", "0"), ("car", "0"), ("cow", "1")],
+            r"bus_train\.txt: .*; 2 such contradictions: correct the wrong",
+        ),
+        ("000009", [("unicorn", "0")], r"000009\.xml: has an object with the name 'unicorn', no VOC class; correct it"),
+        ("000009", [("cat", "yes")], r"000009\.xml: has an object with difficult='yes', not 0 or 1; correct it"),
+    ],
+)
+def test_xml_that_contradicts(tmp_path: Path, image_id: str, objects: list[tuple[str, str]], message: str) -> None:
+    base = write_agreeing(write(tmp_path))
+    write_xml(base, image_id, *objects)
+    with pytest.raises(UserError, match=message):
+        read_voc(tmp_path, "train")
+
+
+def test_xml_that_differs_on_what_is_difficult(tmp_path: Path) -> None:
+    base = write(tmp_path)
+    samples = read_voc(tmp_path, "train")
+    write_agreeing(base)
+    write_xml(base, "000002", ("cat", "0"), ("dog", "1"))
+    write_xml(base, "000009", ("sheep", "1"))
+    compared = read_voc(tmp_path, "train")
+    assert compared.table.equals(samples.table), "the class files count"
+    assert compared.notes[0] == (
+        "train: class files and XML differ in 3 labels on what is difficult, the class files count (1 absent / difficult,"
+        " 1 difficult / present, 1 present / difficult; 000002 cat, 000002 dog, 000009 sheep)"
+    )
+
+
+def test_damaged_xml(tmp_path: Path) -> None:
+    base = write_agreeing(write(tmp_path))
+    (base / "Annotations/000005.xml").write_text("<annotation><object>")
+    with pytest.raises(UserError, match=r"000005\.xml: not an XML file \(.*\); unpack it again"):
+        read_voc(tmp_path, "train")
+
+
+def test_years(tmp_path: Path) -> None:
+    base = write(tmp_path)
+    later = shutil.copytree(base, base.parent / "VOC2012")
+    assert read_voc(tmp_path, "train").source == "VOC2007 train"
+    assert read_voc(tmp_path, "train", year=2012).source == "VOC2012 train"
+    assert read_voc(later, "train").source == "VOC2012 train"
+    with pytest.raises(
+        UserError, match=r"VOC2007: no ImageSets/Main in .*; give the folder of VOC2012 \(did you mean .*kit\?\)"
+    ):
+        read_voc(base, "train", year=2012)
+    with pytest.raises(UserError, match=r"data\.year 2014: VOC is read for 2007 and 2012"):
+        read_voc(base, "train", year=2014)
+    shutil.rmtree(base)
+    assert read_voc(tmp_path, "train").source == "VOC2012 train"
+
+
+@pytest.mark.parametrize("level", ["JPEGImages", "ImageSets", "ImageSets/Main"])
+def test_wrong_level_is_pointed_out(tmp_path: Path, level: str) -> None:
+    base = write(tmp_path / "set")
+    with pytest.raises(UserError, match=rf"did you mean {base}\?"):
+        read_voc(base / level, "train")
+    with pytest.raises(UserError, match=rf"did you mean {tmp_path}/set\?"):
+        read_voc(tmp_path, "train")
+
+
+def test_image_ids_that_lead_out_of_the_folder(tmp_path: Path) -> None:
+    base = write(tmp_path)
+    for path in (base / "ImageSets/Main").iterdir():
+        path.write_text(path.read_text().replace("000005", "../../x"))
+    with pytest.raises(UserError, match=r"aeroplane_train\.txt: the file name '\.\./\.\./x\.jpg' leads out of"):
         read_voc(tmp_path, "train")
 
 

@@ -10,10 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from msrn_ray import word_vectors
 from msrn_ray.datasets.nuswide import NUSWIDE_LABELS
 from msrn_ray.datasets.voc import VOC_LABELS
 from msrn_ray.errors import UserError
-from msrn_ray.word_vectors import load_word_vectors
+
+
+def load_word_vectors(*args: Any, **options: Any) -> torch.Tensor:
+    """The vectors alone, which most tests ask for."""
+    return word_vectors.load_word_vectors(*args, **options).vectors
+
 
 GLOVE = """\
 dog 1 2 3
@@ -110,7 +116,7 @@ def test_missing_names_are_all_listed_with_the_options(glove: Path) -> None:
         load_word_vectors(["dog", "yak", "light gnu", "tvmonitor"], str(glove))
     message = str(error.value)
     assert "glove.txt: no word vector for 'yak', 'light gnu', 'tvmonitor';" in message
-    assert "give a source that has the words, or set data.missing_words to random or zero" in message
+    assert "give a source that has the words, set data.missing_words to random or zero" in message
 
 
 def test_missing_as_zero(glove: Path) -> None:
@@ -210,3 +216,22 @@ def test_npz_that_is_a_single_array_or_cut_off(tmp_path: Path) -> None:
     path.write_bytes(pairs(tmp_path / "whole.npz").read_bytes()[:300])
     with pytest.raises(UserError, match=r"v\.npz: not an \.npz file of plain arrays"):
         load_word_vectors(["dog"], str(path))
+
+
+def test_the_names_that_were_not_found_are_told(glove: Path) -> None:
+    names = ["dog", "yak", "light", "gnu"]
+    for missing in ("random", "zero"):
+        assert word_vectors.load_word_vectors(names, str(glove), missing=missing).missing == ("yak", "gnu")
+    assert word_vectors.load_word_vectors(["dog"], str(glove)).missing == ()
+
+
+def test_learned_vectors_need_no_words() -> None:
+    names = [f"qzxv{number}" for number in range(300)]
+    vectors, missing = word_vectors.load_word_vectors(names, "learned")
+    assert missing == ()
+    assert vectors.shape == (300, 50)
+    assert vectors.dtype == torch.float32
+    assert float(vectors.std()) == pytest.approx(1, abs=0.03)
+    assert float(vectors.mean()) == pytest.approx(0, abs=0.03)
+    assert torch.equal(load_word_vectors(names[::-1], "learned"), vectors.flip(0)), "by name, not by place"
+    assert not torch.equal(load_word_vectors(names, "learned", seed=1), vectors)

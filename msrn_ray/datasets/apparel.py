@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import UserError
+from ..storage import Location
 from ..types import PRESENT, SampleTable
+from .files import first_few, hint
 
 # The order of the authors' release: colours, then garments.
 APPAREL_LABELS = ("black", "blue", "brown", "green", "red", "white", "dress", "pants", "shirt", "shoes", "shorts")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 
-def read_apparel(root: Path) -> SampleTable:
-    """Reads all images; the name of an image's folder, split at "_", gives its labels.
+def read_apparel(root: str | Path | Location, *, single_labels: bool = False) -> SampleTable:
+    """Reads all images; the name of an image's folder, split at "_", gives its labels, however many.
 
     Args:
-        root: the folder that holds the folders of images.
+        root: the folder that holds the folders of images; a path or URI.
+        single_labels: whether a name without "_" is a label too. Then every folder counts, `train/` and `backup/` as well.
 
     Returns:
         n rows in the order of `image_id`, the path relative to `root`; targets in {1, 0}. Labels are the 11 of
@@ -27,16 +29,17 @@ def read_apparel(root: Path) -> SampleTable:
         no splits.
 
     Raises:
-        UserError: if `root` is missing, has no folder named `<label>_<label>`, or these hold no image.
+        UserError: if `root` is missing, has no folder named so, or these hold no image.
     """
-    layout = "folders named <label>_<label>, such as black_dress/, with images inside"
+    root = Location.of(root)
+    pattern = "<label>" if single_labels else "<label>_<label>"
+    layout = f"folders named {pattern}, such as {'dress' if single_labels else 'black_dress'}/, with images inside"
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give the folder that holds {layout}")
-    folders = {folder.name: labels for folder in sorted(root.iterdir()) if (labels := _labels(folder))}
-    near = next((inner for inner in sorted(root.iterdir()) if _has_label_folders(inner)), None)
-    hint = f" (did you mean {near}?)" if near else ""
+    inside = [name.rstrip("/") for name in root.names() if name.endswith("/")]
+    folders = {name: labels for name in inside if (labels := _labels(name, single_labels))}
     if not folders:
-        raise UserError(f"{root}: holds no {layout}; give the folder that does{hint}")
+        raise UserError(f"{root}: holds no {layout}; give the folder that does{hint(root, _holds_images)}")
 
     used = {label for labels in folders.values() for label in labels}
     label_names = APPAREL_LABELS if used <= set(APPAREL_LABELS) else tuple(sorted(used))
@@ -44,40 +47,56 @@ def read_apparel(root: Path) -> SampleTable:
     image_ids: list[str] = []
     num_other = 0
     for folder in folders:
-        with os.scandir(root / folder) as entries:
-            files = [entry.name for entry in entries if entry.is_file()]
-        images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
+        files = [name for name in (root / folder).names() if not name.endswith("/")]
+        images = [name for name in files if _is_image(name)]
         image_ids += [f"{folder}/{name}" for name in images]
         num_other += len(files) - len(images)
         if not images:
             notes.append(f"{folder}: no image in this folder")
     if not image_ids:
-        suffixes = ", ".join(IMAGE_SUFFIXES)
-        raise UserError(f"{root}: no image in its {len(folders)} folders; add files with {suffixes}{hint}")
+        raise UserError(
+            f"{root}: no image in its {len(folders)} folders; add files with {', '.join(IMAGE_SUFFIXES)}"
+            f"{hint(root, _holds_images)}"
+        )
+    unreadable = [image_id for image_id in image_ids if not _is_utf8(image_id)]
+    if unreadable:
+        raise UserError(f"{root}: {first_few(map(ascii, unreadable))}: the name is not UTF-8; rename the file")
     if num_other:
         notes.append(f"{root.name}: {num_other} files skipped that are not images ({', '.join(IMAGE_SUFFIXES)})")
-
-    ignored = sorted(
-        one.name for one in root.iterdir() if one.is_dir() and one.name not in folders and not one.name.startswith(".")
-    )
+    ignored = [name for name in inside if name not in folders]
     if ignored:
-        notes.append(f"{root.name}: folders not named <label>_<label> are left out: {', '.join(ignored)}")
+        notes.append(f"{root.name}: folders not named {pattern} are left out: {', '.join(ignored)}")
 
     image_ids.sort()
     targets = np.zeros((len(image_ids), len(label_names)), np.int8)
     for row, image_id in enumerate(image_ids):
         targets[row, [label_names.index(label) for label in folders[image_id.split("/")[0]]]] = PRESENT
-    base = os.path.abspath(root)
-    uris = [os.path.join(base, image_id) for image_id in image_ids]
+    uris = [str(root / image_id) for image_id in image_ids]
     return SampleTable.from_columns(image_ids, uris, targets, label_names, root.name, tuple(notes))
 
 
-def _labels(folder: Path) -> tuple[str, ...]:
-    """The labels in a folder's name; () if it is no folder of images, as `.ipynb_checkpoints` or `train`."""
-    labels = tuple(folder.name.split("_"))
-    named_so = len(labels) > 1 and all(labels) and not folder.name.startswith(".")
-    return labels if named_so and folder.is_dir() else ()
+def _labels(folder: str, single_labels: bool) -> tuple[str, ...]:
+    """The labels in a folder's name; () if it is no folder of images, as `__pycache__` or `train`."""
+    labels = tuple(folder.split("_"))
+    return labels if all(labels) and (single_labels or len(labels) > 1) else ()
 
 
-def _has_label_folders(folder: Path) -> bool:
-    return folder.is_dir() and any(_labels(inner) for inner in folder.iterdir())
+def _holds_images(root: Location) -> bool:
+    """Whether there is an image in a folder of `root` that is named after labels; many folders have a "_" in their name."""
+    named_so = (
+        root / name for name in root.names() if name.endswith("/") and _labels(name.rstrip("/"), single_labels=False)
+    )
+    return any(_is_image(name) for folder in named_so for name in folder.names())
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _is_utf8(name: str) -> bool:
+    """Whether a name is text; the operating system allows names that are not."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -9,6 +9,13 @@ from ..errors import UserError
 from ..types import PRESENT
 
 Rows = npt.NDArray[np.int64]
+SPLITS = ("train", "val", "test")
+# What people call them, in small letters.
+SPLIT_WORDS = {
+    **{"train": "train", "training": "train"},
+    **{"val": "val", "valid": "val", "validation": "val", "dev": "val"},
+    **{"test": "test", "testing": "test"},
+}
 
 
 def stratified_split(targets: npt.NDArray[np.int8], fraction: float, seed: int) -> tuple[Rows, Rows]:
@@ -37,15 +44,17 @@ def stratified_split(targets: npt.NDArray[np.int8], fraction: float, seed: int) 
     rng = np.random.default_rng(seed)
     positive = targets == PRESENT
     total = positive.sum(0)
+    left = total.copy()
     size = round(fraction * len(targets))
     in_part = np.zeros(len(targets), bool)
     free = np.ones(len(targets), bool)
-    while (left := positive[free].sum(0)).any():
+    while left.any():
         label = int(np.where(left > 0, left, len(targets) + 1).argmin())
         rows = rng.permutation(np.flatnonzero(positive[:, label] & free))
         lacking = round(fraction * total[label]) - np.count_nonzero(positive[:, label] & in_part)
         in_part[rows[: max(0, min(lacking, size - np.count_nonzero(in_part)))]] = True
         free[rows] = False
+        left -= positive[rows].sum(0)
     # what is missing for the size comes from rows without a label, then from any others of the rest
     others = np.concatenate([rng.permutation(np.flatnonzero(free)), rng.permutation(np.flatnonzero(~free & ~in_part))])
     in_part[others[: size - np.count_nonzero(in_part)]] = True

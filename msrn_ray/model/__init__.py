@@ -23,7 +23,12 @@ __all__ = [
 
 
 def build_model(
-    settings: ModelSettings, word_vectors: Tensor, attend_mask: Tensor, *, pretrained: bool = True
+    settings: ModelSettings,
+    word_vectors: Tensor,
+    attend_mask: Tensor,
+    *,
+    pretrained: bool = True,
+    train_vectors: bool = False,
 ) -> MSRN | PooledLinear:
     """The network that the settings describe.
 
@@ -32,13 +37,16 @@ def build_model(
         word_vectors: [C, V] float32.
         attend_mask: [C, C] bool; label row attends to label column.
         pretrained: fill the backbone from `settings.pretrained`; False where a checkpoint follows.
+        train_vectors: whether the word vectors are trained with the rest (`data.word_vectors` "learned").
 
     Raises:
         UserError: for an unknown backbone, or weights that are missing or do not fit.
     """
     model: MSRN | PooledLinear
-    msrn = settings.name == "msrn"
-    model = MSRN(settings, word_vectors, attend_mask) if msrn else PooledLinear(settings, len(word_vectors))
+    if settings.name == "msrn":
+        model = MSRN(settings, word_vectors, attend_mask, train_vectors=train_vectors)
+    else:
+        model = PooledLinear(settings, len(word_vectors))
     if pretrained and settings.pretrained is not None:
         load_pretrained(model.backbone, settings.backbone, settings.pretrained)
     return model

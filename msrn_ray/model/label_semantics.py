@@ -41,16 +41,27 @@ class LabelSemantics(nn.Module):
     Args:
         word_vectors: [C, V] float32.
         attend_mask: [C, C] bool, True on the diagonal.
+        train_vectors: whether the word vectors are weights that are trained; they have the same name in the state dict either way.
     """
 
     word_vectors: Tensor
     attend_mask: Tensor
 
     def __init__(
-        self, word_vectors: Tensor, attend_mask: Tensor, *, hidden_dim: int, graph_hidden_dim: int, embed_dim: int
+        self,
+        word_vectors: Tensor,
+        attend_mask: Tensor,
+        *,
+        hidden_dim: int,
+        graph_hidden_dim: int,
+        embed_dim: int,
+        train_vectors: bool = False,
     ) -> None:
         super().__init__()
-        self.register_buffer("word_vectors", word_vectors)
+        if train_vectors:
+            self.word_vectors = nn.Parameter(word_vectors.clone())  # the caller's may be shared between processes
+        else:
+            self.register_buffer("word_vectors", word_vectors)
         self.register_buffer("attend_mask", attend_mask)
         self.input = nn.Linear(word_vectors.shape[1], hidden_dim)
         self.first = GraphAttention(hidden_dim, graph_hidden_dim)

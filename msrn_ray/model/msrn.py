@@ -66,9 +66,12 @@ class MSRN(nn.Module):
         settings: the architecture.
         word_vectors: [C, V] float32.
         attend_mask: [C, C] bool; label row attends to label column.
+        train_vectors: whether the word vectors are trained with the rest.
     """
 
-    def __init__(self, settings: ModelSettings, word_vectors: Tensor, attend_mask: Tensor) -> None:
+    def __init__(
+        self, settings: ModelSettings, word_vectors: Tensor, attend_mask: Tensor, *, train_vectors: bool = False
+    ) -> None:
         super().__init__()
         num_labels = len(word_vectors)
         num_groups = max(1, int(settings.group_ratio * num_labels))
@@ -92,6 +95,7 @@ class MSRN(nn.Module):
             hidden_dim=settings.label_hidden_dim,
             graph_hidden_dim=settings.graph_hidden_dim,
             embed_dim=settings.embed_dim,
+            train_vectors=train_vectors,
         )
         self.group_semantics = GroupSemantics(settings.embed_dim, num_groups)
         self.attention = SemanticAttention()

@@ -1,0 +1,224 @@
+"""Labels as a manifest writes them -> targets: a list in each row (text, JSON or a list column), or a column for each label."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ..errors import UserError
+from ..storage import Location
+from ..types import ABSENT, PRESENT, UNKNOWN
+from .table_files import decode_text, parse_json_lines
+
+SEPARATORS = (";", "|", ",")
+_CELLS = {
+    **{"1": PRESENT, "1.0": PRESENT, "true": PRESENT, "True": PRESENT, "TRUE": PRESENT},
+    **{"0": ABSENT, "0.0": ABSENT, "false": ABSENT, "False": ABSENT, "FALSE": ABSENT},
+    **{"-1": UNKNOWN, "-1.0": UNKNOWN, "": UNKNOWN},
+}
+_CELL_TEXTS = pa.array(_CELLS)
+_CELL_VALUES = np.array([*_CELLS.values()], np.int8)
+_NO_VALUE = np.int8(2)
+
+
+def read_label_names(place: Location) -> tuple[str, ...]:
+    """The lines of a text file, in their order; empty ones are left out.
+
+    Raises:
+        UserError: if it cannot be read, is empty, or names a label twice.
+    """
+    try:
+        lines = [line.strip() for line in decode_text(place, place.read_bytes()).splitlines()]
+    except OSError as error:
+        raise UserError(f"{place}: cannot be read ({' '.join(str(error).split())}); write one label a line") from None
+    names = [line for line in lines if line]
+    twice = [name for position, name in enumerate(names) if name in names[:position]]
+    if twice or not names:
+        raise UserError(
+            f"{place}: {f'names {twice[0]!r} twice' if twice else 'is empty'}; write each label once, one a line"
+        )
+    return tuple(names)
+
+
+def as_text(place: Location, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of texts or whole numbers as strings; null stays null.
+
+    Raises:
+        UserError: for another type.
+    """
+    _require_text(place, name, column.type)
+    return column.cast(pa.string())
+
+
+def label_values(place: Location, name: str, column: pa.ChunkedArray, first_row: int) -> npt.NDArray[np.int8]:
+    """One label's column as [m] int8 in {1, 0, -1}; what is empty is -1.
+
+    Args:
+        place: the manifest, for messages.
+        name: the column.
+        column: m cells: 1, 0, -1 as numbers or text, true and false, or nothing.
+        first_row: the manifest's row, counted from 1, that the first cell stands in.
+
+    Raises:
+        UserError: for another value, with column and row.
+    """
+    kind = column.type
+    if pa.types.is_boolean(kind) or pa.types.is_null(kind):
+        values = column.cast(pa.int8()).fill_null(UNKNOWN).to_numpy()
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        numbers = column.cast(pa.float64(), safe=False).fill_null(UNKNOWN).to_numpy()
+        numbers = np.where(np.isnan(numbers), UNKNOWN, numbers)  # pandas writes what is empty so
+        values = np.where(np.isin(numbers, (PRESENT, ABSENT, UNKNOWN)), numbers, _NO_VALUE).astype(np.int8)
+    else:
+        texts = as_text(place, name, column).fill_null("")
+        found = pc.index_in(texts, value_set=_CELL_TEXTS)
+        if found.null_count:
+            found = pc.index_in(pc.utf8_trim_whitespace(texts), value_set=_CELL_TEXTS)
+        values = np.append(_CELL_VALUES, _NO_VALUE)[found.fill_null(len(_CELL_VALUES)).to_numpy()]
+    wrong = np.flatnonzero(values == _NO_VALUE)
+    if len(wrong):
+        raise UserError(
+            f"{place}, row {first_row + wrong[0]}: {column[int(wrong[0])].as_py()!r} in column {name!r} is not 1, 0, -1 or empty;"
+            " correct it, or, if this is no label, name the labels in a file (--data.labels FILE, one a line)"
+            " or the column that lists them (--data.label-column NAME)"
+        )
+    return np.asarray(values, np.int8)
+
+
+def split_lists(
+    place: Location, name: str, column: pa.ChunkedArray, separator: str | None
+) -> tuple[pa.ChunkedArray, str]:
+    """A column of lists, or of texts that are lists, as lists of strings.
+
+    Args:
+        place: the manifest, for messages.
+        name: the column.
+        column: lists; or texts: JSON lists, else labels between separators; or one whole number a row.
+        separator: between labels in a text. None: the only one of `SEPARATORS` that occurs.
+
+    Returns:
+        [n] list<string>, and how the column was read, for the user.
+
+    Raises:
+        UserError: if several separators occur, a text has a line break in it or is not the JSON list that it begins as, or
+            the column is of another type.
+    """
+    if _is_list(column.type):
+        return _as_lists(place, name, column), "lists"
+    texts = as_text(place, name, column).fill_null("")
+    broken = pc.match_substring_regex(texts, r"[\r\n]")
+    if pc.any(broken).as_py():
+        raise UserError(
+            f"{place}, row {pc.index(broken, True).as_py() + 1}: column {name!r} has a line break in it; is a quote missing?"
+        )
+    is_json = pc.match_substring_regex(texts, r"^\s*\[")
+    if separator is None and pc.any(is_json).as_py():
+        return _parse_lists(place, name, texts, is_json), "JSON lists"
+    if separator is None:
+        used = [one for one in SEPARATORS if pc.any(pc.match_substring(texts, one)).as_py()]
+        if len(used) > 1:
+            raise UserError(
+                f"{place}: column {name!r} holds {' and '.join(map(repr, used))}; say which one parts the labels"
+                f" (--data.label-separator '{used[0]}')"
+            )
+        if not used:
+            return pc.split_pattern(texts, "\n"), "one label a row"
+        separator = used[0]
+    return pc.split_pattern(texts, separator), f"labels parted by {separator!r}"
+
+
+def encode_lists(
+    place: Location, name: str, lists: pa.ChunkedArray, label_names: Sequence[str] | None
+) -> tuple[tuple[str, ...], npt.NDArray[np.int8]]:
+    """Targets in {1, 0} of lists of labels; blanks around a label do not count, nor do empty labels.
+
+    Args:
+        place: the manifest, for messages.
+        name: the column, for messages.
+        lists: [n] list<string>.
+        label_names: all labels in their order; None: those that occur, in alphabetical order.
+
+    Returns:
+        The C label names, and [n, C] int8.
+
+    Raises:
+        UserError: if no label occurs, or one that is not in `label_names`, with its row.
+    """
+    rows = pc.list_parent_indices(lists).to_numpy()
+    labels = pc.utf8_trim_whitespace(pc.list_flatten(lists)).fill_null("")
+    occurring = sorted({*pc.unique(labels).to_pylist()} - {""})
+    if not occurring:
+        raise UserError(
+            f"{place}: no row has a label in column {name!r}; name the column of labels (--data.label-column NAME)"
+        )
+    names = tuple(occurring if label_names is None else label_names)
+    codes = pc.index_in(labels, value_set=pa.array([*names, ""])).fill_null(-1).to_numpy()
+    unknown = np.flatnonzero(codes < 0)
+    if len(unknown):
+        first = int(unknown[0])
+        raise UserError(
+            f"{place}, row {rows[first] + 1}: label {labels[first].as_py()!r} is not among the {len(names)} of data.labels;"
+            " correct it or add it there"
+        )
+    targets = np.zeros((len(lists), len(names)), np.int8)
+    named = codes < len(names)
+    targets[rows[named], codes[named]] = PRESENT
+    return names, targets
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _require_text(place: Location, name: str, kind: pa.DataType) -> None:
+    inner = kind.value_type if pa.types.is_dictionary(kind) else kind
+    text = pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_string_view(inner)
+    if not (text or pa.types.is_integer(inner) or pa.types.is_null(inner)):
+        raise UserError(f"{place}: column {name!r} holds {kind}, but text is needed; convert it or name another column")
+
+
+def _as_lists(place: Location, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    _require_text(place, name, column.type.value_type)
+    return column.cast(pa.list_(pa.string()))
+
+
+def _parse_lists(place: Location, name: str, texts: pa.ChunkedArray, is_json: pa.ChunkedArray) -> pa.ChunkedArray:
+    """JSON lists in texts, each chunk parsed at once as lines of objects."""
+    empty = pc.equal(pc.utf8_trim_whitespace(texts), "")
+    others = pc.invert(pc.or_(is_json, empty))
+    if pc.any(others).as_py():
+        row = pc.index(others, True).as_py()
+        raise UserError(
+            f"{place}, row {row + 1}: {texts[row].as_py()!r} in column {name!r} is no JSON list, but other rows hold one;"
+            " write all alike, or say what parts the labels (--data.label-separator ';')"
+        )
+    lines = pc.binary_join_element_wise('{"labels":', pc.if_else(empty, "[]", texts), "}\n", "")
+    parsed = []
+    first_row = 1
+    for chunk in lines.chunks:
+        text = pc.binary_join(pa.ListArray.from_arrays([0, len(chunk)], chunk), "")[0].as_buffer()
+        try:
+            table = parse_json_lines(text)
+        except ValueError:
+            table = None
+        if table is None or table.num_rows != len(chunk) or table.column_names != ["labels"]:
+            raise UserError(f"{place}{_first_wrong_list(texts.slice(first_row - 1, len(chunk)), first_row)}")
+        parsed += _as_lists(place, name, table["labels"]).chunks
+        first_row += len(chunk)
+    return pa.chunked_array(parsed, pa.list_(pa.string()))
+
+
+def _first_wrong_list(texts: pa.ChunkedArray, first_row: int) -> str:
+    for row, text in enumerate(texts.to_pylist(), first_row):
+        try:
+            whole = not text.strip() or isinstance(json.loads(text), list)
+        except ValueError:
+            whole = False
+        if not whole:
+            return f', row {row}: {text[:80]!r} is not a JSON list; write it as ["dog", "person"]'
+    return ": its JSON lists hold different kinds of things; write each label as a text in double quotes"

@@ -1,0 +1,152 @@
+"""Reads WebDataset tars: files of one name are a sample, its image (`.jpg`, ...) and its labels (`.json` or `.cls`).
+
+Images stay in their tar: the uri of a sample is the range of bytes there.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ..errors import UserError
+from ..storage import Location, range_uri
+from ..types import SampleTable
+from .containers import LABEL_FIELDS, build_tables, by_split
+
+_IMAGES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
+
+
+@dataclass
+class _Sample:
+    key: str
+    image: tuple[int, int] | None = None
+    labels: dict[str, bytes] = field(default_factory=dict)
+
+
+def read_webdataset(
+    root: Location, *, label_names: tuple[str, ...] | None = None, label_field: str | None = None
+) -> dict[str, SampleTable]:
+    """Reads all tars of a folder; only their headers and labels where they are local, once through where they are not.
+
+    Args:
+        root: folder of the tars (sub-folders too), or one tar. Names that begin with train, val (valid, validation, dev) or test tell
+            the split, of the tar or of its folder; without any, all is train.
+        label_names: labels in the order wanted, to which numbers refer (`.cls`, or in `.json`); None for all that occur.
+        label_field: the field of the `.json` with a label, a list of labels or {label: 1 or 0}; None: labels, label, tags, classes or
+            categories.
+
+    Returns:
+        split -> n rows in the order of tars by name and of samples in them; image_id is `<tar>/<key>`; targets in {1, 0}.
+
+    Raises:
+        UserError: if there is no tar, one is damaged or compressed, or a sample lacks image or labels.
+    """
+    tars = [""] if root.is_file() else [name for name in root.names(recursive=True) if name.endswith(".tar")]
+    if not tars:
+        packed = ".tar.gz and .tgz have to be unpacked to .tar: images are read from within"
+        raise UserError(f"{root}: holds no .tar; give the folder of WebDataset tars ({packed})")
+    parts = {}
+    for split, names in by_split(root, tars).items():
+        ids: list[str] = []
+        uris: list[str] = []
+        num_labels: list[int] = []
+        labels: list[str] = []
+        for name in names:
+            tar = root / name if name else root
+            prefix = (name or root.name).removesuffix(".tar")
+            for sample in _samples(tar):
+                where = f"{tar}: sample {sample.key}"
+                if sample.image is None:
+                    raise UserError(f"{where} holds no image ({', '.join(sorted(_IMAGES))}); take it out")
+                own = _labels(sample, label_names, label_field, where)
+                ids.append(f"{prefix}/{sample.key}")
+                uris.append(range_uri(tar, *sample.image))
+                num_labels.append(len(own))
+                labels += own
+        texts = (pa.array(column, pa.string()) for column in (ids, uris, labels))
+        image_ids, addresses, flat = texts
+        parts[split] = (image_ids, addresses, np.array(num_labels, np.int64), flat)
+    return build_tables(parts, label_names, root)
+
+
+def _samples(tar: Location) -> Iterator[_Sample]:
+    sample: _Sample | None = None
+    try:
+        with (
+            tar.opened_input() as stream,
+            # From another machine one read from start to end is quicker than a request for each header.
+            tarfile.open(fileobj=stream, mode="r:" if tar.is_local else "r|") as archive,
+        ):
+            for member in archive:
+                archive.members = []  # type: ignore[attr-defined]  # else it remembers every file
+                folder, base = posixpath.split(member.name)
+                stem, _, suffix = base.partition(".")
+                if not member.isfile() or base.startswith("."):
+                    continue
+                key = posixpath.join(folder, stem)
+                if sample is None or sample.key != key:
+                    if sample is not None:
+                        yield sample
+                    sample = _Sample(key)
+                kind = suffix.lower()
+                if kind in _IMAGES:
+                    sample.image = (member.offset_data, member.size)
+                elif kind in ("json", "cls"):
+                    content = archive.extractfile(member)
+                    assert content is not None, "it is a file"
+                    sample.labels[kind] = content.read()
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"{tar}: not a whole, uncompressed tar ({error}); download or unpack it again") from None
+    if sample is not None:
+        yield sample
+
+
+def _labels(sample: _Sample, names: tuple[str, ...] | None, label_field: str | None, where: str) -> list[str]:
+    """The labels of a sample, each once."""
+    if "json" in sample.labels:
+        try:
+            content = json.loads(sample.labels["json"])
+        except ValueError as error:
+            raise UserError(f"{where}: its .json is not JSON ({error}); correct it") from None
+        fields = content if isinstance(content, dict) else {}
+        chosen = label_field or next((name for name in LABEL_FIELDS if name in fields), None)
+        if chosen not in fields:
+            wanted = label_field or ", ".join(LABEL_FIELDS)
+            raise UserError(
+                f"{where}: its .json has no field {wanted}, only {', '.join(map(str, fields)) or 'nothing'};"
+                " name the field with data.label_column"
+            )
+        value = fields[chosen]
+    elif "cls" in sample.labels:
+        words = sample.labels["cls"].decode("utf-8", "replace").replace(",", " ").split()
+        value = [int(word) if word.isdecimal() else word for word in words]
+    else:
+        raise UserError(
+            f"{where} holds no labels; a .json with a list of labels, or a .cls, has to lie beside the image"
+        )
+    if isinstance(value, dict):
+        wrong = [name for name, state in value.items() if state not in (0, 1)]
+        if wrong:
+            raise UserError(f"{where}: label {wrong[0]!r} is {value[wrong[0]]!r}; write 1 or 0")
+        value = [name for name, state in value.items() if state]
+    given = value if isinstance(value, list) else [value]
+    return list(dict.fromkeys(_name(one, names, where) for one in given))
+
+
+def _name(label: Any, names: tuple[str, ...] | None, where: str) -> str:
+    if isinstance(label, str) and label:
+        return label
+    if not isinstance(label, int) or isinstance(label, bool):
+        raise UserError(f"{where}: {label!r} is not a label; write a name, or the number of one in data.labels")
+    if names is None:
+        raise UserError(f"{where}: label {label} is a number; name the labels in a text file (data.labels), one a line")
+    if not 0 <= label < len(names):
+        raise UserError(f"{where}: label {label} is not one of the {len(names)} of data.labels (0 to {len(names) - 1})")
+    return names[label]

@@ -1,0 +1,294 @@
+"""What every reader of a benchmark owes, on every kind of root: a path, file://, memory:// and s3:// (moto's server on loopback)."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pytest
+
+from msrn_ray.config import DataSettings
+from msrn_ray.errors import UserError
+from msrn_ray.label_names import LABEL_NAMES
+from msrn_ray.splits import READERS, Published
+from msrn_ray.storage import Location, filesystem_of, read_bytes
+from msrn_ray.transforms import decode
+from msrn_ray.types import SampleTable
+
+from .tiny import make_coco, make_photo
+
+ROOTS = ("path", "file", "memory", pytest.param("s3", marks=pytest.mark.slow))
+KEPT = {"keep_unlabelled_train": True, "keep_unlabelled_eval": True}
+# name -> folder of the fixtures, settings, labels
+CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "coco": ("coco_mini", {"dataset": "coco"} | KEPT, LABEL_NAMES["coco2014"]),
+    "voc": ("voc_mini", {"dataset": "voc"}, LABEL_NAMES["voc2007"]),
+    "nuswide": ("nuswide_mini", {"dataset": "nuswide"} | KEPT, LABEL_NAMES["nuswide"]),
+    "nuswide csv": ("nuswide_mini", {"dataset": "nuswide", "nuswide_form": "csv"} | KEPT, LABEL_NAMES["nuswide"]),
+    "apparel": ("apparel_mini", {"dataset": "apparel"}, LABEL_NAMES["apparel"]),
+}
+Reader = Callable[[str, str], Published]
+
+
+@pytest.fixture(scope="session")
+def s3_bucket() -> Iterator[Location]:
+    """An empty bucket of a server on this machine."""
+    server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ACCESS_KEY_ID", "key")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        bucket = Location.of(f"s3://fixtures?endpoint_override={host}:{port}&scheme=http&region=us-east-1")
+        pafs.S3FileSystem(
+            endpoint_override=f"{host}:{port}", scheme="http", region="us-east-1", allow_bucket_creation=True
+        ).create_dir("fixtures")
+        yield bucket
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def read(shared: Path, request: pytest.FixtureRequest) -> Reader:
+    """Reads a case of `CASES` from a kind of root; each copy is made once and each table read once."""
+
+    @lru_cache
+    def place(folder: str, kind: str) -> str:
+        local = shared / "data" / folder
+        if kind in ("path", "file"):
+            return str(local) if kind == "path" else local.as_uri()
+        base = Location.of("memory://fixtures") if kind == "memory" else request.getfixturevalue("s3_bucket")
+        filesystem, path = filesystem_of(str(base / folder))
+        pafs.copy_files(str(local), path, pafs.LocalFileSystem(), filesystem)
+        return str(base / folder)
+
+    @lru_cache
+    def table(case: str, kind: str) -> Published:
+        folder, settings, _ = CASES[case]
+        return READERS[settings["dataset"]](DataSettings(root=place(folder, kind), **settings))
+
+    return table
+
+
+def parts(published: Published) -> list[SampleTable]:
+    return [part for part in (published.train, published.val, published.held_out) if part is not None]
+
+
+@pytest.mark.parametrize("kind", ROOTS)
+@pytest.mark.parametrize("case", CASES)
+class TestConformance:
+    def test_columns(self, read: Reader, case: str, kind: str) -> None:
+        for part in parts(read(case, kind)):
+            num_labels = len(part.label_names)
+            assert part.table.schema.names == ["image_id", "uri", "target"]
+            assert part.table.schema.types == [pa.string(), pa.string(), pa.list_(pa.int8(), num_labels)]
+            assert sum(column.null_count for column in part.table.columns) == 0
+            assert part.targets.dtype == np.int8
+            assert part.targets.shape == (len(part), num_labels)
+            assert set(np.unique(part.targets)) <= {-1, 0, 1}
+            assert (part.targets == 1).any()
+
+    def test_labels_are_in_the_order_of_the_authors(self, read: Reader, case: str, kind: str) -> None:
+        for part in parts(read(case, kind)):
+            assert part.label_names == CASES[case][2]
+
+    def test_ids_are_unique_and_splits_disjoint(self, read: Reader, case: str, kind: str) -> None:
+        for column in ("image_id", "uri"):
+            values = [value for part in parts(read(case, kind)) for value in part.table[column].to_pylist()]
+            assert len(set(values)) == len(values)
+            assert all(values)
+
+    def test_every_image_opens_and_decodes(self, read: Reader, case: str, kind: str) -> None:
+        for there, here in zip(parts(read(case, kind)), parts(read(case, "path")), strict=True):
+            for uri, path in zip(there.table["uri"].to_pylist(), here.table["uri"].to_pylist(), strict=True):
+                image = read_bytes(uri)
+                assert image == read_bytes(path)
+                assert decode(image, max_pixels=10_000_000).shape[0] == 3
+
+    def test_uris_are_of_the_roots_kind(self, read: Reader, case: str, kind: str) -> None:
+        start = {"path": "/", "file": "file:///", "memory": "memory://fixtures/", "s3": "s3://fixtures/"}[kind]
+        for part in parts(read(case, kind)):
+            assert all(uri.startswith(start) for uri in part.table["uri"].to_pylist())
+
+    def test_the_same_from_everywhere(self, read: Reader, case: str, kind: str) -> None:
+        for there, here in zip(parts(read(case, kind)), parts(read(case, "path")), strict=True):
+            assert there.table.drop("uri").equals(here.table.drop("uri"))
+            assert there.notes == here.notes
+            assert there.source == here.source
+
+    def test_notes_are_lines(self, read: Reader, case: str, kind: str) -> None:
+        for part in parts(read(case, kind)):
+            for line in (*part.notes, part.source):
+                assert line.strip() == line != ""
+                assert "\n" not in line
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_deterministic(shared: Path, read: Reader, case: str) -> None:
+    folder, settings, _ = CASES[case]
+    again = READERS[settings["dataset"]](DataSettings(root=str(shared / "data" / folder), **settings))
+    for first, second in zip(parts(read(case, "path")), parts(again), strict=True):
+        assert first.table.equals(second.table)
+        assert (first.label_names, first.source, first.notes) == (second.label_names, second.source, second.notes)
+
+
+def labels_of(*tables: SampleTable) -> dict[str, set[str]]:
+    """image id -> names of its labels, unknown ones included: difficult objects are objects."""
+    return {
+        image_id: {name for name, value in zip(table.label_names, row, strict=True) if value}
+        for table in tables
+        for image_id, row in zip(table.table["image_id"].to_pylist(), table.targets, strict=True)
+    }
+
+
+def sources(path: Path, column: str) -> dict[str, str]:
+    """id in the copy -> COCO's image id."""
+    with path.open() as lines:
+        rows = list(csv.DictReader(lines))
+    return {row[column]: str(int(row["coco_mini_file"].rpartition("_")[2].removesuffix(".jpg"))) for row in rows}
+
+
+VOC_NAMES = {
+    **{"airplane": "aeroplane", "motorcycle": "motorbike", "couch": "sofa", "potted plant": "pottedplant"},
+    **{"dining table": "diningtable", "tv": "tvmonitor"},
+}
+NUS_NAMES = {
+    **{"person": "person", "car": "cars vehicle", "bus": "vehicle", "truck": "vehicle", "motorcycle": "vehicle"},
+    **{name: f"{name} animal" for name in ("dog", "cat", "cow", "bear", "zebra")},
+    **{"horse": "horses animal", "bird": "birds animal", "airplane": "plane", "boat": "boats", "train": "train"},
+    **dict.fromkeys(("elephant", "giraffe", "sheep"), "animal"),
+    **{"book": "book", "laptop": "computer", "stop sign": "sign", "potted plant": "plants", "surfboard": "surf"},
+    **dict.fromkeys(
+        ("banana", "apple", "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake"), "food"
+    ),
+    **dict.fromkeys(("sports ball", "skis", "tennis racket", "baseball bat", "baseball glove"), "sports"),
+    "teddy bear": "toy",
+}
+
+
+def test_voc_agrees_with_coco(shared: Path, read: Reader) -> None:
+    coco, voc = (labels_of(*parts(read(case, "path"))) for case in ("coco", "voc"))
+    source = sources(shared / "data/voc_mini/sources.csv", "voc_id")
+    assert set(voc) == set(source)
+    for image_id, labels in voc.items():
+        named = {VOC_NAMES.get(name, name) for name in coco[source[image_id]]}
+        assert labels == named & set(LABEL_NAMES["voc2007"])
+
+
+@pytest.mark.parametrize("case", ["nuswide", "nuswide csv"])
+def test_nuswide_agrees_with_coco(shared: Path, read: Reader, case: str) -> None:
+    coco, nuswide = (labels_of(*parts(read(one, "path"))) for one in ("coco", case))
+    source = sources(shared / "data/nuswide_mini/sources.csv", "nus_file")
+    assert set(nuswide) == set(source)
+    for image_id, labels in nuswide.items():
+        assert labels == {label for name in coco[source[image_id]] for label in NUS_NAMES.get(name, "").split()}
+
+
+def test_both_forms_of_nuswide_agree(read: Reader) -> None:
+    official, from_csv = (labels_of(*parts(read(case, "path"))) for case in ("nuswide", "nuswide csv"))
+    assert official == from_csv
+    assert read("nuswide csv", "path").held_out.source == "nus_wid_data.csv val"
+
+
+def lose_one_image(case: str, folder: Path) -> tuple[Path, str]:
+    """A small data set of two splits whose second train image is not there, and the reader's name for it."""
+    if case == "coco":
+        make_coco(folder, {"train": [[0], [1], [2]], "val": [[0]]})
+        return folder / "train2014/train_001.jpg", "coco"
+    if case == "voc":
+        lists = folder / "VOC2007/ImageSets/Main"
+        lists.mkdir(parents=True)
+        for split, ids in (("trainval", "abc"), ("test", "d")):
+            for label in LABEL_NAMES["voc2007"]:
+                (lists / f"{label}_{split}.txt").write_text("".join(f"{image_id} 1\n" for image_id in ids))
+            for image_id in ids:
+                make_photo(folder / f"VOC2007/JPEGImages/{image_id}.jpg")
+        return folder / "VOC2007/JPEGImages/b.jpg", "voc"
+    rows = [("x/a.jpg", "train"), ("y/b.jpg", "train"), ("x/c.jpg", "train"), ("x/d.jpg", "val")]
+    for name, _ in rows:
+        make_photo(folder / "Flickr" / name)
+    if case == "nuswide csv":
+        lines = [f"Flickr/{name},['sky'],{split}" for name, split in rows]
+        (folder / "nus_wid_data.csv").write_text("\n".join(["filepath,label,split_name", *lines]))
+    else:
+        (folder / "ImageList").mkdir()
+        (folder / "Groundtruth/TrainTestLabels").mkdir(parents=True)
+        for split, in_csv in (("Train", "train"), ("Test", "val")):
+            names = [name for name, one in rows if one == in_csv]
+            (folder / f"ImageList/{split}Imagelist.txt").write_text("\n".join(names))
+            (folder / f"Groundtruth/TrainTestLabels/Labels_sky_{split}.txt").write_text("1\n" * len(names))
+    return folder / "Flickr/y/b.jpg", "nuswide"
+
+
+@pytest.mark.parametrize("case", ["coco", "voc", "nuswide", "nuswide csv"])
+def test_images_that_are_not_there(tmp_path: Path, case: str) -> None:
+    path, dataset = lose_one_image(case, tmp_path / "set")
+    settings = DataSettings.model_validate({"dataset": dataset, "root": str(tmp_path / "set")})
+    assert len(READERS[settings.dataset](settings).train) == 3
+    path.unlink()
+    with pytest.raises(UserError, match=r"1 of the \d images listed in .*--data\.missing-images skip") as error:
+        READERS[settings.dataset](settings)
+    assert path.name in str(error.value)
+    settings = settings.model_copy(update={"missing_images": "skip"})
+    train = READERS[settings.dataset](settings).train
+    assert len(train) == 2
+    assert all(Path(uri).is_file() for uri in train.table["uri"].to_pylist())
+    assert any("1 of 3 listed images are not there, left out" in note for note in train.notes)
+
+
+def test_skipping_every_image_is_an_error(tmp_path: Path) -> None:
+    path, dataset = lose_one_image("coco", tmp_path)
+    for photo in path.parent.iterdir():
+        photo.unlink()
+    settings = DataSettings.model_validate({"dataset": dataset, "root": str(tmp_path), "missing_images": "skip"})
+    with pytest.raises(UserError, match=r"3 of the 3 images .* finish the download or unpacking$"):
+        READERS["coco"](settings)
+
+
+@pytest.mark.parametrize("dataset", ["coco", "voc", "nuswide", "apparel"])
+def test_a_bucket_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, dataset: str) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    root = "s3://bucket/a?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1"
+    settings = DataSettings.model_validate({"dataset": dataset, "root": root})
+    with pytest.raises(UserError, match=r"s3://bucket/a.*cannot be reached"):
+        READERS[settings.dataset](settings)
+
+
+@pytest.mark.parametrize("dataset", ["coco", "voc", "nuswide", "apparel"])
+def test_a_bucket_that_is_not_there(s3_bucket: Location, dataset: str) -> None:
+    root = str(s3_bucket).replace("fixtures", "nowhere")
+    settings = DataSettings.model_validate({"dataset": dataset, "root": root})
+    with pytest.raises(UserError, match=r"s3://nowhere.*; give the folder"):
+        READERS[settings.dataset](settings)
+
+
+@pytest.mark.parametrize(("dataset", "inner"), [("coco", "annotations"), ("coco", "val2014"), ("apparel", "red_dress")])
+@pytest.mark.parametrize("kind", ["file", "memory", "s3"])
+def test_wrong_level_of_a_uri(
+    tmp_path: Path, request: pytest.FixtureRequest, dataset: str, inner: str, kind: str
+) -> None:
+    root = {"file": f"file://{tmp_path}/set", "memory": f"memory://{tmp_path.name}"}.get(kind)
+    place = Location.of(root or str(request.getfixturevalue("s3_bucket") / tmp_path.name))
+    photo = make_photo(tmp_path / "a.jpg").read_bytes()
+    content = {"images": [], "categories": [], "annotations": []}
+    files = {
+        "coco": {"annotations/instances_train2014.json": json.dumps(content).encode(), "val2014/a.jpg": photo},
+        "apparel": {"red_dress/a.jpg": photo},
+    }[dataset]
+    for name, data in files.items():
+        filesystem, path = filesystem_of(str(place / name))
+        filesystem.create_dir(path.rpartition("/")[0])
+        with filesystem.open_output_stream(path) as file:
+            file.write(data)
+    settings = DataSettings.model_validate({"dataset": dataset, "root": str(place / inner)})
+    with pytest.raises(UserError) as error:
+        READERS[settings.dataset](settings)
+    assert f"did you mean {place}?" in str(error.value)
