@@ -35,7 +35,11 @@ from msrn_ray.types import Batch
 from .attention import direct
 from .measure import Phases, alternate, peak_bytes, stopwatch
 
-SHAPES = {"COCO": ("coco2014", 80, 2), "VOC": ("voc2007", 20, 4)}  # preset, labels, images
+SHAPES = {
+    "COCO": ("coco2014", 80, 2),
+    "VOC": ("voc2007", 20, 4),
+    "NUS-WIDE": ("nuswide", 81, 2),
+}  # preset, labels, images
 SIDE, ROUNDS, STEPS = 448, 5, 40
 
 
@@ -115,7 +119,7 @@ def single(name: str) -> None:
         for network in (bare, mlp.network, elementwise.network):
             network.zero_grad(set_to_none=True)  # so that all start with weights and optimizer state alone
         memory[form] = peak_bytes(run)
-    bare_seconds = times["ResNet-101, forward + backward"]
+    bare_seconds, bare_bytes = times["ResNet-101, forward + backward"], memory["ResNet-101, forward + backward"]
     direct_bytes = memory["step, mlp head, direct attention"]
     print(
         f"{name}: {labels} labels, {images} images of {SIDE} x {SIDE}; memory over the start of a step, optimizer state made before"
@@ -123,7 +127,7 @@ def single(name: str) -> None:
     for form, seconds in times.items():
         print(
             f"  {form:34s}{seconds:7.2f} s {seconds / bare_seconds:6.2f} x backbone"
-            f"{memory[form] / 2**20:9.0f} MiB{memory[form] / direct_bytes:6.2f} x direct"
+            f"{memory[form] / 2**20:9.0f} MiB{memory[form] / bare_bytes:6.2f} x backbone{memory[form] / direct_bytes:6.2f} x direct"
         )
 
 
