@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, TypeVar, cast
 
 import torch
@@ -45,7 +46,11 @@ def parallel_settings(accumulation: int) -> dict[str, Any]:
     Gradients are views of the buckets that are sent, so they exist once. BatchNorm statistics stay each rank's own; see `average_buffers`.
     The graph is the same in every step, which DDP may know only where every backward is sent: not with micro-batches.
     """
-    return {"broadcast_buffers": False, "gradient_as_bucket_view": True, "static_graph": accumulation == 1}
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = (
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    )  # its name before torch 2.13
+    return {buffers: False, "gradient_as_bucket_view": True, "static_graph": accumulation == 1}
 
 
 def compress_gradients(model: nn.Module) -> None:
