@@ -10,7 +10,7 @@ at the largest P where q_k > 0 and at the smallest elsewhere. So two passes of e
 the gradient of P backward. Each runs as one compiled kernel, or tile by tile, and nothing of size [B,N,Q,D] ever exists.
 
 exp is computed as 2^(q x log2 e): GPUs have it in hardware, and Inductor's CPU code generator would write an `exp` that three sums
-share to memory, [R,Q,N] of it, instead of keeping it in a register.
+share to memory, [Q,R,N] of it, instead of keeping it in a register.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import UserError
 
-# numbers of [rows,Q,N] that eager code holds at one time: 1 MB of float32 on a CPU, larger tiles leave the cache; 256 MB on a GPU, smaller
+# numbers of [Q,rows,N] that eager code holds at one time: 1 MB of float32 on a CPU, larger tiles leave the cache; 256 MB on a GPU, smaller
 # ones are too many launches
 _CPU_TILE_ELEMENTS, _GPU_TILE_ELEMENTS = 2**18, 2**26
 
