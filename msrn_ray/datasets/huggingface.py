@@ -113,7 +113,7 @@ def _files(root: Location) -> dict[str, list[Location]]:
         return found
     if (root / "state.json").is_file():
         return {"train": _saved(root)}
-    files = [name for name in root.names(recursive=True) if name.endswith(".parquet")]
+    files = [name for name in root.names(recursive=True, missing_ok=True) if name.endswith(".parquet")]
     if not files:
         raise UserError(
             f"{root}: holds no dataset_dict.json, state.json or .parquet;"

@@ -49,7 +49,11 @@ def read_webdataset(
     Raises:
         UserError: if there is no tar, one is damaged or compressed, or a sample lacks image or labels.
     """
-    tars = [""] if root.is_file() else [name for name in root.names(recursive=True) if name.endswith(".tar")]
+    tars = (
+        [""]
+        if root.is_file()
+        else [name for name in root.names(recursive=True, missing_ok=True) if name.endswith(".tar")]
+    )
     if not tars:
         packed = ".tar.gz and .tgz have to be unpacked to .tar: images are read from within"
         raise UserError(f"{root}: holds no .tar; give the folder of WebDataset tars ({packed})")
