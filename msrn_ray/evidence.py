@@ -25,7 +25,7 @@ SHOWN = 12  # images and names that a finding shows
 
 @dataclass(frozen=True)
 class Shown:
-    """An image that a finding shows: `split: file`, and where it lies."""
+    """An image that a finding shows: `split: file` (its id where it is a part of a file), and where it lies."""
 
     caption: str
     uri: str
@@ -100,9 +100,11 @@ class Evidence:
     def show(self, rows: npt.NDArray[np.int64]) -> tuple[Shown, ...]:
         """The first few of these images."""
         rows = rows[:SHOWN]
-        uris = self.samples["uri"].take(pa.array(rows)).to_pylist()
+        chosen = self.samples.take(pa.array(rows))
+        ids, uris = (chosen[column].to_pylist() for column in ("image_id", "uri"))
         return tuple(
-            Shown(f"{self.names[split]}: {uri}", uri) for split, uri in zip(self.split_of(rows), uris, strict=True)
+            Shown(f"{self.names[split]}: {image_id if '#' in uri else uri}", uri)  # a part of a file says nothing
+            for split, image_id, uri in zip(self.split_of(rows), ids, uris, strict=True)
         )
 
 

@@ -18,7 +18,7 @@ from .datasets.folders import read_folders
 from .datasets.huggingface import read_huggingface
 from .datasets.manifest import OwnImages, read_manifest
 from .datasets.nuswide import read_nuswide
-from .datasets.prepared import PreparedInfo, read_info, read_prepared
+from .datasets.prepared import BAD_FILE, PreparedInfo, read_info, read_prepared
 from .datasets.scenes import generate_scenes
 from .datasets.split import SPLITS, stratified_split
 from .datasets.voc import Difficult, find_voc, read_voc
@@ -72,6 +72,11 @@ def _prepared(root: Location, info: PreparedInfo, settings: DataSettings) -> Pub
     tables = read_prepared(root, info)
     now = reader_settings(settings)
     notes = [f"read from prepared shards ({info.dataset}, {info.content[:12]}): {root}"]
+    notes += [
+        f"{name}: {split.bad_images} images that could not be read are not in the shards ({BAD_FILE})"
+        for name, split in info.splits.items()
+        if split.bad_images
+    ]
     notes += [
         f"data.{name} was {value!r} when the data was prepared and stays so; {now[name]!r} has no effect"
         for name, value in info.settings.items()

@@ -78,6 +78,11 @@ def load_splits(config: ExperimentConfig) -> Splits:
         splits = Splits(train, published.val, held_out, tuple(notes))
     else:
         rest, part = stratified_split(train.targets, config.data.val_fraction, config.data.split_seed)
+        if not len(part):
+            raise UserError(
+                f"{train.source}: data.val_fraction={config.data.val_fraction} of its {len(train)} train images is none;"
+                " add images, raise data.val_fraction, or name images of a split val"
+            )
         notes.append(
             f"protocol honest: {len(part)} of {len(train)} train images are val (data.val_fraction={config.data.val_fraction})"
             + (f", {held_out.source} is test" if held_out is not None else "")

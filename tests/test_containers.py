@@ -349,6 +349,9 @@ def test_huggingface_columns_that_are_not_clear(
 def test_huggingface_folders_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no dataset_dict\.json, state\.json or \.parquet"):
         read_huggingface(Location.of(tmp_path))
+    for read in (read_huggingface, read_webdataset):
+        with pytest.raises(UserError, match=r"nowhere: no such folder; give the folder"):
+            read(Location.of(tmp_path / "nowhere"))
     root = save_to_disk(tmp_path / "saved", arrow_table(pa.array(LABELS), None))
     state = json.loads((root / "state.json").read_text())
     for change, match in (

@@ -564,6 +564,13 @@ def test_splits_that_do_not_serve(tmp_path: Path) -> None:
     assert [len(everything.named(name)) for name in ("train", "val", "test")] == [81, 9, 10]
 
 
+def test_too_few_images_for_a_val_split(tmp_path: Path) -> None:
+    place = make(tmp_path, "image,labels\na.jpg,dog\nb.jpg,cat\nc.jpg,dog\n")
+    with pytest.raises(UserError, match=r"data\.val_fraction=0\.1 of its 3 train images is none; add images, raise"):
+        splits_of(place)
+    assert len(splits_of(place, val_fraction=0.4).val) == 1
+
+
 def test_the_file_is_asked_for() -> None:
     with pytest.raises(UserError, match=r"data\.root is needed: the file of the manifest \(--data\.root FILE\)"):
         load_splits(ExperimentConfig().with_overrides({"data.dataset": "manifest"}))

@@ -352,6 +352,7 @@ def test_few_bad_images_are_listed_and_many_stop_it(local_ray: None, raw: Path, 
     ]
     published = read_published(raw_settings(tmp_path / "out"))
     assert published.train.table["image_id"].to_pylist() == ["1000", "1003", "1005", "1006"]
+    assert published.train.notes[1] == "train: 2 images that could not be read are not in the shards (bad_images.csv)"
     assert info.label_count == (2, 1, 3)
 
 

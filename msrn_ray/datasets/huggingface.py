@@ -115,10 +115,8 @@ def _files(root: Location) -> dict[str, list[Location]]:
         return {"train": _saved(root)}
     files = [name for name in root.names(recursive=True, missing_ok=True) if name.endswith(".parquet")]
     if not files:
-        raise UserError(
-            f"{root}: holds no dataset_dict.json, state.json or .parquet;"
-            " give the folder that `save_to_disk` wrote, or one of Parquet files"
-        )
+        what = "holds no dataset_dict.json, state.json or .parquet" if root.is_dir() else "no such folder"
+        raise UserError(f"{root}: {what}; give the folder that `save_to_disk` wrote, or one of Parquet files")
     return {split: [root / name for name in names] for split, names in by_split(root, files).items()}
 
 

@@ -56,7 +56,8 @@ def read_webdataset(
     )
     if not tars:
         packed = ".tar.gz and .tgz have to be unpacked to .tar: images are read from within"
-        raise UserError(f"{root}: holds no .tar; give the folder of WebDataset tars ({packed})")
+        what = "holds no .tar" if root.is_dir() else "no such folder"
+        raise UserError(f"{root}: {what}; give the folder of WebDataset tars ({packed})")
     parts = {}
     for split, names in by_split(root, tars).items():
         read = [_read_tar(root / name if name else root, name, label_names, label_field) for name in names]
