@@ -34,6 +34,11 @@ GAUGES = {  # metric of a run -> name and description of its gauge
 }
 
 
+def _own_node() -> dict[str, Any]:
+    here = ray.get_runtime_context().get_node_id()
+    return next(node for node in ray.nodes() if node["NodeID"] == here)
+
+
 class Gauges:
     """The gauges of one rank, on the Prometheus port of its node, with the tags `run` and `rank`."""
 
@@ -63,12 +68,12 @@ class Pulse:
     """
 
     def __init__(self, events: Queue, rank: int, seconds: float) -> None:
-        context = ray.get_runtime_context()
+        node = _own_node()
         self._who = {
             "kind": "beat",
             "rank": rank,
-            "node": ray.util.get_node_ip_address(),
-            "node_id": context.get_node_id(),
+            "node": node["NodeManagerAddress"],
+            "node_id": node["NodeID"],
             "pid": os.getpid(),
         }
         self._events, self._seconds = events, seconds
@@ -123,8 +128,7 @@ class StoreMeter:
     """
 
     def __init__(self, seconds: float = _STORE_SECONDS) -> None:
-        here = ray.get_runtime_context().get_node_id()
-        node = next(node for node in ray.nodes() if node["NodeID"] == here)
+        node = _own_node()
         self._channel = init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
         self._stub = node_manager_pb2_grpc.NodeManagerServiceStub(self._channel)
         self._seconds = seconds

@@ -32,8 +32,9 @@ def decode(data: bytes, *, max_pixels: int, short_side: int | None = None) -> Te
     Args:
         data: the file's bytes.
         max_pixels: larger images are refused from their header, before their pixels take memory.
-        short_side: what is needed of it, pixels: a JPEG at least twice as large is decoded at 1/2, 1/4 or 1/8 of its size, as small as it
-            may be, from fewer of its coefficients: two to four times as fast. None: every image in its full size.
+        short_side: what is needed of it, pixels: a JPEG at least four times as large is decoded at 1/4 or 1/8 of its size, in a
+            sixteenth of the memory and three quarters of the time (1/2 would take Pillow as long as torchvision's full size). None: every
+            image in its full size.
 
     Returns:
         [3, H, W] uint8.
@@ -49,7 +50,7 @@ def decode(data: bytes, *, max_pixels: int, short_side: int | None = None) -> Te
             header = Image.open(io.BytesIO(data))
             if header.width * header.height > max_pixels:
                 raise UserError(f"{header.width} x {header.height} pixels are more than data.max_pixels={max_pixels}")
-            if header.format == "JPEG" and short_side is not None and min(header.size) >= 2 * short_side:
+            if header.format == "JPEG" and short_side is not None and min(header.size) >= 4 * short_side:
                 header.draft(header.mode, _scaled_down(header.size, short_side))
                 return from_pil(header)
             if header.format == "JPEG" and header.mode in {"L", "RGB"}:  # torchvision is a quarter faster here
@@ -68,8 +69,8 @@ def decode(data: bytes, *, max_pixels: int, short_side: int | None = None) -> Te
 
 
 def _scaled_down(size: tuple[int, int], short_side: int) -> tuple[int, int]:
-    """The size at the smallest of the factors 1/2, 1/4 and 1/8 that keeps `short_side`."""
-    factor = next(factor for factor in (8, 4, 2) if min(size) >= factor * short_side)
+    """The size at the smaller of the factors 1/4 and 1/8 that keeps `short_side`."""
+    factor = next(factor for factor in (8, 4) if min(size) >= factor * short_side)
     return size[0] // factor, size[1] // factor
 
 

@@ -47,7 +47,7 @@ def test_a_pulse_tells_what_the_rank_is_doing(local_ray: None) -> None:
     wait_until(lambda: hears(DONE, 3))
     assert got == ["a", "b"]
     assert heard[-1]["doing"] == DONE, "nothing comes after the goodbye"
-    here = {"kind": "beat", "rank": 3, "node": "127.0.0.1", "pid": os.getpid()}
+    here = {"kind": "beat", "rank": 3, "node": ray.nodes()[0]["NodeManagerAddress"], "pid": os.getpid()}
     assert all(beat.items() >= here.items() for beat in heard)
     assert {beat["epoch"] for beat in heard} == {0, 5}
     assert all(0 <= beat["idle"] < 120 for beat in heard)

@@ -225,9 +225,7 @@ def test_too_large_is_refused_from_the_header(kind: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize(
-    ("short_side", "factor"), [(801, 1), (401, 1), (400, 2), (201, 2), (200, 4), (100, 8), (64, 8)]
-)
+@pytest.mark.parametrize(("short_side", "factor"), [(801, 1), (201, 1), (200, 4), (101, 4), (100, 8), (64, 8)])
 def test_large_photographs_are_decoded_as_small_as_they_may_be(mode: str, short_side: int, factor: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side

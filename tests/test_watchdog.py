@@ -60,13 +60,9 @@ def test_a_silent_rank_is_named_warned_of_once_and_ended(scene: Scene) -> None:
         scene.beat(0, "in a step", idle=scene.now - 100)
         scene.watchdog.look()
         scene.now += 5
-    assert (
-        scene.said[0]
-        == (
-            "rank 1 (node 10.0.0.1, process 1001) has done nothing for 15 s, alive, last seen in epoch 2, step 7, in a step; the run ends"
-            " if that lasts 1 minutes"
-        )
-        or "rank" in scene.said[0]
+    assert scene.said[0] == (
+        "rank 1 (node 10.0.0.1, process 1001) has done nothing for 15 s, no sign of life, last seen in epoch 2, step 7, in a step;"
+        " the run ends if that lasts 1 minutes"
     )
     assert len(scene.said) == 1
     scene.watchdog.look()
@@ -107,11 +103,9 @@ def test_a_rank_that_goes_on_after_a_warning_may_be_warned_of_again(scene: Scene
     for idle in (13.0, 1.0, 14.0, 15.0):
         scene.beat(0, "in a step", idle)
         scene.watchdog.look()
-    assert ["done nothing for 13 s" in scene.said[0], "done nothing for 14 s" in scene.said[1], len(scene.said)] == [
-        True,
-        True,
-        2,
-    ]
+    assert len(scene.said) == 2
+    assert "done nothing for 13 s" in scene.said[0]
+    assert "done nothing for 14 s" in scene.said[1]
 
 
 def test_a_rank_that_said_goodbye_or_whose_process_is_gone_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,16 +127,16 @@ def test_signs_of_life_come_often_enough() -> None:
 
 
 class StopsRankOne(Watchdog):
-    """Stops the process of rank 1 when it is first heard in training, and is less patient from then on."""
+    """Stops the process of rank 1 when training is under way, and is less patient from then on."""
 
     stopped: int | None = None
 
     def hear(self, beat: Mapping[str, Any]) -> None:
         super().hear(beat)
-        if self.stopped is None and beat["rank"] == 1 and beat["step"] > 0:
+        if self.stopped is None and beat["rank"] == 1 and beat["step"] > 1:
             StopsRankOne.stopped = beat["pid"]
             os.kill(beat["pid"], signal.SIGSTOP)
-            self._limit = 15.0
+            self._limit = 20.0
 
 
 @pytest.mark.ray

@@ -45,6 +45,7 @@ from msrn_ray.transforms import IMAGENET_MEAN, IMAGENET_STD
 from msrn_ray.types import SampleTable
 from msrn_ray.worker import BLOCK_ROWS
 
+FORMS = ("raw", "dataloader", "reference", "files", "prepared")
 BATCH, START_EPOCHS, STEADY_EPOCHS = 16, 5, 7
 PHOTOS = Path(__file__).resolve().parents[3] / "shared/data/coco_mini"
 Epochs = Iterator[Iterable[object]]  # an iterator of batches for each epoch
@@ -71,13 +72,13 @@ class Times:
         return images * (len(self.ends) - 2) / (self.ends[-2] - self.ends[0])
 
 
-def consume(epochs: Epochs, step_seconds: float = 0.0) -> Times:
-    """Uses up all batches, each for so long."""
+def consume(open_epochs: Callable[[], Epochs], step_seconds: float = 0.0) -> Times:
+    """Uses up all batches; each takes `step_seconds`."""
     times = Times()
     start = time.perf_counter()
     step_end = start
-    for batches in epochs:
-        asked = step_end if times.ends else start
+    for batches in open_epochs():
+        asked = step_end
         for index, _ in enumerate(batches):
             got = time.perf_counter()
             if index == 0 and times.ends:
@@ -113,7 +114,7 @@ class ReferencePhotos(Photos):
         rng = np.random.default_rng()
         image = Image.open(self.samples["uri"][row].as_py()).convert("RGB")
         sides = [int(min(image.size) * scale) for scale in self.settings.crop_scales]
-        pairs = [(w, h) for i, w in enumerate(sides) for j, h in enumerate(sides) if abs(i - j) <= 1]
+        pairs = [(w, h) for i, w in enumerate(sides) for j, h in enumerate(sides) if abs(i - j) <= 2]
         width, height = pairs[rng.integers(len(pairs))]
         left, top = (
             (whole - part) // 4 * int(rng.integers(5)) for whole, part in zip(image.size, (width, height), strict=True)
@@ -164,13 +165,47 @@ def make_photos(root: Path, folder: Path, number: int) -> DataSettings:
 def store_peaks(table: SampleTable, settings: DataSettings) -> None:
     """Object store use of an epoch of 1 and of 4 times the data, the consumer slower than the decoding."""
     for factor in (1, 4):
-        rows = np.tile(np.arange(len(table)), factor)
-        with StoreMeter() as meter:
-            consume(pipeline(table.take(rows), settings, 1), step_seconds=0.05)
+        many = table.take(np.tile(np.arange(len(table)), factor))
+        with StoreMeter(seconds=0.25) as meter:
+            consume(partial(pipeline, many, settings, 1), step_seconds=0.05)
         print(
-            f"object store at {factor}x the images: peak {meter.peak_bytes / 1e6:.0f} MB, spilled {meter.spilled_bytes / 1e6:.0f} MB",
+            f"object store at {factor}x the images ({3e-6 * len(many) * settings.image_size**2:.0f} MB decoded):"
+            f" peak {meter.peak_bytes / 1e6:.0f} MB, spilled {meter.spilled_bytes / 1e6:.0f} MB",
             flush=True,
         )
+
+
+@dataclass
+class Measured:
+    """What the rounds gave for one form."""
+
+    steady: list[float] = field(default_factory=list)
+    start_up: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+
+
+def take_turns(forms: dict[str, Callable[[int], Epochs]], images: int, rounds: int) -> None:
+    """Prints medians of the rates, and their ratios to the DataLoader's."""
+    measured = {name: Measured() for name in forms}
+    for _ in range(rounds):
+        for name, form in forms.items():
+            seen = measured[name]
+            if name == "raw":  # the same all the time
+                seen.steady.append(consume(partial(form, 3)).steady_rate(images))
+                continue
+            seen.steady.append(consume(partial(form, STEADY_EPOCHS)).steady_rate(images))
+            times = consume(partial(form, START_EPOCHS))
+            seen.start_up.append(START_EPOCHS * images / times.ends[-1])
+            seen.first.append(times.first)
+    print(f"{'':12}{'steady img/s':>14}{'ratio':>7}{'with start-up':>15}{'ratio':>7}{'first batch s':>15}")
+    base = measured["dataloader"]
+    for name, seen in measured.items():
+        steady = statistics.median(seen.steady)
+        line = f"{name:12}{steady:14.0f}{steady / statistics.median(base.steady):7.2f}"
+        if seen.start_up:
+            start_up = statistics.median(seen.start_up)
+            line += f"{start_up:15.0f}{start_up / statistics.median(base.start_up):7.2f}{statistics.median(seen.first):15.2f}"
+        print(line, flush=True)
 
 
 def main() -> None:
@@ -178,9 +213,8 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=PHOTOS, help="folder of photographs (JPEG), inner folders too")
     parser.add_argument("--images", type=int, default=1000, help="images of an epoch; those of the folder in turn")
     parser.add_argument("--rounds", type=int, default=3, help="how often the forms take turns")
-    parser.add_argument("--forms", nargs="+", default=["raw", "dataloader", "reference", "files", "prepared"])
-    parser.add_argument("--step-seconds", type=float, default=0.1, help="of the slow consumer, a batch of 16")
-    parser.add_argument("--parts", nargs="+", default=["steady", "start", "slow", "store"])
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS, help="the forms to compare")
+    parser.add_argument("--step-seconds", type=float, default=0.1, help="of the slow consumer, for a batch of 16")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "photos"
@@ -193,41 +227,30 @@ def main() -> None:
         print(f"Ray cluster up in {time.perf_counter() - start:.1f} s", flush=True)
         shards = Location(f"{temporary}/prepared")
         prepare(settings, shards)
-        prepared = read_published(DataSettings(dataset="manifest", root=str(shards))).train
-        ray.get(placement_group([{"CPU": 1}]).ready())  # what a training worker reserves
+        prepared = read_published(settings.model_copy(update={"root": str(shards)})).train
         limit_ray_data(allocate(resources).data_cpus)
-        forms: dict[str, Callable[[int], Epochs]] = {
+        ray.get(placement_group([{"CPU": 1}]).ready())  # what a training worker reserves
+        all_forms: dict[str, Callable[[int], Epochs]] = {
             "raw": partial(raw, table, settings),
             "dataloader": lambda epochs: dataloader(Photos(table, settings), epochs),
             "reference": lambda epochs: dataloader(ReferencePhotos(table, settings), epochs),
             "files": partial(pipeline, table, settings),
             "prepared": partial(pipeline, prepared, settings),
         }
-        rates: dict[str, list[float]] = {name: [] for name in options.forms}
-        starts: dict[str, list[float]] = {name: [] for name in options.forms}
-        firsts: dict[str, list[float]] = {name: [] for name in options.forms}
-        for _ in range(options.rounds):
-            for name in options.forms:
-                if "steady" in options.parts:
-                    rates[name].append(
-                        consume(forms[name](3 if name == "raw" else STEADY_EPOCHS)).steady_rate(len(table))
-                    )
-                if "start" in options.parts and name != "raw":
-                    times = consume(forms[name](START_EPOCHS))
-                    starts[name].append(len(table) * START_EPOCHS / times.ends[-1])
-                    firsts[name].append(times.first)
-                print(name, rates[name][-1:], starts[name][-1:], firsts[name][-1:], flush=True)
-        for name in options.forms:
-            print(name, *(f"{statistics.median(v[name]):.1f}" for v in (rates, starts, firsts) if v[name]))
-        if "slow" in options.parts:
-            for name in set(options.forms) - {"raw"}:
-                times = consume(forms[name](4), options.step_seconds)
-                total = times.ends[-1] - times.first
-                print(
-                    f"{name} slow consumer: waits {times.wait / total:.2%}, gaps {[round(gap, 3) for gap in times.gaps]}"
-                )
-        if "store" in options.parts:
-            store_peaks(table, settings)
+        take_turns(
+            {name: all_forms[name] for name in {"dataloader": 0} | dict.fromkeys(options.forms)},
+            len(table),
+            options.rounds,
+        )
+        for name in ("files", "prepared"):
+            times = consume(partial(all_forms[name], 4), options.step_seconds)
+            waited = times.wait / (times.ends[-1] - times.first)
+            print(
+                f"{name}, steps of {options.step_seconds:g} s: data wait {waited:.1%}, longest gap between epochs"
+                f" {max(times.gaps):.3f} s, first batch {times.first:.2f} s",
+                flush=True,
+            )
+        store_peaks(table, settings)
         ray.shutdown()
 
 
