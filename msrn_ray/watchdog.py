@@ -54,7 +54,7 @@ class Watchdog:
         self._limit = hang_minutes * 60
         self._hang_minutes, self._say, self._end = hang_minutes, say, end or end_process
         self._heard: dict[int, _Heard] = {}
-        self._warned: set[int] = set()
+        self._warned = False
 
     def hear(self, beat: Mapping[str, Any]) -> None:
         """Takes in one beat."""
@@ -65,16 +65,16 @@ class Watchdog:
             self._heard[rank] = _Heard(beat, time.monotonic())
 
     def look(self) -> None:
-        """Warns of a rank that takes long, once for each time; ends the process of one that is hung."""
+        """Warns of the rank that takes long, once until all go on; ends the process of one that is hung."""
         now = time.monotonic()
         late = {rank for rank, heard in self._heard.items() if heard.idle(now) > _WARN_PART * self._limit}
         if not late:
-            self._warned.clear()
+            self._warned = False
             return
         rank = min(late, key=lambda rank: self._guilt(rank, now))
-        if rank not in self._warned and not self._warned:
+        if not self._warned:
             self._say(f"{self._describe(rank, now)}; the run ends if that lasts {self._hang_minutes:g} minutes")
-            self._warned.add(rank)
+            self._warned = True
         if self._heard[rank].idle(now) <= self._limit:
             return
         described = self._describe(rank, now)
@@ -109,8 +109,8 @@ def end_process(beat: Mapping[str, Any]) -> bool:
     here = NodeAffinitySchedulingStrategy(beat["node_id"], soft=False)
     try:
         return bool(ray.get(_kill.options(scheduling_strategy=here).remote(beat["pid"]), timeout=60))
-    except (ray.exceptions.RayError, TimeoutError):
-        return False  # Ray Train learns of a lost node by itself
+    except ray.exceptions.RayError:  # the node is lost, or does not answer in time
+        return False  # Ray Train learns of that by itself
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -15,6 +15,7 @@ printed beside. A steady rate is that of the epochs after the first and before t
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import tempfile
@@ -223,6 +224,9 @@ def main() -> None:
         table = read_published(settings).train
         start = time.perf_counter()
         resources = ResourceSettings(num_workers=1)
+        os.environ.setdefault(
+            "RAY_worker_niceness", "0"
+        )  # Ray's 15 would count other programs of the machine against it alone
         connect(resources)
         print(f"Ray cluster up in {time.perf_counter() - start:.1f} s", flush=True)
         shards = Location(f"{temporary}/prepared")
