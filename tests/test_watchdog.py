@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,13 +128,14 @@ def test_signs_of_life_come_often_enough() -> None:
 
 
 class StopsRankOne(Watchdog):
-    """Stops the process of rank 1 when training is under way, and is less patient from then on."""
+    """Stops the process of rank 1 when both ranks make steps, and is less patient from then on."""
 
     stopped: int | None = None
 
     def hear(self, beat: Mapping[str, Any]) -> None:
         super().hear(beat)
-        if self.stopped is None and beat["rank"] == 1 and beat["step"] > 1:
+        fresh = [heard for heard in self._heard.values() if heard.idle(time.monotonic()) < 3]
+        if self.stopped is None and len(fresh) == 2 and beat["rank"] == 1 and beat["step"] > 1:
             StopsRankOne.stopped = beat["pid"]
             os.kill(beat["pid"], signal.SIGSTOP)
             self._limit = 20.0
