@@ -220,6 +220,9 @@ class TrainSettings(Settings):
     """Name of the run folder. None: preset, date and time."""
     log_every: Count = 20
     """Steps between two progress reports (and two checks for a non-finite loss)."""
+    hang_minutes: Positive = 10.0
+    """A worker that does nothing for so long, stopped or waiting for images, is named and its process ended, minutes; after a fifth of it
+    a line warns. Must be longer than a step, its compilation or the saving of a checkpoint takes."""
 
 
 class ResourceSettings(Settings):

@@ -1,13 +1,17 @@
 """Sample table -> Ray Data -> Batch: the only door through which images come in.
 
 Each rank streams its own plan (`sampling`): one Ray Data task reads, decodes and augments one block of rows and ships it as one uint8
-array. Training is ONE execution over all epochs, so that the next epoch is decoded while this one ends.
+array. An execution of Ray Data goes on over the ends of epochs, and the next one starts before it ends, so that no step waits for either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -22,10 +26,16 @@ from .config import DataSettings
 from .errors import UserError
 from .sampling import EvalPlan, TrainPlan
 from .storage import read_bytes
-from .transforms import decode, multi_scale_crop, resize
+from .transforms import decode, multi_scale_crop, resize, smallest_side
 from .types import Batch
 
 Columns = dict[str, npt.NDArray[Any]]
+_TENSORS = ("image", "target", "row")
+_EXECUTION_BLOCKS = 512  # Ray Data looks at all blocks of an execution before the first one starts, about 1 ms each
+_LEAD_BLOCKS = 16  # left of an execution when the next one is started
+_BLOCKS_A_TASK = (
+    3  # room in the object store for each task: the block it writes, one that is finished, one that is being consumed
+)
 
 
 @dataclass(frozen=True)
@@ -53,17 +63,20 @@ class BadImages:
 
 
 def limit_ray_data(num_cpus: float) -> None:
-    """Sets this process's Ray Data: row order kept, no progress bars, at most `num_cpus` decode tasks of one CPU at a time."""
+    """Sets this process's Ray Data: row order kept, no progress bars, and how many decode tasks of one CPU it hands out at a time.
+
+    These are twice `num_cpus`: Ray Data looks for finished tasks ten times a second, so each core needs a next task that already waits.
+    """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True  # the plan's order is the contract with the engine
-    context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=num_cpus)
+    context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=2 * num_cpus)
 
 
 def train_epochs(
     table: ray.ObjectRef[pa.Table], plan: TrainPlan, settings: DataSettings, bad: BadImages
 ) -> Iterator[Iterator[Batch]]:
-    """One iterator of step batches for each epoch of the plan; they must be used up in turn.
+    """One iterator of step batches for each epoch of the plan; they must be used up in turn. Decoding starts with the call.
 
     Args:
         table: sample table in the object store.
@@ -71,12 +84,15 @@ def train_epochs(
         settings: image size, augmentation, pixel limit.
         bad: collects images that could not be decoded; they are taken out of their batch.
 
-    Yields:
+    Returns:
         Iterators of `plan.num_steps` batches; a batch that lost all its images keeps one filler.
     """
     if plan.num_blocks == 0:
-        return
-    rows = _decoded_rows(table, plan, settings)
+        return iter(())
+    return _epochs(_decoded_rows(table, plan, settings), plan, bad)
+
+
+def _epochs(rows: Iterator[Columns], plan: TrainPlan, bad: BadImages) -> Iterator[Iterator[Batch]]:
     for epoch in range(plan.first_epoch, plan.epochs):
         planned, valid, sizes = plan.epoch(epoch)
         yield _cut(rows, planned, valid, sizes, bad)
@@ -98,23 +114,63 @@ def eval_batches(
 def _decoded_rows(
     table: ray.ObjectRef[pa.Table], plan: TrainPlan | EvalPlan, settings: DataSettings
 ) -> Iterator[Columns]:
-    """Decoded blocks in plan order."""
-    blocks = ray.data.range(plan.num_blocks, override_num_blocks=plan.num_blocks)
+    """Decoded blocks in plan order.
+
+    The first execution of Ray Data is started by the call itself, and each further one while the one before has `_LEAD_BLOCKS` left.
+    """
+    starter = ThreadPoolExecutor(1, "decode-start")
+    starts = range(0, plan.num_blocks, _EXECUTION_BLOCKS)
+    sizes = [min(_EXECUTION_BLOCKS, plan.num_blocks - start) for start in starts]
+    executions = [
+        partial(_started, table, plan, settings, start, size) for start, size in zip(starts, sizes, strict=True)
+    ]
+    return _joined(starter, executions, sizes, starter.submit(executions[0]))
+
+
+def _joined(
+    starter: ThreadPoolExecutor,
+    executions: Sequence[Callable[[], Iterator[Columns]]],
+    sizes: list[int],
+    upcoming: Future[Iterator[Columns]],
+) -> Iterator[Columns]:
+    with starter:
+        for index, size in enumerate(sizes):
+            blocks = upcoming.result()
+            for left, block in zip(reversed(range(size)), blocks, strict=True):
+                if left == min(_LEAD_BLOCKS, size - 1) and index + 1 < len(executions):
+                    upcoming = starter.submit(executions[index + 1])
+                yield block
+
+
+def _started(
+    table: ray.ObjectRef[pa.Table], plan: TrainPlan | EvalPlan, settings: DataSettings, start: int, size: int
+) -> Iterator[Columns]:
+    """One execution of Ray Data over `size` blocks of the plan from `start` on, after its first block is there.
+
+    How much waits in the object store depends on the number of tasks alone.
+    """
+    blocks = ray.data.range(size, override_num_blocks=size)
     decoded = blocks.map_batches(
-        _block_decoder(table, plan, settings), batch_size=None, batch_format="numpy", num_cpus=1
+        _block_decoder(table, plan, settings, start), batch_size=None, batch_format="numpy", num_cpus=1
     )
-    return cast(
+    options = decoded.context.execution_options
+    block_bytes = plan.block_size * 3 * settings.image_size**2
+    options.resource_limits = options.resource_limits.copy(
+        object_store_memory=_BLOCKS_A_TASK * options.resource_limits.cpu * block_bytes
+    )
+    batches = cast(
         Iterator[Columns], iter(decoded.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2))
     )
+    return chain([next(batches)], batches)
 
 
 def _block_decoder(
-    table: ray.ObjectRef[pa.Table], plan: TrainPlan | EvalPlan, settings: DataSettings
+    table: ray.ObjectRef[pa.Table], plan: TrainPlan | EvalPlan, settings: DataSettings, start: int
 ) -> Callable[[Columns], Columns]:
     def decode_block(block: Columns) -> Columns:
         torch.set_num_threads(1)  # tasks are the parallelism; more threads in each only fight for the cores
         samples = ray.get(table)
-        parts = [plan.block(int(index)) for index in block["id"]]
+        parts = [plan.block(start + int(index)) for index in block["id"]]
         rows = np.concatenate([rows for rows, _ in parts])
         epochs = [epoch for rows, epoch in parts for _ in rows]
         return decode_rows(samples, rows, epochs, settings, seed=getattr(plan, "seed", 0))
@@ -140,11 +196,12 @@ def decode_rows(
     chosen = samples.take(pa.array(rows))
     uris = chosen["uri"].to_pylist()
     size = settings.image_size
+    sides = (size, smallest_side(size, settings.crop_scales))
     images = np.zeros((len(rows), 3, size, size), np.uint8)
     errors = []
     for index, (row, uri, epoch) in enumerate(zip(rows, uris, epochs, strict=True)):
         try:
-            image = decode(read_bytes(uri), max_pixels=settings.max_pixels)
+            image = decode(read_bytes(uri), max_pixels=settings.max_pixels, short_side=sides[epoch is not None])
             if epoch is None:
                 view = resize(image, size)
             else:
@@ -191,12 +248,11 @@ def _to_batch(columns: Columns, valid: npt.NDArray[np.bool_], bad: BadImages) ->
     sound = columns["error"] == ""
     for index in np.flatnonzero(~sound):
         bad.add(BadImage(int(columns["row"][index]), str(columns["uri"][index]), str(columns["error"][index])))
-    keep = np.flatnonzero(sound)
-    if not len(keep):
-        keep, valid = np.array([0]), np.zeros_like(valid)
-    return Batch(
-        torch.from_numpy(columns["image"][keep]),
-        torch.from_numpy(columns["target"][keep]),
-        torch.from_numpy(columns["row"][keep]),
-        torch.from_numpy(valid[keep]),
-    )
+    keep: npt.NDArray[np.intp] | slice = slice(None) if sound.all() else np.flatnonzero(sound)
+    if not sound.any():
+        keep, valid = slice(1), np.zeros_like(valid)
+    with (
+        warnings.catch_warnings()
+    ):  # images stay where the object store has them, which may not be written to, and is not
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return Batch(*(torch.from_numpy(column[keep]) for column in (*(columns[name] for name in _TENSORS), valid)))

@@ -88,7 +88,7 @@ class Predictor:
             pixels = from_pil(image)
         else:
             data = image if isinstance(image, bytes) else Path(image).read_bytes()
-            pixels = decode(data, max_pixels=settings.max_pixels)
+            pixels = decode(data, max_pixels=settings.max_pixels, short_side=settings.image_size)
         return resize(pixels, settings.image_size)
 
     @torch.inference_mode()

@@ -101,9 +101,10 @@ class RunLog:
         done = (event["epoch"] - 1) * self._per_epoch + event["step"]
         elapsed = time.monotonic() - self._start
         eta = elapsed / max(1, done - self._first) * (self._total - done)
+        bad = f"  {event['bad_reports']} bad" if event["bad_reports"] else ""
         text = (
             f"step {event['step']}/{self._per_epoch}  loss {event['loss']:.4f}  {event['images_per_second']:.1f} img/s"
-            f"  data wait {event['data_wait_fraction']:.0%}  ETA {_clock(eta)}"
+            f"  data wait {event['data_wait_fraction']:.0%}{bad}  ETA {_clock(eta)}"
         )
         if self._bar:
             self._bar.update(

@@ -30,6 +30,7 @@ from .materials import Materials, describe, gather_materials
 from .resources import Allocation, allocate, connect
 from .run_log import RunLog
 from .splits import fingerprint
+from .watchdog import Watchdog
 from .word_vectors import LEARNED
 from .worker import train_loop_per_worker
 
@@ -67,7 +68,7 @@ def build_trainer(
         materials: what `gather_materials` gave.
         allocation: workers.
         run_name: name of the run folder; the same name again goes on from its last checkpoint.
-        events: gets rank 0's progress events.
+        events: gets rank 0's progress events and the signs of life of all ranks.
         callbacks: passed to Ray Train (Tune's reporting, for one).
     """
     splits = materials.splits
@@ -86,6 +87,7 @@ def build_trainer(
         "fingerprint": fingerprint(splits.train, splits.val),
         "data_cpus": allocation.data_cpus,
         "events": events,
+        "run_name": run_name,
     }
     return TorchTrainer(
         train_loop_per_worker,
@@ -122,8 +124,8 @@ def scaling(allocation: Allocation) -> ray.train.ScalingConfig:
 
 
 @contextmanager
-def listening(events: Queue, log: RunLog) -> Iterator[None]:
-    """Hands events to the log from a thread until the block ends and the queue is empty."""
+def listening(events: Queue, log: RunLog, watchdog: Watchdog) -> Iterator[None]:
+    """Hands events to the log, and signs of life to the watchdog, from a thread until the block ends and the queue is empty."""
     stop = threading.Event()
     failure: list[Exception] = []
 
@@ -132,7 +134,8 @@ def listening(events: Queue, log: RunLog) -> Iterator[None]:
             while True:
                 last = stop.is_set()
                 for event in events.get_nowait_batch(min(events.qsize(), 64)):
-                    log.handle(event)
+                    (watchdog.hear if event["kind"] == "beat" else log.handle)(event)
+                watchdog.look()
                 if last and events.empty():
                     return
                 stop.wait(0.1)
@@ -215,9 +218,15 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
         raise UserError(f"train.storage {folder}: cannot be written ({error.strerror})") from None
     log = RunLog(folder)
     events = Queue(actor_options={"num_cpus": 0})
+    watchdog = Watchdog(config.train.hang_minutes, log.say)
     try:
-        with listening(events, log):
-            run_trainer(build_trainer(config, materials, allocation, run_name=name, events=events))
+        try:
+            with listening(events, log, watchdog):
+                run_trainer(build_trainer(config, materials, allocation, run_name=name, events=events))
+        except ray.train.TrainingFailedError:
+            if watchdog.verdict is None:
+                raise
+            raise UserError(watchdog.verdict) from None
     except UserError as error:
         (folder / FAILURE_FILE).write_text(f"{error}\n", encoding="utf-8")
         raise
@@ -252,6 +261,7 @@ _MAY_CHANGE = (
     "model.compile",
     "train.epochs",
     "train.log_every",
+    "train.hang_minutes",
     "train.storage",
     "train.run_name",
     "train.eval_batch_size",

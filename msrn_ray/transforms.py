@@ -6,6 +6,7 @@ Shapes: S input side. Images are [3, H, W] uint8 RGB until the device normalises
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
@@ -23,7 +24,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def decode(data: bytes, *, max_pixels: int) -> Tensor:
+def decode(data: bytes, *, max_pixels: int, short_side: int | None = None) -> Tensor:
     """Decodes a JPEG, PNG, WebP, GIF (first frame), BMP or TIFF image, turned upright by its EXIF orientation.
 
     Grey, CMYK and palette images become RGB; 16-bit ones are scaled to 8; transparent pixels are laid on white, as viewers show them.
@@ -31,6 +32,9 @@ def decode(data: bytes, *, max_pixels: int) -> Tensor:
     Args:
         data: the file's bytes.
         max_pixels: larger images are refused from their header, before their pixels take memory.
+        short_side: what is needed of it, pixels: a JPEG at least four times as large is decoded at 1/4 or 1/8 of its size, in a
+            sixteenth of the memory and three quarters of the time (1/2 would take Pillow as long as torchvision's full size). None: every
+            image in its full size.
 
     Returns:
         [3, H, W] uint8.
@@ -46,6 +50,9 @@ def decode(data: bytes, *, max_pixels: int) -> Tensor:
             header = Image.open(io.BytesIO(data))
             if header.width * header.height > max_pixels:
                 raise UserError(f"{header.width} x {header.height} pixels are more than data.max_pixels={max_pixels}")
+            if header.format == "JPEG" and short_side is not None and min(header.size) >= 4 * short_side:
+                header.draft(header.mode, _scaled_down(header.size, short_side))
+                return from_pil(header)
             if header.format == "JPEG" and header.mode in {"L", "RGB"}:  # torchvision is a quarter faster here
                 encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
                 pixels: Tensor = decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
@@ -59,6 +66,17 @@ def decode(data: bytes, *, max_pixels: int) -> Tensor:
         raise UserError("not an image of a known format") from None
     except (OSError, RuntimeError, ValueError, SyntaxError):  # what Pillow and torchvision raise on broken data
         raise UserError("the image data is broken or cut off") from None
+
+
+def _scaled_down(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+    """The size at the smaller of the factors 1/4 and 1/8 that keeps `short_side`."""
+    factor = next(factor for factor in (8, 4) if min(size) >= factor * short_side)
+    return size[0] // factor, size[1] // factor
+
+
+def smallest_side(size: int, scales: Sequence[float]) -> int:
+    """The short side from which even the smallest crop of `multi_scale_crop` has `size` pixels a side."""
+    return math.ceil(size / min(scales, default=1.0))
 
 
 def from_pil(image: Image.Image) -> Tensor:

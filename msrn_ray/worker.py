@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,12 @@ from .model import build_model, choose_attention_kernels, set_prior_bias
 from .optim import build_optimizer, build_scheduler
 from .pipeline import BadImages, eval_batches, limit_ray_data, train_epochs
 from .sampling import EvalPlan, TrainPlan
+from .telemetry import Gauges, Pulse, StoreMeter
+from .types import Batch
+from .watchdog import beat_seconds
 from .word_vectors import LEARNED
 
-_BLOCK_ROWS = 64  # rows of a train decode task: larger ones start later, smaller ones cost more in scheduling
+BLOCK_ROWS = 64  # rows of a train decode task: larger ones start later, smaller ones cost more in scheduling
 
 
 class Worker:
@@ -48,6 +52,9 @@ class Worker:
         self.samples: dict[str, pa.Table] = {}
         self.bad = {split: BadImages() for split in loop_config["tables"]}
         self.told: dict[str, set[int]] = {split: set() for split in loop_config["tables"]}
+        self.gauges = Gauges(loop_config["run_name"], self.rank)
+        self.pulse: Pulse | None = None
+        self.store: StoreMeter | None = None
         limit_ray_data(loop_config["data_cpus"])
         torch.manual_seed(self.config.train.seed)
         self.trainee = self._build()
@@ -94,7 +101,7 @@ class Worker:
             train.seed,
             first_epoch,
             train.epochs,
-            _BLOCK_ROWS,
+            BLOCK_ROWS,
         )
 
     def send(self, kind: str, **content: Any) -> None:
@@ -135,6 +142,15 @@ class Worker:
         ]
 
     def run(self) -> None:
+        """Trains, with signs of life for the driver and figures of the object store."""
+        with ExitStack() as stack:
+            if self.loop["events"] is not None:
+                seconds = beat_seconds(self.config.train.hang_minutes)
+                self.pulse = stack.enter_context(Pulse(self.loop["events"], self.rank, seconds))
+            self.store = stack.enter_context(StoreMeter()) if self.rank == 0 else None
+            self.train()
+
+    def train(self) -> None:
         """Takes up the latest checkpoint, trains what is left, scores test once."""
         first_epoch = self.resume()
         plan = self.plan(first_epoch)
@@ -149,12 +165,13 @@ class Worker:
             if first_epoch < plan.epochs
             else f"all {plan.epochs} epochs are done",
         )
+        left: float | None = None  # when the last step of the epoch before ended, what scoring and saving took added
         epochs = train_epochs(self.loop["tables"]["train"], plan, self.config.data, self.bad["train"])
         for epoch, batches in enumerate(epochs, start=first_epoch + 1):
             start = time.perf_counter()
             stats = train_one_epoch(
                 self.trainee,
-                batches,
+                self.watch(batches, epoch, "in a step"),
                 step_rows=plan.step_rows,
                 device=self.device,
                 log_every=self.config.train.log_every,
@@ -179,14 +196,48 @@ class Worker:
                 "train/first_batch_seconds": stats.first_batch_seconds,
                 "train/bad_images": self.collect_bad("train"),
                 "protocol": self.config.protocol,
-            } | self.score("val", self.evaluated)
+            }
+            if left is not None:
+                metrics["train/epoch_gap_seconds"] = start + stats.first_batch_seconds - left
+            left, paused = start + stats.seconds, time.perf_counter()
+            metrics |= self.score("val", self.evaluated, epoch) | self.store_figures()
             metrics["epoch_seconds"] = time.perf_counter() - start
+            self.gauges.set({"val/mAP": metrics["val/mAP"]})
+            self.note("saving the checkpoint")
             self.report(metrics, epoch)
+            left += time.perf_counter() - paused
         if self.loop["sizes"]["test"]:
             self.score_test()
 
+    def watch(self, batches: Iterator[Batch], epoch: int, doing: str) -> Iterator[Batch]:
+        return batches if self.pulse is None else self.pulse.watch(batches, epoch, doing)
+
+    def note(self, doing: str) -> None:
+        if self.pulse is not None:
+            self.pulse.note(doing)
+
+    def store_figures(self) -> dict[str, int]:
+        """Object store use of the run so far, over all nodes; on rank 0, whose metrics are kept."""
+        if self.store is None:
+            return {}
+        return {
+            "train/object_store_peak_bytes": self.store.peak_bytes,
+            "train/object_store_spilled_bytes": self.store.spilled_bytes,
+        }
+
     def on_progress(self, epoch: int, progress: Progress) -> None:
         self.send("progress", epoch=epoch, **vars(progress))
+        self.gauges.set(
+            {
+                "loss": progress.loss,
+                "images_per_second": progress.images_per_second,
+                "data_wait_fraction": progress.data_wait_fraction,
+                "epoch": epoch,
+                "bad_images": len(self.bad["train"].seen),
+            }
+        )
+        if self.device.type == "cuda":
+            self.gauges.set({"gpu_memory_bytes": torch.cuda.max_memory_allocated(self.device)})
         if progress.bad_reports > self.bad_limit(
             "train"
         ):  # ranks may have met the same image, so this only asks for a count
@@ -216,10 +267,16 @@ class Worker:
             )
         return len(images)
 
-    def score(self, split: str, network: torch.nn.Module) -> dict[str, Any]:
+    def score(self, split: str, network: torch.nn.Module, epoch: int) -> dict[str, Any]:
         """Metrics of a split, over every image exactly once; the same on every rank."""
         scores = score_split(
-            self.loop["tables"][split], self.loop["sizes"][split], network, self.config, self.device, self.bad[split]
+            self.loop["tables"][split],
+            self.loop["sizes"][split],
+            network,
+            self.config,
+            self.device,
+            self.bad[split],
+            watch=partial(self.watch, epoch=epoch, doing=f"scoring {split}"),
         )
         num_bad = self.collect_bad(split)
         return split_metrics(split, scores, self.counts.names) | {f"{split}/bad_images": num_bad}
@@ -262,7 +319,7 @@ class Worker:
             weights = load_checkpoint(Path(folder)).weights
         network = self.trainee.network
         network.load_state_dict(dict(weights))
-        metrics = self.score("test", network)
+        metrics = self.score("test", network, best.metrics["epoch"])
         self.send("test", metrics=metrics)
 
 
@@ -318,12 +375,13 @@ def score_split(
     config: ExperimentConfig,
     device: torch.device,
     bad: BadImages,
+    watch: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
 ) -> Scores:
-    """Scores a split over all ranks, each image exactly once; the same on every rank."""
+    """Scores a split over all ranks, each image exactly once; the same on every rank. `watch` sees the batches come."""
     plan = EvalPlan(size, distributed.rank(), distributed.world_size(), config.train.eval_batch_size)
     own = evaluate(
         network,
-        eval_batches(table, plan, config.data, bad),
+        watch(eval_batches(table, plan, config.data, bad)),
         device=device,
         num_classes=int(ray.get(table).schema.field("target").type.list_size),
     )

@@ -9,6 +9,7 @@ import pytest
 import ray
 from PIL import Image
 
+from msrn_ray import pipeline
 from msrn_ray.config import DataSettings
 from msrn_ray.pipeline import BadImages, decode_rows, eval_batches, limit_ray_data, train_epochs
 from msrn_ray.sampling import EvalPlan, TrainPlan
@@ -34,10 +35,13 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> SampleTable:
 
 
 @pytest.mark.ray
-def test_train_epochs_follow_the_plan(local_ray: None, table: SampleTable) -> None:
+def test_train_epochs_follow_the_plan(local_ray: None, table: SampleTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 in one execution of Ray Data, rank 1 in executions that end within epochs."""
     limit_ray_data(2)
     reference = ray.put(table.table)
     for rank in range(2):
+        if rank == 1:
+            monkeypatch.setattr(pipeline, "_EXECUTION_BLOCKS", 2)
         plan = TrainPlan(11, 4, rank, 2, seed=3, first_epoch=1, epochs=3, block_size=2)
         bad = BadImages()
         epochs = [list(batches) for batches in train_epochs(reference, plan, SETTINGS, bad)]
@@ -57,6 +61,18 @@ def test_train_epochs_follow_the_plan(local_ray: None, table: SampleTable) -> No
         assert [(image.row, image.reason) for image in bad.seen.values()] == (
             [(4, "not an image of a known format")] if met else []
         )
+
+
+@pytest.mark.ray
+def test_an_epoch_can_be_left_in_its_middle(local_ray: None, table: SampleTable) -> None:
+    """As when training stops on an error: nothing is left running, the next reader starts anew."""
+    limit_ray_data(2)
+    plan = TrainPlan(11, 2, 0, 1, seed=3, first_epoch=0, epochs=50, block_size=2)
+    for _ in range(2):
+        epochs = train_epochs(ray.put(table.table), plan, SETTINGS, BadImages())
+        first = next(next(epochs))
+        assert first.row.tolist() == plan.epoch(0)[0][:2].tolist()
+        del epochs
 
 
 @pytest.mark.ray

@@ -80,7 +80,7 @@ def epoch(number: int, mean: float, loss: float = 0.5) -> dict[str, Any]:
 
 
 def progress(number: int, step: int) -> dict[str, Any]:
-    figures = {"loss": 0.75, "images_per_second": 12.34, "data_wait_fraction": 0.25}
+    figures = {"loss": 0.75, "images_per_second": 12.34, "data_wait_fraction": 0.25, "bad_reports": 0}
     return {"kind": "progress", "epoch": number, "step": step, **figures}
 
 
@@ -212,6 +212,9 @@ def test_progress_lines_are_rare_and_epochs_always_shown(log: RunLog, screen: io
     clock.now += 5
     log.handle(progress(1, 6))
     assert new_lines() == []
+    clock.now += 7
+    log.handle(progress(1, 7) | {"bad_reports": 3})
+    assert "data wait 25%  3 bad  ETA" in new_lines()[0]
     log.handle(epoch(1, 0.5))
     log.handle(epoch(2, 0.5))
     assert len(new_lines()) == 2

@@ -81,6 +81,11 @@ def test_a_run_leaves_what_it_says(finished: TrainResult) -> None:
         assert line["val/images"] == 13
         assert line["train/bad_images"] == line["val/bad_images"] == 0
         assert 0 <= line["train/data_wait_fraction"] <= 1
+        assert line["train/first_batch_seconds"] > 0
+        assert line["train/object_store_peak_bytes"] >= 25 * 3 * 64 * 64, "a rank's images of an epoch"
+        assert line["train/object_store_spilled_bytes"] == 0
+    assert ["train/epoch_gap_seconds" in line for line in lines] == [False, True]
+    assert 0 <= lines[1]["train/epoch_gap_seconds"] < sum(line["epoch_seconds"] for line in lines)
     best = max(lines, key=lambda line: line["val/mAP"])
     assert finished.best_checkpoint == folder / best["checkpoint"]
     assert finished.metrics["val/mAP"] == best["val/mAP"]

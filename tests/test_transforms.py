@@ -17,7 +17,16 @@ from PIL import Image
 from torch import Tensor
 
 from msrn_ray.errors import UserError
-from msrn_ray.transforms import IMAGENET_MEAN, IMAGENET_STD, decode, from_pil, multi_scale_crop, normalize, resize
+from msrn_ray.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    decode,
+    from_pil,
+    multi_scale_crop,
+    normalize,
+    resize,
+    smallest_side,
+)
 
 Pixels = npt.NDArray[np.uint8]
 PLENTY = 10_000_000
@@ -213,6 +222,33 @@ def test_too_large_is_refused_from_the_header(kind: str) -> None:
     with pytest.raises(UserError, match=r"200 x 200 pixels are more than data\.max_pixels=39999$"):
         decode(data[: len(data) * 3 // 4], max_pixels=39_999)  # the pixels are cut off: only the header can say so
     assert decode(data, max_pixels=40_000).shape == (3, 200, 200)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(("short_side", "factor"), [(801, 1), (201, 1), (200, 4), (101, 4), (100, 8), (64, 8)])
+def test_large_photographs_are_decoded_as_small_as_they_may_be(mode: str, short_side: int, factor: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    data = encoded(Image.fromarray(photo(800, 1000)).convert(mode), "JPEG", quality=95, exif=exif)
+    whole = decode(data, max_pixels=PLENTY)
+    image = decode(data, max_pixels=PLENTY, short_side=short_side)
+    assert tuple(image.shape) == (3, 1000 // factor, 800 // factor)
+    if factor == 1:
+        assert torch.equal(image, whole)
+    difference = (resize(image, 64).float() - resize(whole, 64).float()).abs()
+    assert difference.mean() < 1, "the same picture"
+
+
+def test_other_formats_are_decoded_in_full_size() -> None:
+    data = encoded(Image.fromarray(photo(800, 1000)), "PNG")
+    assert torch.equal(decode(data, max_pixels=PLENTY, short_side=64), decode(data, max_pixels=PLENTY))
+
+
+@pytest.mark.parametrize("size", [64, 448])
+def test_the_smallest_crop_of_a_scaled_photograph_is_not_enlarged(size: int) -> None:
+    assert smallest_side(size, ()) == size
+    side = smallest_side(size, SCALES)
+    assert round(side * min(SCALES)) >= size > round((side - 2) * min(SCALES))
 
 
 # resize ---------------------------------------------------------------------------------------------------------------

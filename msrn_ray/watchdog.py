@@ -1,0 +1,122 @@
+"""Names the rank that hangs: the driver's ear for the ranks' signs of life (`telemetry.Pulse`), and its hand that ends a hung run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from .telemetry import DONE, WAITING
+
+_BEAT_SECONDS = 5.0  # between two signs of life
+_WARN_PART = 0.2  # of `train.hang_minutes`, after which a line warns
+
+
+def beat_seconds(hang_minutes: float) -> float:
+    """How often a rank gives a sign of life: at least six times before it would count as hung."""
+    return min(_BEAT_SECONDS, hang_minutes * 60 / 6)
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """The last beat of a rank, and when it came (monotonic seconds)."""
+
+    beat: Mapping[str, Any]
+    at: float
+
+    def idle(self, now: float) -> float:
+        """Seconds since the rank took or finished something."""
+        return float(self.beat["idle"]) + now - self.at
+
+
+class Watchdog:
+    """Listens to the beats of all ranks and ends a run in which one does nothing any more.
+
+    When one rank hangs, the others soon wait for it in their step. So the rank that is named is one that is silent; else one that waits
+    for data; else the one that is furthest behind.
+
+    Args:
+        hang_minutes: a rank that takes longer over one batch is hung.
+        say: prints a line for the user.
+        end: ends the process of a beat; False if it was not there any more.
+    """
+
+    def __init__(
+        self, hang_minutes: float, say: Callable[[str], None], end: Callable[[Mapping[str, Any]], bool] | None = None
+    ) -> None:
+        self.verdict: str | None = None
+        self._limit = hang_minutes * 60
+        self._hang_minutes, self._say, self._end = hang_minutes, say, end or end_process
+        self._heard: dict[int, _Heard] = {}
+        self._warned = False
+
+    def hear(self, beat: Mapping[str, Any]) -> None:
+        """Takes in one beat."""
+        rank = int(beat["rank"])
+        if beat["doing"] == DONE:
+            self._heard.pop(rank, None)
+        else:
+            self._heard[rank] = _Heard(beat, time.monotonic())
+
+    def look(self) -> None:
+        """Warns of the rank that takes long, once until all go on; ends the process of one that is hung."""
+        now = time.monotonic()
+        late = {rank for rank, heard in self._heard.items() if heard.idle(now) > _WARN_PART * self._limit}
+        if not late:
+            self._warned = False
+            return
+        rank = min(late, key=lambda rank: self._guilt(rank, now))
+        if not self._warned:
+            self._say(f"{self._describe(rank, now)}; the run ends if that lasts {self._hang_minutes:g} minutes")
+            self._warned = True
+        if self._heard[rank].idle(now) <= self._limit:
+            return
+        described = self._describe(rank, now)
+        if self._end(self._heard.pop(rank).beat):
+            self.verdict = (
+                f"{described}: longer than train.hang_minutes={self._hang_minutes:g}; look at that process's node and log, then go on"
+                " with --resume"
+            )
+            self._say(f"{described}: its process was ended")
+        self._heard.clear()  # the others only waited for it
+
+    def _guilt(self, rank: int, now: float) -> tuple[bool, bool, int, int, float]:
+        heard = self._heard[rank]
+        beat = heard.beat
+        return (not self._silent(rank, now), beat["doing"] != WAITING, beat["epoch"], beat["step"], -heard.idle(now))
+
+    def _silent(self, rank: int, now: float) -> bool:
+        return now - self._heard[rank].at > 2.5 * beat_seconds(self._hang_minutes)
+
+    def _describe(self, rank: int, now: float) -> str:
+        heard = self._heard[rank]
+        beat = heard.beat
+        sign = "no sign of life" if self._silent(rank, now) else "alive"
+        return (
+            f"rank {rank} (node {beat['node']}, process {beat['pid']}) has done nothing for {heard.idle(now):.0f} s,"
+            f" {sign}, last seen in epoch {beat['epoch']}, step {beat['step']}, {beat['doing']}"
+        )
+
+
+def end_process(beat: Mapping[str, Any]) -> bool:
+    """Ends the process of a beat on its node, even one that is stopped; False if it, or the node, is not there any more."""
+    here = NodeAffinitySchedulingStrategy(beat["node_id"], soft=False)
+    try:
+        return bool(ray.get(_kill.options(scheduling_strategy=here).remote(beat["pid"]), timeout=60))
+    except ray.exceptions.RayError:  # the node is lost, or does not answer in time
+        return False  # Ray Train learns of that by itself
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _kill(pid: int) -> bool:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,178 @@
+"""The rank that hangs is named and ended; those that only wait for it are not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from msrn_ray import trainer, watchdog
+from msrn_ray.errors import UserError
+from msrn_ray.presets import PRESETS
+from msrn_ray.telemetry import DONE, WAITING
+from msrn_ray.trainer import train
+from msrn_ray.watchdog import Watchdog, beat_seconds
+from tests.tiny import make_coco
+
+
+class Scene:
+    """A watchdog with a clock that moves only when told, and notes of what it says and ends."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, there: bool = True) -> None:
+        self.now = 100.0
+        self.said: list[str] = []
+        self.ended: list[int] = []
+        monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+        def end(beat: Mapping[str, Any]) -> bool:
+            self.ended.append(beat["pid"])
+            return there
+
+        self.watchdog = Watchdog(1.0, self.said.append, end)
+
+    def beat(self, rank: int, doing: str, idle: float, step: int = 7) -> None:
+        place = {"node": "10.0.0.1", "node_id": "n", "pid": 1000 + rank}
+        self.watchdog.hear({"rank": rank, "epoch": 2, "step": step, "doing": doing, "idle": idle, **place})
+
+
+@pytest.fixture
+def scene(monkeypatch: pytest.MonkeyPatch) -> Scene:
+    return Scene(monkeypatch)
+
+
+def test_ranks_that_move_are_left_alone(scene: Scene) -> None:
+    for _ in range(30):
+        scene.now += 5
+        for rank in range(2):
+            scene.beat(rank, "in a step", idle=11.0)
+        scene.watchdog.look()
+    assert (scene.said, scene.ended, scene.watchdog.verdict) == ([], [], None)
+
+
+def test_a_silent_rank_is_named_warned_of_once_and_ended(scene: Scene) -> None:
+    scene.beat(1, "in a step", idle=0.0)
+    for _ in range(13):
+        scene.beat(0, "in a step", idle=scene.now - 100)
+        scene.watchdog.look()
+        scene.now += 5
+    assert scene.said[0] == (
+        "rank 1 (node 10.0.0.1, process 1001) has done nothing for 15 s, no sign of life, last seen in epoch 2, step 7, in a step;"
+        " the run ends if that lasts 1 minutes"
+    )
+    assert len(scene.said) == 1
+    scene.watchdog.look()
+    assert scene.ended == [1001]
+    assert scene.watchdog.verdict is not None
+    assert scene.watchdog.verdict.startswith(
+        "rank 1 (node 10.0.0.1, process 1001) has done nothing for 65 s, no sign of life, last seen in epoch 2, step 7, in a step"
+    )
+    assert "train.hang_minutes=1" in scene.watchdog.verdict
+    scene.now += 100
+    scene.watchdog.look()
+    assert scene.ended == [1001], "the other rank only waited for it"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (
+            ("in a step", 70.0, 7),
+            (WAITING, 61.0, 8),
+        ),  # for images that do not come, while the other waits for its gradients
+        (("in a step", 70.0, 7), ("in a step", 61.0, 6)),  # a step behind
+        (("in a step", 61.0, 7), ("in a step", 62.0, 7)),  # nothing else tells them apart: for longer
+    ],
+)
+def test_among_ranks_that_are_alive_the_one_that_holds_up_is_ended(
+    scene: Scene, first: tuple[str, float, int], second: tuple[str, float, int]
+) -> None:
+    scene.beat(0, *first)
+    scene.beat(1, *second)
+    scene.watchdog.look()
+    assert scene.ended == [1001]
+    assert scene.watchdog.verdict is not None
+    assert "alive" in scene.watchdog.verdict
+
+
+def test_a_rank_that_goes_on_after_a_warning_may_be_warned_of_again(scene: Scene) -> None:
+    for idle in (13.0, 1.0, 14.0, 15.0):
+        scene.beat(0, "in a step", idle)
+        scene.watchdog.look()
+    assert len(scene.said) == 2
+    assert "done nothing for 13 s" in scene.said[0]
+    assert "done nothing for 14 s" in scene.said[1]
+
+
+def test_a_rank_that_said_goodbye_or_whose_process_is_gone_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, there=False)
+    scene.beat(0, "in a step", idle=0.0)
+    scene.beat(0, DONE, idle=0.0)
+    scene.now += 1000
+    scene.watchdog.look()
+    assert scene.ended == []
+    scene.beat(1, "in a step", idle=0.0)
+    scene.now += 1000
+    scene.watchdog.look()
+    scene.watchdog.look()
+    assert (scene.ended, scene.watchdog.verdict) == ([1001], None), "Ray Train sees to lost processes"
+
+
+def test_signs_of_life_come_often_enough() -> None:
+    assert [beat_seconds(minutes) for minutes in (0.1, 0.5, 10, 600)] == [pytest.approx(1.0), 5.0, 5.0, 5.0]
+
+
+class StopsRankOne(Watchdog):
+    """Stops the process of rank 1 when both ranks make steps, and is less patient from then on."""
+
+    stopped: int | None = None
+
+    def hear(self, beat: Mapping[str, Any]) -> None:
+        super().hear(beat)
+        fresh = [heard for heard in self._heard.values() if heard.idle(time.monotonic()) < 3]
+        if self.stopped is None and len(fresh) == 2 and beat["rank"] == 1 and beat["step"] > 1:
+            StopsRankOne.stopped = beat["pid"]
+            os.kill(beat["pid"], signal.SIGSTOP)
+            self._limit = 20.0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_stopped_process_ends_the_run_with_its_name(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trainer, "Watchdog", StopsRankOne)
+    root = make_coco(tmp_path / "data", {"train": [[0], [1], [2], [0, 1]] * 4, "val": [[0], [1, 2]]})
+    config = PRESETS["scenes"].config.with_overrides(
+        {
+            "data.dataset": "coco",
+            "data.root": str(root),
+            "data.image_size": 64,
+            "model.embed_dim": 16,
+            "model.compile": "off",
+            "train.epochs": 200,
+            "train.batch_size": 4,
+            "train.storage": str(tmp_path / "runs"),
+            "train.run_name": "hung",
+            "resources.num_workers": 2,
+        }
+    )
+    try:
+        with pytest.raises(UserError, match=r"rank 1 .*no sign of life.*train\.hang_minutes=10") as caught:
+            train(config)
+    finally:
+        pid = StopsRankOne.stopped
+        assert pid is not None
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pid = None
+    assert pid is None, "the stopped process was ended"
+    assert f"process {StopsRankOne.stopped})" in str(caught.value)
+    assert (tmp_path / "runs/hung/failure.txt").read_text().strip() == str(caught.value)
+    assert "its process was ended" in capsys.readouterr().out
