@@ -39,8 +39,7 @@ Tau = Annotated[float | Literal["auto"], BeforeValidator(_check_tau)]
 
 
 def _check_interval(value: Any) -> Any:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(step|minute)s?", str(value))
-    if value is None or match and float(match[1]) > 0 and (match[2] == "minute" or "." not in match[1]):
+    if value is None or re.fullmatch(r"0*[1-9]\d* ?steps?|(?=.*[1-9])\d+(\.\d+)? ?minutes?", str(value)):
         return value
     raise ValueError(f'train.checkpoint_every: must be like "200 steps", "10 minutes" or null (got {value!r})')
 
@@ -49,9 +48,13 @@ Interval = Annotated[str | None, BeforeValidator(_check_interval)]
 
 
 def _check_workers(value: Any) -> Any:
+    if value is None:
+        return None
     match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", str(value))
-    if value is None or match and 1 <= int(match[1]) and (match[2] is None or int(match[1]) < int(match[2])):
-        return value if value is None or match and match[2] else int(value)
+    if match and match[2] is None and int(match[1]) >= 1:
+        return int(match[1])
+    if match and match[2] is not None and int(match[2]) > int(match[1]) >= 1:
+        return value
     raise ValueError(f"resources.num_workers: must be 1 or more, or a range such as 2..8 (got {value!r})")
 
 
@@ -254,18 +257,14 @@ class TrainSettings(Settings):
     @property
     def checkpoint_steps(self) -> int | None:
         """Steps between two checkpoints, where they are counted in steps."""
-        return int(self._interval()) if self.checkpoint_every is not None and "step" in self.checkpoint_every else None
+        number, counted, _ = (self.checkpoint_every or "").partition("step")
+        return int(number) if counted else None
 
     @property
     def checkpoint_seconds(self) -> float | None:
         """Seconds between two checkpoints, where they are timed."""
-        timed = self.checkpoint_every is not None and "minute" in self.checkpoint_every
-        return 60 * self._interval() if timed else None
-
-    def _interval(self) -> float:
-        number = re.match(r"[\d.]+", self.checkpoint_every or "")
-        assert number is not None, "validated"
-        return float(number[0])
+        number, timed, _ = (self.checkpoint_every or "").partition("minute")
+        return 60 * float(number) if timed else None
 
 
 class ResourceSettings(Settings):

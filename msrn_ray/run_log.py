@@ -72,7 +72,7 @@ class RunLog:
         checkpoint of but whose line a kill cut off are taken up."""
         first = event["first_epoch"]
         self._per_epoch, self._epochs = event["steps_per_epoch"], event["epochs"]
-        self._first, self._total = first * self._per_epoch, self._epochs * self._per_epoch
+        self._first, self._total = first * self._per_epoch + event["first_step"], self._epochs * self._per_epoch
         self._start = time.monotonic()
         self.history = [line for line in self.history if line["epoch"] <= first]
         known = {line["epoch"] for line in self.history}

@@ -6,6 +6,7 @@ driver and reports metrics and checkpoints to Ray Train.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -25,15 +26,16 @@ from ray.util.queue import Queue
 
 from .checkpoint import find_model_file, load_checkpoint
 from .config import ExperimentConfig, load_config
-from .errors import UserError
+from .errors import AccountingError, UserError
 from .materials import Materials, describe, gather_materials
 from .resources import Allocation, allocate, connect
 from .run_log import RunLog
-from .splits import fingerprint
+from .saving import SCORE
+from .splits import Splits, fingerprint
 from .word_vectors import LEARNED
 from .worker import train_loop_per_worker
 
-CONFIG_FILE, FAILURE_FILE, DATA_FILE = "config.yaml", "failure.txt", "data.sha256"
+CONFIG_FILE, FAILURE_FILE, DATA_FILE = "config.yaml", "failure.txt", "data.json"
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def build_trainer(
         "word_vectors": materials.word_vectors,
         "frequency": materials.frequency,
         "fingerprint": fingerprint(splits.train, splits.val),
-        "data_cpus": allocation.data_cpus,
+        "folder": str(Path(config.train.storage) / run_name),
         "events": events,
     }
     return TorchTrainer(
@@ -94,8 +96,9 @@ def build_trainer(
         run_config=run_config(
             run_name,
             config.train.storage,
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="val/mAP"),
-            callbacks=list(callbacks),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),
+            failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
+            callbacks=[StopAtOnce(), *callbacks],
         ),
     )
 
@@ -115,10 +118,20 @@ def run_config(name: str, storage: str, **settings: Any) -> ray.train.RunConfig:
 def scaling(allocation: Allocation) -> ray.train.ScalingConfig:
     """Ray Train's scaling for an allocation."""
     return ray.train.ScalingConfig(
-        num_workers=allocation.num_workers,
+        num_workers=allocation.elastic or allocation.num_workers,  # type: ignore[arg-type]  # typed as Train V1
         use_gpu=allocation.use_gpu,
         resources_per_worker={"CPU": allocation.cpus_per_worker} | ({"GPU": 1} if allocation.use_gpu else {}),
     )
+
+
+class StopAtOnce(ray.train.UserCallback):
+    """Ends the run at the first error that starting again would only repeat, whatever `train.max_failures` allows."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """What is raised here Ray Train does not try again; `run_trainer` hands it on."""
+        for error in worker_exceptions.values():
+            if isinstance(error, (UserError, AccountingError)):
+                raise error
 
 
 @contextmanager
@@ -197,7 +210,8 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
     if not resume and folder.exists():
         raise UserError(f"{folder} exists already; give another train.run_name, or --resume {folder}")
     materials = gather_materials(config)
-    data = fingerprint(materials.splits.train, materials.splits.val)
+    check_batch(config, len(materials.splits.train))
+    data = describe_data(materials.splits, config)
     if resume:
         check_data(folder, data)
     for line in describe(materials, config):
@@ -209,7 +223,7 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
         folder.mkdir(parents=True, exist_ok=True)
         config.save(folder / f".{CONFIG_FILE}")
         os.replace(folder / f".{CONFIG_FILE}", folder / CONFIG_FILE)
-        (folder / DATA_FILE).write_text(f"{data}\n", encoding="utf-8")
+        (folder / DATA_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         (folder / FAILURE_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"train.storage {folder}: cannot be written ({error.strerror})") from None
@@ -230,15 +244,15 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
 
 
 def run_trainer(trainer: TorchTrainer) -> ray.train.Result:
-    """`fit`, with a worker's UserError raised as itself instead of inside Ray's, and Ctrl-C as KeyboardInterrupt."""
+    """`fit`, with a worker's error that the user can mend raised as itself instead of inside Ray's, and Ctrl-C as KeyboardInterrupt."""
     before = signal.getsignal(signal.SIGINT)
     try:
         return trainer.fit()
     except ray.train.TrainingFailedError as failure:
-        for error in getattr(failure, "worker_failures", {}).values():
-            cause = getattr(error, "cause", error)
-            if isinstance(cause, UserError):
-                raise cause from None
+        errors = [getattr(failure, "controller_failure", None), *getattr(failure, "worker_failures", {}).values()]
+        for error in errors:
+            if isinstance(error, (UserError, AccountingError)):
+                raise error from None
         raise
     except SystemExit:  # Ray's handler of SIGINT stops the workers and then exits
         raise KeyboardInterrupt from None
@@ -252,6 +266,8 @@ _MAY_CHANGE = (
     "model.compile",
     "train.epochs",
     "train.log_every",
+    "train.checkpoint_every",
+    "train.max_failures",
     "train.storage",
     "train.run_name",
     "train.eval_batch_size",
@@ -288,15 +304,47 @@ def check_resumable(folder: Path, config: ExperimentConfig) -> None:
         )
 
 
-def check_data(folder: Path, data: str) -> None:
-    """Refuses to go on with a run on other images or labels; `data` is the fingerprint of train and val.
+def check_batch(config: ExperimentConfig, num_images: int) -> None:
+    """Refuses settings that leave nothing to train on.
 
     Raises:
-        UserError: if it is not the run's.
+        UserError: if `data.drop_last` drops every image.
+    """
+    if config.data.drop_last and num_images < config.train.batch_size:
+        raise UserError(
+            f"data.drop_last leaves out all {num_images} train images, since train.batch_size={config.train.batch_size} is more;"
+            " lower it, or set data.drop_last false"
+        )
+
+
+def describe_data(splits: Splits, config: ExperimentConfig) -> dict[str, str]:
+    """What a run is trained on, for its folder: `data` in words, and the `fingerprint` of train and val."""
+    train, val = splits.train, splits.val
+    words = f"{config.data.dataset} in {config.data.root or 'the cache'} ({train.source}: {len(train)} train, {len(val)} val images)"
+    return {"data": words, "fingerprint": fingerprint(train, val)}
+
+
+def check_data(folder: Path, data: Mapping[str, str]) -> None:
+    """Refuses to go on with a run on other images or labels; `data` is what `describe_data` says of those that are there now.
+
+    Raises:
+        UserError: if it is not the run's, with both.
     """
     path = folder / DATA_FILE
-    if path.is_file() and path.read_text(encoding="utf-8").strip() != data:
-        raise UserError(f"{folder} was trained on other images or labels than data.root holds now; start a new run")
+    if not path.is_file():
+        return  # stopped before it was written; each checkpoint holds the fingerprint too
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        said, known = saved["data"], saved["fingerprint"]
+    except (ValueError, TypeError, KeyError):
+        raise UserError(
+            f"{path}: damaged; delete it, then each checkpoint's own fingerprint of the data is compared"
+        ) from None
+    if known != data["fingerprint"]:
+        raise UserError(
+            f"{folder} was trained on other images or labels: {said}, fingerprint {known[:12]}; now {data['data']}, fingerprint"
+            f" {data['fingerprint'][:12]}; name its data with --data.root, or start a new run"
+        )
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

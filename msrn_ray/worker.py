@@ -6,13 +6,14 @@ Rank 0 sends plain events to the driver and hands metrics and checkpoints to Ray
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 import ray.train
@@ -20,20 +21,42 @@ import ray.train.torch
 import torch
 
 from . import distributed
-from .checkpoint import Checkpoint, TrainState, load_checkpoint, load_train_state, save_checkpoint
+from .accounting import Account, Ledger
+from .checkpoint import Checkpoint, TrainState, load_checkpoint, load_train_state
 from .config import ExperimentConfig
 from .ema import build_ema, copy_buffers
-from .engine import Progress, Scores, Trainee, evaluate, gather_scores, train_one_epoch
+from .engine import EpochStats, Progress, SavePoints, Scores, Trainee, evaluate, gather_scores, train_one_epoch
 from .errors import BadImagesError, UserError
 from .label_graph import LabelCounts, attend_mask, choose_tau
 from .metrics import MultiLabelMetrics
 from .model import build_model, choose_attention_kernels, set_prior_bias
 from .optim import build_optimizer, build_scheduler
-from .pipeline import BadImages, eval_batches, limit_ray_data, train_epochs
+from .pipeline import BadImage, BadImages, eval_batches, limit_ray_data, train_epochs
+from .resources import decode_cpus
 from .sampling import EvalPlan, TrainPlan
+from .saving import (
+    NO_SCORE,
+    SCORE,
+    WITHIN_EPOCH,
+    best_index,
+    clear_leftovers,
+    get_rng,
+    report_checkpoint,
+    scored_checkpoints,
+    set_rng,
+)
 from .word_vectors import LEARNED
 
 _BLOCK_ROWS = 64  # rows of a train decode task: larger ones start later, smaller ones cost more in scheduling
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a worker takes the run up: 0-based epoch, its finished steps, and what it has behind it."""
+
+    epoch: int
+    stats: EpochStats
+    account: Account
 
 
 class Worker:
@@ -43,14 +66,17 @@ class Worker:
         self.loop = loop_config
         self.config = ExperimentConfig.model_validate(loop_config["config"])
         self.counts: LabelCounts = loop_config["counts"]
+        self.folder = Path(loop_config["folder"])
         self.device = ray.train.torch.get_device()
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.samples: dict[str, pa.Table] = {}
         self.bad = {split: BadImages() for split in loop_config["tables"]}
         self.told: dict[str, set[int]] = {split: set() for split in loop_config["tables"]}
-        limit_ray_data(loop_config["data_cpus"])
+        limit_ray_data(decode_cpus(self.world, self.config.resources.cpus_per_worker))
         torch.manual_seed(self.config.train.seed)
         self.trainee = self._build()
+        train = self.config.train
+        self.save_points = SavePoints(self.save_within, train.checkpoint_steps, train.checkpoint_seconds)
 
     def _build(self) -> Trainee:
         config = self.config
@@ -71,11 +97,10 @@ class Worker:
         if config.optim.compress_gradients:
             distributed.compress_gradients(model)
         optimizer = build_optimizer(network, config.optim)
-        plan = self.plan(0)
         return Trainee(
             model,
             optimizer,
-            build_scheduler(optimizer, config.optim, plan.num_steps, config.train.epochs),
+            build_scheduler(optimizer, config.optim, self.plan(0, 0).num_steps, config.train.epochs),
             torch.amp.GradScaler(self.device.type, enabled=amp == torch.float16),
             build_ema(network, config.optim.ema_decay) if config.optim.ema_decay else None,
             amp,
@@ -84,7 +109,7 @@ class Worker:
             config.loss.group_weight,
         )
 
-    def plan(self, first_epoch: int) -> TrainPlan:
+    def plan(self, first_epoch: int, first_step: int) -> TrainPlan:
         train = self.config.train
         return TrainPlan(
             self.loop["sizes"]["train"],
@@ -95,6 +120,8 @@ class Worker:
             first_epoch,
             train.epochs,
             _BLOCK_ROWS,
+            first_step,
+            self.config.data.drop_last,
         )
 
     def send(self, kind: str, **content: Any) -> None:
@@ -110,14 +137,22 @@ class Worker:
         """The network that is scored and saved."""
         return self.trainee.ema.module if self.trainee.ema is not None else self.trainee.network
 
-    def resume(self) -> int:
-        """Takes up the latest checkpoint, if there is one; -> finished epochs."""
+    def resume(self) -> _Start:
+        """Takes up the latest checkpoint, if there is one.
+
+        Raises:
+            UserError: if it is of other data, or another label graph, or its images are not those that the plan has before its step.
+        """
+        num_rows = self.loop["sizes"]["train"]
         latest = ray.train.get_checkpoint()
         if latest is None:
-            return 0
+            return _Start(0, EpochStats(), Account.empty(num_rows))
         with latest.as_directory() as folder:
             state = load_train_state(Path(folder))
-        assert state.data == self.loop["fingerprint"], "the driver has compared the data"
+        if state.data != self.loop["fingerprint"]:
+            raise UserError(
+                f"checkpoint {latest.path} is of other images or labels than data.root holds; start a new run"
+            )
         check_graph(state.model, self.trainee.network.state_dict())
         self.trainee.network.load_state_dict(state.model)
         self.trainee.optimizer.load_state_dict(dict(state.optimizer))
@@ -125,65 +160,105 @@ class Worker:
         self.trainee.scaler.load_state_dict(dict(state.scaler))
         if self.trainee.ema is not None and state.ema is not None:
             self.trainee.ema.load_state_dict(dict(state.ema))
-        return state.epoch
+        if state.rng:
+            set_rng(state.rng[self.rank % len(state.rng)], self.device)
+        if state.step == 0:
+            return _Start(state.epoch, EpochStats(), Account.empty(num_rows))
+        account = Account.unpack(state.account, num_rows)
+        difference = account.difference(self.plan(state.epoch, 0), state.epoch, state.step)
+        if difference:
+            raise UserError(
+                f"checkpoint {latest.path}: its images do not fit the order of epoch {state.epoch + 1} ({difference}); another version of"
+                " numpy may shuffle otherwise: go on with the one that it was trained with, or start a new run"
+            )
+        self.recall_bad(account)
+        return _Start(state.epoch, EpochStats(**state.stats), account)  # type: ignore[arg-type]  # whole numbers stay whole
+
+    def recall_bad(self, account: Account) -> None:
+        """Counts the images again that could not be decoded before the interruption; the driver has been told of them."""
+        if self.rank == 0:
+            rows = np.flatnonzero(account.unreadable).tolist()
+            uris = ray.get(self.loop["tables"]["train"])["uri"].take(pa.array(rows, pa.int64())).to_pylist()
+            for row, uri in zip(rows, uris, strict=True):
+                self.bad["train"].add(BadImage(row, uri, "could not be decoded before the interruption"))
+            self.told["train"].update(rows)
 
     def reported(self) -> list[dict[str, Any]]:
-        """Metrics of the checkpoints that Ray Train holds, as lines of metrics.jsonl."""
+        """Metrics of the epochs whose checkpoints Ray Train holds, as lines of metrics.jsonl."""
         return [
-            {**plain_metrics(one.metrics), "checkpoint": Path(one.checkpoint.path).name}
-            for one in ray.train.get_all_reported_checkpoints()
+            {**plain_metrics(one.metrics), "checkpoint": Path(one.checkpoint.path).name} for one in scored_checkpoints()
         ]
 
     def run(self) -> None:
         """Takes up the latest checkpoint, trains what is left, scores test once."""
-        first_epoch = self.resume()
-        plan = self.plan(first_epoch)
+        start = self.resume()
+        if self.rank == 0:
+            clear_leftovers(self.folder)
+        plan = self.plan(start.epoch, start.stats.steps)
         self.send(
             "start",
-            first_epoch=first_epoch,
+            first_epoch=start.epoch,
+            first_step=start.stats.steps,
             epochs=plan.epochs,
             reported=self.reported(),
             steps_per_epoch=plan.num_steps,
-            text=f"training on {self.world} x {self.device.type} in {self.precision}{self.kernels and f', {self.kernels}'},"
-            f" epochs {first_epoch + 1} to {plan.epochs}, {plan.num_steps} steps each"
-            if first_epoch < plan.epochs
-            else f"all {plan.epochs} epochs are done",
+            text=self.describe(plan),
         )
         epochs = train_epochs(self.loop["tables"]["train"], plan, self.config.data, self.bad["train"])
-        for epoch, batches in enumerate(epochs, start=first_epoch + 1):
-            start = time.perf_counter()
-            stats = train_one_epoch(
+        for epoch, batches in enumerate(epochs, start=start.epoch):
+            began = time.perf_counter()
+            resumed = epoch == start.epoch
+            self.epoch = epoch
+            self.ledger = Ledger(plan, epoch, start.account if resumed else Account.empty(plan.num_rows))
+            stats = start.stats if resumed else EpochStats()
+            train_one_epoch(
                 self.trainee,
                 batches,
+                stats,
+                num_steps=plan.num_steps,
                 step_rows=plan.step_rows,
                 device=self.device,
                 log_every=self.config.train.log_every,
-                on_progress=partial(self.on_progress, epoch),
+                save_points=self.save_points,
+                on_rows=self.ledger.add,
+                on_progress=partial(self.on_progress, epoch + 1),
                 count_bad=lambda: len(self.bad["train"].seen),
                 name_rows=self.image_ids,
             )
+            self.ledger.balance(stats.steps, self.bad["train"].gather())
             distributed.average_buffers(self.trainee.network)
             if self.trainee.ema is not None:
                 copy_buffers(self.trainee.ema, self.trainee.network)
-            sums = torch.tensor([stats.images, stats.wait_seconds], dtype=torch.float64, device=self.device)
-            images, wait = distributed.all_reduce(sums, "sum").tolist()
             metrics = {
-                "epoch": epoch,
+                "epoch": epoch + 1,
                 "train/loss": (stats.classification_sum + stats.group_sum) / stats.steps,
                 "train/classification_loss": stats.classification_sum / stats.steps,
                 "train/group_loss": stats.group_sum / stats.steps,
                 "train/lr": self.trainee.optimizer.param_groups[-1]["lr"],
-                "train/images": int(images),
-                "train/images_per_second": images / stats.seconds,
-                "train/data_wait_fraction": wait / self.world / stats.seconds,
+                "train/images": stats.images,
+                "train/images_per_second": stats.images / stats.seconds,
+                "train/data_wait_fraction": stats.wait_seconds / stats.seconds,
                 "train/first_batch_seconds": stats.first_batch_seconds,
                 "train/bad_images": self.collect_bad("train"),
                 "protocol": self.config.protocol,
             } | self.score("val", self.evaluated)
-            metrics["epoch_seconds"] = time.perf_counter() - start
-            self.report(metrics, epoch)
+            metrics["epoch_seconds"] = time.perf_counter() - began
+            self.save_epoch(metrics, epoch + 1)
         if self.loop["sizes"]["test"]:
             self.score_test()
+
+    def describe(self, plan: TrainPlan) -> str:
+        """What is about to be trained, for the user."""
+        if plan.first_epoch == plan.epochs:
+            return f"all {plan.epochs} epochs are done"
+        kernels = f", {self.kernels}" if self.kernels else ""
+        inside = f", going on after step {plan.first_step} of epoch {plan.first_epoch + 1}" if plan.first_step else ""
+        left_out = plan.num_rows - len(plan.rows_before(plan.first_epoch, plan.num_steps))
+        dropped = f", {left_out} images of each epoch left out (data.drop_last)" if left_out else ""
+        return (
+            f"training on {self.world} x {self.device.type} in {self.precision}{kernels},"
+            f" epochs {plan.first_epoch + 1} to {plan.epochs}, {plan.num_steps} steps each{inside}{dropped}"
+        )
 
     def on_progress(self, epoch: int, progress: Progress) -> None:
         self.send("progress", epoch=epoch, **vars(progress))
@@ -224,39 +299,57 @@ class Worker:
         num_bad = self.collect_bad(split)
         return split_metrics(split, scores, self.counts.names) | {f"{split}/bad_images": num_bad}
 
-    def report(self, metrics: dict[str, Any], epoch: int) -> None:
-        """Hands metrics and the checkpoint to Ray Train; the name is unique over restarts, as Ray asks."""
-        name = f"epoch_{epoch:04d}_{int(time.time()):x}"
-        if self.rank > 0:
-            ray.train.report(metrics, checkpoint_dir_name=name)
-            return
-        with tempfile.TemporaryDirectory(prefix="msrn_") as folder:
-            trainee = self.trainee
-            checkpoint = Checkpoint(
-                self.config,
-                self.counts.names,
-                self.counts,
-                self.evaluated.state_dict(),
-                (0.5,) * len(self.counts.names),
-                {key: value for key, value in metrics.items() if isinstance(value, (int, float))},
-                epoch,
-            )
-            state = TrainState(
-                trainee.network.state_dict(),
-                trainee.optimizer.state_dict(),
-                trainee.scheduler.state_dict(),
-                trainee.scaler.state_dict(),
-                trainee.ema.state_dict() if trainee.ema is not None else None,
-                epoch,
-                self.loop["fingerprint"],
-            )
-            save_checkpoint(Path(folder), checkpoint, state)
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+    def train_state(
+        self, epoch: int, step: int, account: Mapping[str, torch.Tensor], stats: Mapping[str, float]
+    ) -> TrainState:
+        """All that going on needs; ranks must all call it."""
+        trainee = self.trainee
+        return TrainState(
+            trainee.network.state_dict(),
+            trainee.optimizer.state_dict(),
+            trainee.scheduler.state_dict(),
+            trainee.scaler.state_dict(),
+            trainee.ema.state_dict() if trainee.ema is not None else None,
+            epoch,
+            self.loop["fingerprint"],
+            step,
+            account,
+            stats,
+            self.world,
+            distributed.all_gather(get_rng(self.device)),
+        )
+
+    def save_within(self, stats: EpochStats) -> None:
+        """A checkpoint within an epoch: what going on needs, and which images are done.
+
+        BatchNorm statistics become the mean over ranks, so that all go on with what is saved. Each is a running mean, so this is the
+        same as the mean at the epoch's end, but for rounding.
+        """
+        account = self.ledger.balance(stats.steps, self.bad["train"].gather())
+        distributed.average_buffers(self.trainee.network)
+        state = self.train_state(self.epoch, stats.steps, account.pack(), asdict(stats))
+        report_checkpoint(self.folder, {"epoch": self.epoch + 1, SCORE: WITHIN_EPOCH}, None, state)
+
+    def save_epoch(self, metrics: dict[str, Any], epoch: int) -> None:
+        """The checkpoint at an epoch's end, with weights to predict with and their scores; `epoch` are finished."""
+        state = self.train_state(epoch, 0, {}, {})
+        checkpoint = Checkpoint(
+            self.config,
+            self.counts.names,
+            self.counts,
+            self.evaluated.state_dict(),
+            (0.5,) * len(self.counts.names),
+            {key: value for key, value in metrics.items() if isinstance(value, (int, float))},
+            epoch,
+        )
+        score = NO_SCORE if math.isnan(metrics["val/mAP"]) else metrics["val/mAP"]
+        name = report_checkpoint(self.folder, metrics | {SCORE: score}, checkpoint, state)
+        self.save_points.restart()
         self.send("epoch", metrics=plain_metrics(metrics), checkpoint=name)
 
     def score_test(self) -> None:
         """Scores the test split once, with the weights of the best epoch on val."""
-        kept = ray.train.get_all_reported_checkpoints()
+        kept = scored_checkpoints()
         best = kept[best_index([one.metrics["val/mAP"] for one in kept])]
         with best.checkpoint.as_directory() as folder:
             weights = load_checkpoint(Path(folder)).weights
@@ -279,14 +372,9 @@ def check_graph(saved: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tenso
         )
 
 
-def best_index(scores: Sequence[float]) -> int:
-    """The place of the largest score, the last of equals as Ray Train keeps it; nan loses to any number."""
-    return max(range(len(scores)), key=lambda index: (not math.isnan(scores[index]), scores[index], index))
-
-
 def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that are numbers or text."""
-    return {name: value for name, value in metrics.items() if isinstance(value, (int, float, str))}
+    """The entries that are numbers or text, but for what only Ray Train needs."""
+    return {name: value for name, value in metrics.items() if isinstance(value, (int, float, str)) and name != SCORE}
 
 
 def train_loop_per_worker(loop_config: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import msrn_ray
 
 PACKAGE = Path(msrn_ray.__file__).parent
 ROOT = PACKAGE.parent
-RAY_MODULES = {"inspection", "pipeline", "prepare", "resources", "trainer", "worker", "evaluation"}
+RAY_MODULES = {"inspection", "pipeline", "prepare", "resources", "saving", "trainer", "worker", "evaluation"}
 TOP_LEVEL = {"msrn_ray", "cluster", "tuning", "tests", "pyproject.toml", "README.md"}
 
 

@@ -56,6 +56,7 @@ def start(first_epoch: int = 0, epochs: int = 5) -> dict[str, Any]:
     return {
         "kind": "start",
         "first_epoch": first_epoch,
+        "first_step": 0,
         "epochs": epochs,
         "steps_per_epoch": 10,
         "text": text,
