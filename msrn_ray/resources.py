@@ -99,9 +99,9 @@ def allocate(settings: ResourceSettings) -> Allocation:
             f" {cpus:g} CPUs; lower resources.num_workers or resources.cpus_per_worker"
         )
     now = min(most, room, gpus) if use_gpu else min(most, room)
-    # without GPUs Ray would start workers on every CPU and leave none that decodes, so what is there at the start is the most
-    elastic = (fewest, most if use_gpu else now) if fewest < most else None
-    return Allocation(now, use_gpu, settings.cpus_per_worker, elastic)
+    if not use_gpu:
+        most = now  # Ray would start workers on every CPU of a cluster that grows, and leave none that decodes
+    return Allocation(now, use_gpu, settings.cpus_per_worker, (fewest, most) if fewest < most else None)
 
 
 def decode_cpus(num_workers: int, cpus_per_worker: int) -> float:
