@@ -51,7 +51,7 @@ class RunLog:
         self._epochs = 0
 
     def handle(self, event: Event) -> None:
-        """Shows and writes one event; `kind` is start, progress, epoch, bad or test."""
+        """Shows and writes one event; `kind` is start, progress, epoch, bad, failure or test."""
         getattr(self, f"_on_{event['kind']}")(event)
 
     def say(self, line: str) -> None:
@@ -156,6 +156,9 @@ class RunLog:
             csv.writer(file).writerows(rows)
         os.replace(partial, path)
         self.say(f"{event['split']}: {len(event['images'])} images could not be decoded and are left out, see {path}")
+
+    def _on_failure(self, event: Event) -> None:
+        self.say(event["text"])
 
     def _on_test(self, event: Event) -> None:
         self.test = dict(event["metrics"])

@@ -98,7 +98,7 @@ def build_trainer(
             config.train.storage,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),
             failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
-            callbacks=[StopAtOnce(), *callbacks],
+            callbacks=[Failures(events), *callbacks],
         ),
     )
 
@@ -124,14 +124,28 @@ def scaling(allocation: Allocation) -> ray.train.ScalingConfig:
     )
 
 
-class StopAtOnce(ray.train.UserCallback):
-    """Ends the run at the first error that starting again would only repeat, whatever `train.max_failures` allows."""
+class Failures(ray.train.UserCallback):
+    """Tells the user of a worker that failed, and ends the run at an error that starting again would only repeat.
+
+    Args:
+        events: gets a line for each failure.
+    """
+
+    def __init__(self, events: Queue | None) -> None:
+        self._events = events
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """What is raised here Ray Train does not try again; `run_trainer` hands it on."""
+        """Raises what is not to be tried again, whatever `train.max_failures` allows: Ray Train stops at an error of its callbacks, and
+        `run_trainer` hands it on."""
         for error in worker_exceptions.values():
             if isinstance(error, (UserError, AccountingError)):
                 raise error
+        if self._events is not None:
+            # where a rank is lost the others fail too, and may be seen first
+            rank, error = min(worker_exceptions.items(), key=lambda item: not hasattr(item[1], "health_check_failure"))
+            reason = str(getattr(error, "health_check_failure", error)).strip() or type(error).__name__
+            event = {"kind": "failure", "text": f"worker {rank} failed: {reason.splitlines()[0]}"}
+            self._events.actor.put.remote(event)  # type: ignore[attr-defined]  # without waiting: Ray Train's own loop calls this
 
 
 @contextmanager
@@ -237,6 +251,9 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
         raise
     except KeyboardInterrupt:
         print(f"interrupted; go on with: msrn train --resume {folder}", file=sys.stderr)
+        raise
+    except ray.train.TrainingFailedError:
+        print(f"the run stopped; once the cause is mended, go on with: msrn train --resume {folder}", file=sys.stderr)
         raise
     best = find_model_file(folder).parent
     metrics = {key: value for key, value in load_checkpoint(best).metrics.items() if key.startswith("val/")} | log.test

@@ -17,10 +17,13 @@ from msrn_ray import trainer
 from msrn_ray.checkpoint import load_checkpoint, load_train_state
 from msrn_ray.config import ExperimentConfig
 from msrn_ray.datasets.scenes import generate_scenes
+from msrn_ray.errors import UserError
+from msrn_ray.materials import Materials
 from msrn_ray.trainer import TrainResult, resume_config, train
 
 from .recorded_run import Kill, Record, read_record, recording
-from .test_train import small_config
+from .test_train import coco_copy, small_config
+from .tiny import make_coco
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -79,7 +82,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 def test_a_killed_rank_costs_only_the_steps_since_the_last_checkpoint(
-    local_ray: None, scenes: Path, tmp_path: Path
+    local_ray: None, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """SIGKILL of rank 1 within the second epoch: exact ids, and weights and figures of an undisturbed run to the last bit."""
     quiet, record = train_recorded(config_of(scenes, tmp_path / "quiet"), tmp_path / "quiet_record")
@@ -91,6 +94,9 @@ def test_a_killed_rank_costs_only_the_steps_since_the_last_checkpoint(
         config_of(scenes, tmp_path / "killed"), tmp_path / "killed_record", kill=Kill(1, (1, 4))
     )
     assert (tmp_path / "killed_record" / "killed").exists()
+    told = capsys.readouterr().out
+    assert "\nworker " in told
+    assert f", going on after step {record.starts[-1][0][1]} of epoch 2\n" in told
     assert_every_image_once(record)
     first, again = record.starts
     assert (first, again[1]) == (((0, 0), 2), 2)
@@ -168,3 +174,43 @@ def test_the_number_of_workers_does_not_change_the_training(
     for ours, theirs in zip(lines_of(result), lines_of(alone), strict=True):
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-4)
         assert ours["val/loss"] == pytest.approx(theirs["val/loss"], rel=1e-4)
+
+
+def test_a_file_that_is_gone_and_workers_as_many_as_there_is_room_for(
+    local_ray: None, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was there when the run began; it counts as an image that cannot be decoded, and the epoch's account says so."""
+    root = coco_copy(scenes, tmp_path / "data")
+    gather = trainer.gather_materials
+
+    def gather_and_lose(config: ExperimentConfig) -> Materials:
+        materials = gather(config)
+        Path(materials.splits.train.table["uri"][17].as_py()).unlink()
+        return materials
+
+    monkeypatch.setattr(trainer, "gather_materials", gather_and_lose)
+    settings = {"resources.num_workers": "1..2", "train.epochs": 1, "data.max_bad_fraction": 0.02}
+    result, record = train_recorded(config_of(root, tmp_path / "runs", **settings), tmp_path / "record")
+    assert record.starts == [((0, 0), 2)]
+    assert sorted(record.rows[0]) == [row for row in range(NUM_IMAGES) if row != 17]
+    (line,) = lines_of(result)
+    assert (line["train/images"], line["train/bad_images"]) == (NUM_IMAGES - 1, 1)
+    assert "No such file" in (result.run_folder / "bad_images.csv").read_text()
+
+
+def test_one_image_and_more_workers_than_images(local_ray: None, tmp_path: Path) -> None:
+    """A table smaller than a batch too: the one step of the epoch has one image, and the second rank a filler."""
+    root = make_coco(tmp_path / "data", {"train": [[0, 1]], "val": [[0], [1, 2]]})
+    settings = {"data.missing_words": "random", "protocol": "paper", "train.epochs": 1}
+    result, record = train_recorded(config_of(root, tmp_path / "runs", **settings), tmp_path / "record")
+    assert record.starts == [((0, 0), 2)]
+    assert record.rows == {0: [0]}
+    assert [line["train/images"] for line in lines_of(result)] == [1]
+
+
+def test_a_remainder_that_is_all_there_is(tmp_path: Path) -> None:
+    root = make_coco(tmp_path / "data", {"train": [[0, 1]], "val": [[0], [1, 2]]})
+    settings = {"data.missing_words": "random", "protocol": "paper", "data.drop_last": True}
+    with pytest.raises(UserError, match=r"data\.drop_last leaves out all 1 train images.*train\.batch_size=8"):
+        train(config_of(root, tmp_path / "runs", **settings))
+    assert not (tmp_path / "runs").exists()

@@ -145,6 +145,11 @@ def test_curves_are_drawn_again_after_a_while(tmp_path: Path, log: RunLog, clock
     assert (tmp_path / "curves.png").exists()
 
 
+def test_a_failure_is_told(log: RunLog, screen: io.StringIO) -> None:
+    log.handle({"kind": "failure", "text": "worker 1 failed: [killed]"})
+    assert screen.getvalue().splitlines() == ["worker 1 failed: [killed]"]
+
+
 def test_the_bar_goes_on_within_an_epoch(tmp_path: Path, log: RunLog, screen: io.StringIO, clock: Clock) -> None:
     """After 2 epochs of 10 steps and 5 steps; one more in 20 s, so 24 more need 8 minutes."""
     log.handle(start(2) | {"first_step": 5})
