@@ -19,6 +19,7 @@ import torch
 
 from . import distributed
 from .checkpoint import Checkpoint, TrainState, save_checkpoint, save_train_state
+from .engine import Trainee
 from .errors import UserError
 
 SCORE = "checkpoint_score"  # Ray Train keeps the checkpoint with the largest, the later of equals, and the latest
@@ -26,6 +27,73 @@ NO_SCORE, WITHIN_EPOCH = -1.0, -2.0  # where val/mAP is nan, and where there is 
 _ROOM = (
     2**20
 )  # bytes that a checkpoint must leave free: Ray's own list of checkpoints is written after it, and must not be cut off
+
+
+def capture(trainee: Trainee, device: torch.device, *, epoch: int, data: str, **within: Any) -> TrainState:
+    """All that going on needs; ranks must all call it.
+
+    Args:
+        trainee: what is trained.
+        device: where it is.
+        epoch: finished epochs.
+        data: fingerprint of train and val.
+        within: `step`, `account` and `stats` of a `TrainState`, within an epoch.
+    """
+    return TrainState(
+        trainee.network.state_dict(),
+        trainee.optimizer.state_dict(),
+        trainee.scheduler.state_dict(),
+        trainee.scaler.state_dict(),
+        trainee.ema.state_dict() if trainee.ema is not None else None,
+        epoch,
+        data,
+        world_size=distributed.world_size(),
+        rng=distributed.all_gather(get_rng(device)),
+        **within,
+    )
+
+
+def restore(trainee: Trainee, state: TrainState, rank: int, device: torch.device) -> None:
+    """The reverse of `capture`, on each rank; ranks that there were not share the random states of those that there were.
+
+    Raises:
+        UserError: if the label graph is another than the run was trained with.
+    """
+    check_graph(state.model, trainee.network.state_dict())
+    trainee.network.load_state_dict(state.model)
+    trainee.optimizer.load_state_dict(dict(state.optimizer))
+    trainee.scheduler.load_state_dict(dict(state.scheduler))
+    trainee.scaler.load_state_dict(dict(state.scaler))
+    if trainee.ema is not None and state.ema is not None:
+        trainee.ema.load_state_dict(dict(state.ema))
+    if state.rng:
+        set_rng(state.rng[rank % len(state.rng)], device)
+
+
+def get_rng(device: torch.device) -> dict[str, torch.Tensor]:
+    """States of torch's generators, the only ones that training draws from: augmentation is seeded by epoch and row."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"device": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_rng(state: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """The reverse of `get_rng`."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "device" in state:
+        torch.cuda.set_rng_state(state["device"], device)
+
+
+def check_graph(saved: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> None:
+    """Refuses to go on with another label graph than the run was trained with; both are state dicts of the network.
+
+    Raises:
+        UserError: if their masks differ.
+    """
+    key = "label_semantics.attend_mask"
+    if key in saved and not torch.equal(saved[key].cpu(), now[key].cpu()):
+        raise UserError(
+            "data.label_counts: gives another label graph than the run was trained with; give the file that it started with"
+        )
 
 
 def report_checkpoint(run: Path, metrics: Mapping[str, Any], checkpoint: Checkpoint | None, state: TrainState) -> str:
@@ -91,19 +159,6 @@ def clear_leftovers(run: Path) -> None:
 def scored_checkpoints() -> list[ray.train.ReportedCheckpoint]:
     """Those of finished epochs that Ray Train holds."""
     return [one for one in ray.train.get_all_reported_checkpoints() if "val/mAP" in one.metrics]
-
-
-def get_rng(device: torch.device) -> dict[str, torch.Tensor]:
-    """States of torch's generators, the only ones that training draws from: augmentation is seeded by epoch and row."""
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"device": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_rng(state: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """The reverse of `get_rng`."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "device" in state:
-        torch.cuda.set_rng_state(state["device"], device)
 
 
 def best_index(scores: Sequence[float]) -> int:

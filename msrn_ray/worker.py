@@ -22,7 +22,7 @@ import torch
 
 from . import distributed
 from .accounting import Account, Ledger
-from .checkpoint import Checkpoint, TrainState, load_checkpoint, load_train_state
+from .checkpoint import Checkpoint, load_checkpoint, load_train_state
 from .config import ExperimentConfig
 from .ema import build_ema, copy_buffers
 from .engine import EpochStats, Progress, SavePoints, Scores, Trainee, evaluate, gather_scores, train_one_epoch
@@ -39,11 +39,11 @@ from .saving import (
     SCORE,
     WITHIN_EPOCH,
     best_index,
+    capture,
     clear_leftovers,
-    get_rng,
     report_checkpoint,
+    restore,
     scored_checkpoints,
-    set_rng,
 )
 from .word_vectors import LEARNED
 
@@ -153,15 +153,7 @@ class Worker:
             raise UserError(
                 f"checkpoint {latest.path} is of other images or labels than data.root holds; start a new run"
             )
-        check_graph(state.model, self.trainee.network.state_dict())
-        self.trainee.network.load_state_dict(state.model)
-        self.trainee.optimizer.load_state_dict(dict(state.optimizer))
-        self.trainee.scheduler.load_state_dict(dict(state.scheduler))
-        self.trainee.scaler.load_state_dict(dict(state.scaler))
-        if self.trainee.ema is not None and state.ema is not None:
-            self.trainee.ema.load_state_dict(dict(state.ema))
-        if state.rng:
-            set_rng(state.rng[self.rank % len(state.rng)], self.device)
+        restore(self.trainee, state, self.rank, self.device)
         if state.step == 0:
             return _Start(state.epoch, EpochStats(), Account.empty(num_rows))
         account = Account.unpack(state.account, num_rows)
@@ -299,26 +291,6 @@ class Worker:
         num_bad = self.collect_bad(split)
         return split_metrics(split, scores, self.counts.names) | {f"{split}/bad_images": num_bad}
 
-    def train_state(
-        self, epoch: int, step: int, account: Mapping[str, torch.Tensor], stats: Mapping[str, float]
-    ) -> TrainState:
-        """All that going on needs; ranks must all call it."""
-        trainee = self.trainee
-        return TrainState(
-            trainee.network.state_dict(),
-            trainee.optimizer.state_dict(),
-            trainee.scheduler.state_dict(),
-            trainee.scaler.state_dict(),
-            trainee.ema.state_dict() if trainee.ema is not None else None,
-            epoch,
-            self.loop["fingerprint"],
-            step,
-            account,
-            stats,
-            self.world,
-            distributed.all_gather(get_rng(self.device)),
-        )
-
     def save_within(self, stats: EpochStats) -> None:
         """A checkpoint within an epoch: what going on needs, and which images are done.
 
@@ -327,12 +299,13 @@ class Worker:
         """
         account = self.ledger.balance(stats.steps, self.bad["train"].gather())
         distributed.average_buffers(self.trainee.network)
-        state = self.train_state(self.epoch, stats.steps, account.pack(), asdict(stats))
+        within = {"step": stats.steps, "account": account.pack(), "stats": asdict(stats)}
+        state = capture(self.trainee, self.device, epoch=self.epoch, data=self.loop["fingerprint"], **within)
         report_checkpoint(self.folder, {"epoch": self.epoch + 1, SCORE: WITHIN_EPOCH}, None, state)
 
     def save_epoch(self, metrics: dict[str, Any], epoch: int) -> None:
         """The checkpoint at an epoch's end, with weights to predict with and their scores; `epoch` are finished."""
-        state = self.train_state(epoch, 0, {}, {})
+        state = capture(self.trainee, self.device, epoch=epoch, data=self.loop["fingerprint"])
         checkpoint = Checkpoint(
             self.config,
             self.counts.names,
@@ -357,19 +330,6 @@ class Worker:
         network.load_state_dict(dict(weights))
         metrics = self.score("test", network)
         self.send("test", metrics=metrics)
-
-
-def check_graph(saved: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> None:
-    """Refuses to go on with another label graph than the run was trained with; both are state dicts of the network.
-
-    Raises:
-        UserError: if their masks differ.
-    """
-    key = "label_semantics.attend_mask"
-    if key in saved and not torch.equal(saved[key].cpu(), now[key].cpu()):
-        raise UserError(
-            "data.label_counts: gives another label graph than the run was trained with; give the file that it started with"
-        )
 
 
 def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:

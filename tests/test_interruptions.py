@@ -19,7 +19,8 @@ from msrn_ray.config import ExperimentConfig
 from msrn_ray.datasets.scenes import generate_scenes
 from msrn_ray.errors import UserError
 from msrn_ray.materials import Materials
-from msrn_ray.trainer import TrainResult, resume_config, train
+from msrn_ray.resuming import resume_config
+from msrn_ray.trainer import TrainResult, train
 
 from .recorded_run import Kill, Record, read_record, recording
 from .test_train import coco_copy, small_config

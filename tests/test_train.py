@@ -25,8 +25,9 @@ from msrn_ray.evaluation import evaluate_checkpoint
 from msrn_ray.label_graph import LabelCounts, Provenance, save_counts
 from msrn_ray.predictor import Predictor
 from msrn_ray.presets import PRESETS
+from msrn_ray.resuming import resume_config
 from msrn_ray.splits import load_splits
-from msrn_ray.trainer import TrainResult, resume_config, train
+from msrn_ray.trainer import TrainResult, train
 from msrn_ray.word_vectors import load_word_vectors
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

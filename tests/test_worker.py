@@ -22,8 +22,9 @@ from msrn_ray.engine import EpochStats, Trainee
 from msrn_ray.errors import UserError
 from msrn_ray.model import build_model, choose_attention_kernels
 from msrn_ray.pipeline import BadImages
+from msrn_ray.saving import get_rng
 from msrn_ray.types import SampleTable
-from msrn_ray.worker import Worker, amp_dtype, get_rng
+from msrn_ray.worker import Worker, amp_dtype
 
 CPU = torch.device("cpu")
 
