@@ -41,7 +41,7 @@ Tau = Annotated[float | Literal["auto"], BeforeValidator(_check_tau)]
 def _check_interval(value: Any) -> Any:
     if value is None or re.fullmatch(r"0*[1-9]\d* ?steps?|(?=.*[1-9])\d+(\.\d+)? ?minutes?", str(value)):
         return value
-    raise ValueError(f'train.checkpoint_every: must be like "200 steps", "10 minutes" or null (got {value!r})')
+    raise ValueError(f'train.checkpoint_every: must be like "200 steps", "10 minutes" or None (got {value!r})')
 
 
 Interval = Annotated[str | None, BeforeValidator(_check_interval)]

@@ -17,7 +17,6 @@ from msrn_ray import trainer
 from msrn_ray.checkpoint import load_checkpoint, load_train_state
 from msrn_ray.config import ExperimentConfig
 from msrn_ray.datasets.scenes import generate_scenes
-from msrn_ray.errors import UserError
 from msrn_ray.materials import Materials
 from msrn_ray.resuming import resume_config
 from msrn_ray.trainer import TrainResult, train
@@ -207,11 +206,3 @@ def test_one_image_and_more_workers_than_images(local_ray: None, tmp_path: Path)
     assert record.starts == [((0, 0), 2)]
     assert record.rows == {0: [0]}
     assert [line["train/images"] for line in lines_of(result)] == [1]
-
-
-def test_a_remainder_that_is_all_there_is(tmp_path: Path) -> None:
-    root = make_coco(tmp_path / "data", {"train": [[0, 1]], "val": [[0], [1, 2]]})
-    settings = {"data.missing_words": "random", "protocol": "paper", "data.drop_last": True}
-    with pytest.raises(UserError, match=r"data\.drop_last leaves out all 1 train images.*train\.batch_size=8"):
-        train(config_of(root, tmp_path / "runs", **settings))
-    assert not (tmp_path / "runs").exists()

@@ -12,6 +12,7 @@ import torch
 from msrn_ray.config import ResourceSettings
 from msrn_ray.errors import UserError
 from msrn_ray.resources import Allocation, allocate, connect, decode_cpus, default_workers
+from msrn_ray.trainer import scaling
 
 
 def cluster(monkeypatch: pytest.MonkeyPatch, *, cpus: float, gpus: float | None = None, cores: int = 16) -> None:
@@ -79,6 +80,12 @@ def test_more_than_there_is_is_refused_with_both_numbers(
     with pytest.raises(UserError) as caught:
         allocate(ResourceSettings(**settings))
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_a_range_is_left_to_ray_train_and_a_number_is_not() -> None:
+    assert scaling(Allocation(4, True, 1, (2, 8))).num_workers == (2, 8)
+    assert scaling(Allocation(4, False, 3)).num_workers == 4
+    assert scaling(Allocation(4, False, 3)).resources_per_worker == {"CPU": 3}
 
 
 @pytest.mark.parametrize(
