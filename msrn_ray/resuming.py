@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from .splits import Splits, fingerprint
 from .word_vectors import LEARNED
 
 CONFIG_FILE, DATA_FILE = "config.yaml", "data.json"
+LIST_FILE = "checkpoint_manager_snapshot.json"  # Ray Train's list of the run's checkpoints, which it writes in place
+LIST_COPY = f".{LIST_FILE}"  # as it was before the last checkpoint
 _MAY_CHANGE = (
     "resources.",
     "model.compile",
@@ -97,6 +100,29 @@ def check_data(folder: Path, data: Mapping[str, str]) -> None:
             f"{folder} was trained on other images or labels: {said}, fingerprint {known[:12]}; now {data['data']}, fingerprint"
             f" {data['fingerprint'][:12]}; name its data with --data.root, or start a new run"
         )
+
+
+def check_list(folder: Path) -> None:
+    """Mends Ray Train's list of checkpoints where an interruption cut it off; without it a run would begin anew.
+
+    Raises:
+        UserError: if there are checkpoints, but neither the list nor its copy can be read.
+    """
+    if not any(folder.glob("epoch_*")) or _is_whole(folder / LIST_FILE):
+        return
+    if not _is_whole(folder / LIST_COPY):
+        raise UserError(
+            f"{folder / LIST_FILE}: Ray Train's list of the checkpoints is missing or cut off; put it back from a copy, or delete the"
+            f" folders epoch_* beside it to train from the beginning"
+        )
+    shutil.copyfile(folder / LIST_COPY, folder / LIST_FILE)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

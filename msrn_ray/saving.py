@@ -21,6 +21,7 @@ from . import distributed
 from .checkpoint import Checkpoint, TrainState, save_checkpoint, save_train_state
 from .engine import Trainee
 from .errors import UserError
+from .resuming import LIST_COPY, LIST_FILE
 
 SCORE = "checkpoint_score"  # Ray Train keeps the checkpoint with the largest, the later of equals, and the latest
 NO_SCORE, WITHIN_EPOCH = -1.0, -2.0  # where val/mAP is nan, and where there is none: below any val/mAP
@@ -118,6 +119,8 @@ def report_checkpoint(run: Path, metrics: Mapping[str, Any], checkpoint: Checkpo
         return name
     partial = run / f".{name}"
     try:
+        if (run / LIST_FILE).is_file():
+            shutil.copyfile(run / LIST_FILE, run / LIST_COPY)
         if checkpoint is None:
             save_train_state(partial, state)
         else:
@@ -151,7 +154,7 @@ def clear_leftovers(run: Path) -> None:
             f"train.storage: {run} is not there on a worker's node; give a folder that every node has mounted"
         )
     known = {Path(one.checkpoint.path).name for one in ray.train.get_all_reported_checkpoints()}
-    for folder in run.glob("*epoch_*"):
+    for folder in run.glob("*epoch_*" if known else ".epoch_*"):
         if folder.name not in known:
             shutil.rmtree(folder)
 

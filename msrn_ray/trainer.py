@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from .config import ExperimentConfig
 from .errors import AccountingError, UserError
 from .materials import Materials, describe, gather_materials
 from .resources import Allocation, allocate, connect
-from .resuming import CONFIG_FILE, DATA_FILE, check_batch, check_data, check_resumable, describe_data
+from .resuming import CONFIG_FILE, DATA_FILE, check_batch, check_data, check_list, check_resumable, describe_data
 from .run_log import RunLog
 from .saving import SCORE
 from .splits import fingerprint
@@ -229,6 +229,7 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
     data = describe_data(materials.splits, config)
     if resume:
         check_data(folder, data)
+        check_list(folder)
     for line in describe(materials, config):
         print(line, flush=True)
     print("starting Ray and the workers (the first run on a machine also compiles kernels)", flush=True)
@@ -248,7 +249,8 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
         with listening(events, log):
             run_trainer(build_trainer(config, materials, allocation, run_name=name, events=events))
     except UserError as error:
-        (folder / FAILURE_FILE).write_text(f"{error}\n", encoding="utf-8")
+        with suppress(OSError):  # a full disk may be what is told of
+            (folder / FAILURE_FILE).write_text(f"{error}\n", encoding="utf-8")
         raise
     except KeyboardInterrupt:
         print(f"interrupted; go on with: msrn train --resume {folder}", file=sys.stderr)

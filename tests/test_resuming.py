@@ -10,7 +10,7 @@ import pytest
 
 from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
-from msrn_ray.resuming import DATA_FILE, check_batch, check_data, describe_data
+from msrn_ray.resuming import DATA_FILE, LIST_COPY, LIST_FILE, check_batch, check_data, check_list, describe_data
 from msrn_ray.splits import Splits
 from msrn_ray.types import SampleTable
 
@@ -68,3 +68,25 @@ def test_a_remainder_that_would_be_everything() -> None:
     check_batch(CONFIG, 1)
     with pytest.raises(UserError, match=r"data\.drop_last leaves out all 15 train images.*train\.batch_size=16"):
         check_batch(dropping, 15)
+
+
+@pytest.mark.parametrize("cut", ["", '{"checkpoint_results": [', None])
+def test_a_list_of_checkpoints_that_was_cut_off(tmp_path: Path, cut: str | None) -> None:
+    """As a kill or a full disk may leave it: the copy from before the last checkpoint takes its place."""
+    if cut is not None:
+        (tmp_path / LIST_FILE).write_text(cut)
+    check_list(tmp_path)  # no checkpoint, nothing to lose
+    (tmp_path / "epoch_0001_5f").mkdir()
+    with pytest.raises(UserError, match=r"snapshot\.json: .* missing or cut off; put it back from a copy, or delete"):
+        check_list(tmp_path)
+    (tmp_path / LIST_COPY).write_text('{"checkpoint_results": []}')
+    check_list(tmp_path)
+    assert (tmp_path / LIST_FILE).read_text() == '{"checkpoint_results": []}'
+
+
+def test_a_whole_list_of_checkpoints_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "epoch_0001_5f").mkdir()
+    (tmp_path / LIST_FILE).write_text('{"new": 1}')
+    (tmp_path / LIST_COPY).write_text('{"old": 1}')
+    check_list(tmp_path)
+    assert (tmp_path / LIST_FILE).read_text() == '{"new": 1}'

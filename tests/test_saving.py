@@ -16,6 +16,7 @@ import torch
 from msrn_ray import saving
 from msrn_ray.checkpoint import load_checkpoint, load_train_state
 from msrn_ray.errors import UserError
+from msrn_ray.resuming import LIST_FILE, check_list
 from msrn_ray.saving import NO_SCORE, SCORE, WITHIN_EPOCH, clear_leftovers, report_checkpoint
 
 from .test_checkpoint import state_of
@@ -62,6 +63,14 @@ def test_a_finished_epoch_and_one_that_is_not(tmp_path: Path, reports: Reports) 
     assert {call["checkpoint_upload_mode"] for call in reports} == {ray.train.CheckpointUploadMode.NO_UPLOAD}
 
 
+def test_ray_trains_list_is_copied_before_it_is_written_again(tmp_path: Path, reports: Reports) -> None:
+    (tmp_path / LIST_FILE).write_text("{}")
+    report_checkpoint(tmp_path, {"epoch": 1}, None, state_of(0, 5))
+    (tmp_path / LIST_FILE).write_text("")
+    check_list(tmp_path)
+    assert (tmp_path / LIST_FILE).read_text() == "{}"
+
+
 def test_scores_keep_finished_epochs_before_all_others() -> None:
     assert WITHIN_EPOCH < NO_SCORE < 0
 
@@ -105,5 +114,11 @@ def test_what_an_interruption_left_is_deleted(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", lambda: known)
     clear_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch_0001_5e", "tensorboard"]
+    known.clear()
+    (tmp_path / ".epoch_0002_5f").mkdir()
+    clear_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch_0001_5e", "tensorboard"], (
+        "where Ray Train knows of none, its list may be lost, and the checkpoints must not be"
+    )
     with pytest.raises(UserError, match=r"train\.storage: .* not there on a worker's node"):
         clear_leftovers(tmp_path / "elsewhere")
