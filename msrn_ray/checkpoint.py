@@ -6,7 +6,7 @@ Both are plain tensors, numbers and text, read with `weights_only=True`: a check
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -63,6 +63,11 @@ class TrainState:
         ema: state dict of the moving average, or None.
         epoch: finished epochs.
         data: fingerprint of train and val.
+        step: finished steps of the epoch after those; 0 at an epoch's end.
+        account: rows of that epoch that are done, packed (`accounting.Account.pack`); empty at an epoch's end.
+        stats: sums of that epoch so far (`engine.EpochStats`); empty at an epoch's end.
+        world_size: ranks that trained.
+        rng: of each rank, the states of torch's generators: `cpu`, and `device` where that is a GPU.
     """
 
     model: Mapping[str, Tensor]
@@ -72,10 +77,19 @@ class TrainState:
     ema: Mapping[str, Any] | None
     epoch: int
     data: str
+    step: int = 0
+    account: Mapping[str, Tensor] = field(default_factory=dict)
+    stats: Mapping[str, float] = field(default_factory=dict)
+    world_size: int = 1
+    rng: Sequence[Mapping[str, Tensor]] = ()
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, state: TrainState | None = None) -> None:
-    """Writes both files; each appears whole or not at all."""
+    """Writes both files; each appears whole or not at all.
+
+    Raises:
+        OSError: where there is no room or no right to write.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "format": FORMAT,
@@ -94,7 +108,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, state: TrainState | No
     }
     _save(folder / MODEL_FILE, content)
     if state is not None:
-        _save(folder / STATE_FILE, {name: getattr(state, name) for name in TrainState.__dataclass_fields__})
+        save_train_state(folder, state)
+
+
+def save_train_state(folder: Path, state: TrainState) -> None:
+    """Writes `train_state.pt` alone, which is what a checkpoint within an epoch holds: it has no scores to be chosen by."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _save(folder / STATE_FILE, {name: getattr(state, name) for name in TrainState.__dataclass_fields__})
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -160,15 +180,29 @@ def find_model_file(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"checkpoint {path}: no such file or folder")
     if (path / "config.yaml").is_file():
-        raise UserError(f"checkpoint {path}: this run has no checkpoint yet; go on with msrn train --resume {path}")
+        raise UserError(f"checkpoint {path}: no epoch of this run is finished; go on with msrn train --resume {path}")
+    if (path / STATE_FILE).is_file():
+        raise UserError(
+            f"checkpoint {path}: saved within an epoch, without scores; give the run folder, or go on with"
+            f" msrn train --resume {path.parent}"
+        )
     raise UserError(f"checkpoint {path}: holds neither {MODEL_FILE} nor {BEST_FILE}; give a checkpoint or a run folder")
 
 
 def _save(path: Path, content: Mapping[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        torch.save(dict(content), partial)
+        with partial.open("wb") as file:
+            torch.save(dict(content), file)
+            file.flush()
+            os.fsync(
+                file.fileno()
+            )  # a machine that goes down just after must not leave an empty file under the final name
         os.replace(partial, path)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch's own says nothing of a full disk
+            raise error.__context__ from None
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

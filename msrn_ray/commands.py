@@ -265,7 +265,7 @@ def starting_config(argv: list[str]) -> ExperimentConfig:
             {"train.run_name": None}
         )  # the same experiment, not the same run
     if "--resume" in starts:
-        from .trainer import resume_config
+        from .resuming import resume_config
 
         return resume_config(Path(starts["--resume"]))
     return PRESETS[named if named in PRESETS else "scenes"].config

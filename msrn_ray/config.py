@@ -6,6 +6,7 @@ The tree travels as plain data: to JSON and YAML, to the workers, into every che
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -35,6 +36,29 @@ def _check_tau(value: Any) -> Any:
 
 
 Tau = Annotated[float | Literal["auto"], BeforeValidator(_check_tau)]
+
+
+def _check_interval(value: Any) -> Any:
+    if value is None or re.fullmatch(r"0*[1-9]\d* ?steps?|(?=.*[1-9])\d+(\.\d+)? ?minutes?", str(value)):
+        return value
+    raise ValueError(f'train.checkpoint_every: must be like "200 steps", "10 minutes" or None (got {value!r})')
+
+
+Interval = Annotated[str | None, BeforeValidator(_check_interval)]
+
+
+def _check_workers(value: Any) -> Any:
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", str(value))
+    if match and match[2] is None and int(match[1]) >= 1:
+        return int(match[1])
+    if match and match[2] is not None and int(match[2]) > int(match[1]) >= 1:
+        return value
+    raise ValueError(f"resources.num_workers: must be 1 or more, or a range such as 2..8 (got {value!r})")
+
+
+Workers = Annotated[int | str | None, BeforeValidator(_check_workers)]
 
 
 class Settings(BaseModel):
@@ -106,6 +130,9 @@ class DataSettings(Settings):
     apart. Empty: the whole picture, resized."""
     flip: bool = True
     """Mirror train images left-right with probability 1/2."""
+    drop_last: bool = False
+    """Leave out the images of an epoch that do not fill a whole batch (others in each epoch). Off: the last step takes them, and its
+    loss is the mean over them."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Largest part of a split's images that may fail to decode before the run stops and names them."""
     max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 100_000_000
@@ -223,19 +250,46 @@ class TrainSettings(Settings):
     hang_minutes: Positive = 10.0
     """A worker that does nothing for so long, stopped or waiting for images, is named and its process ended, minutes; after a fifth of it
     a line warns. Must be longer than a step, its compilation or the saving of a checkpoint takes."""
+    checkpoint_every: Interval = "10 minutes"
+    """How often an epoch is saved half-way, to go on from there after an interruption: "200 steps" of an epoch, "10 minutes" (seen
+    every `log_every` steps), or None: only at an epoch's end, as is done anyway."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Workers that may be lost (killed, out of memory, a node gone) before the run stops; it goes on from its last checkpoint. Errors
+    that only a user can mend stop it at once."""
+
+    @property
+    def checkpoint_steps(self) -> int | None:
+        """Steps between two checkpoints, where they are counted in steps."""
+        number, counted, _ = (self.checkpoint_every or "").partition("step")
+        return int(number) if counted else None
+
+    @property
+    def checkpoint_seconds(self) -> float | None:
+        """Seconds between two checkpoints, where they are timed."""
+        number, timed, _ = (self.checkpoint_every or "").partition("minute")
+        return 60 * float(number) if timed else None
 
 
 class ResourceSettings(Settings):
     """What the run takes of the Ray cluster."""
 
-    num_workers: Annotated[int, Field(ge=1)] | None = None
-    """Data-parallel train workers. None: every GPU of the cluster; without a GPU 2 on a machine with 2 cores or more, else 1."""
+    num_workers: Workers = None
+    """Data-parallel train workers. None: every GPU of the cluster; without a GPU 2 on a machine with 2 cores or more, else 1. A range
+    such as 2..8: as many as the cluster has room for, fewer when a node is lost, more when one joins."""
     use_gpu: bool | None = None
     """Give each worker a GPU. None: where the cluster has one."""
     cpus_per_worker: Count = 1
     """CPUs that a worker reserves beside those that decode images."""
     dashboard: bool = False
     """Start Ray's dashboard with a cluster on this machine (a cluster that is joined has its own)."""
+
+    @property
+    def worker_range(self) -> tuple[int, int] | None:
+        """Fewest and most workers; None: not said."""
+        if self.num_workers is None:
+            return None
+        fewest, _, most = str(self.num_workers).partition("..")
+        return int(fewest), int(most or fewest)
 
 
 class ExperimentConfig(Settings):

@@ -70,7 +70,16 @@ class Progress:
 
 @dataclass
 class EpochStats:
-    """One training epoch: times (seconds) and images of this rank, loss sums over the steps as means over all ranks."""
+    """One training epoch so far; but for `seconds` and `first_batch_seconds` the same on all ranks at each check.
+
+    Attributes:
+        seconds: of this rank, checkpoints included, time between interruption and resumption not.
+        wait_seconds: waiting for batches, mean over ranks.
+        first_batch_seconds: of this rank, for the first batch of the epoch or after its last resumption.
+        images: trained on, over all ranks.
+        classification_sum, group_sum: losses summed over the steps.
+        steps: optimizer steps.
+    """
 
     seconds: float = 0.0
     wait_seconds: float = 0.0
@@ -79,6 +88,38 @@ class EpochStats:
     classification_sum: float = 0.0
     group_sum: float = 0.0
     steps: int = 0
+
+
+@dataclass
+class SavePoints:
+    """When an epoch is saved half-way.
+
+    A time is up when rank 0's clock says so: each check sums a few figures over the ranks anyway, and that goes with them, so that ranks
+    agree on the step without a message more.
+
+    Attributes:
+        save: called on every rank after a check, with the epoch so far.
+        steps: save after each so many steps of an epoch, or None.
+        seconds: save at the first check so long after the last checkpoint, or None.
+        last: when that was (`time.monotonic`).
+    """
+
+    save: Callable[[EpochStats], None]
+    steps: int | None = None
+    seconds: float | None = None
+    last: float = field(default_factory=time.monotonic)
+
+    def is_step(self, steps: int) -> bool:
+        """Whether to save after so many steps of the epoch."""
+        return self.steps is not None and steps % self.steps == 0
+
+    def is_time(self) -> bool:
+        """Whether this rank's time is up."""
+        return self.seconds is not None and time.monotonic() - self.last >= self.seconds
+
+    def restart(self) -> None:
+        """Starts the clock again; to be called after every checkpoint."""
+        self.last = time.monotonic()
 
 
 @dataclass
@@ -143,22 +184,31 @@ def train_step(trainee: Trainee, batch: Batch, num_rows: int) -> Tensor:
 def train_one_epoch(
     trainee: Trainee,
     batches: Iterator[Batch],
+    stats: EpochStats,
     *,
+    num_steps: int,
     step_rows: Callable[[int], int],
     device: torch.device,
     log_every: int,
+    save_points: SavePoints,
+    on_rows: Callable[[npt.NDArray[np.int64]], None],
     on_progress: Callable[[Progress], None],
     count_bad: Callable[[], int],
     name_rows: Callable[[list[int]], list[str]],
-) -> EpochStats:
-    """Runs one epoch; every `log_every` steps, and at the end, ranks agree whether the loss is finite and report.
+) -> None:
+    """Runs an epoch, or what is left of one; every `log_every` steps, at save points and at the end, ranks agree whether the loss is
+    finite and report.
 
     Args:
         trainee: what is trained.
-        batches: this rank's step batches on the CPU.
+        batches: this rank's step batches on the CPU, from step `stats.steps` on.
+        stats: the epoch so far; kept up to date.
+        num_steps: steps of the whole epoch.
         step_rows: planned images of step s over all ranks.
         device: where the model is.
         log_every: steps between two checks.
+        save_points: when to save within the epoch; its end is the caller's.
+        on_rows: called after each step with the rows of this rank's images in it, on the CPU.
         on_progress: called on every rank with means over all ranks; may raise, on all ranks alike.
         count_bad: images of this rank that could not be decoded so far.
         name_rows: image ids of row numbers, for the error.
@@ -167,30 +217,32 @@ def train_one_epoch(
         NonFiniteLossError: on all ranks at the same check, naming the first bad step and the images of it.
     """
     trainee.model.train()
-    stats = EpochStats()
     window = _Window()
-    start = mark = time.perf_counter()
+    first, start, before = stats.steps, time.perf_counter(), stats.seconds
     while True:
         waiting = time.perf_counter()
         batch = next(batches, None)
         waited = time.perf_counter() - waiting
         if batch is None:
             break
-        if stats.steps == 0:
+        if stats.steps == first:
             stats.first_batch_seconds = waited
-        stats.wait_seconds += waited
         window.wait += waited
         loss = train_step(trainee, to_device(batch, device), step_rows(stats.steps))
         window.add(stats.steps, loss, batch)
-        stats.images += int(batch.valid.sum())
+        on_rows(window.rows[-1].numpy())
         stats.steps += 1
-        if stats.steps % log_every == 0:
-            mark = _report(window, stats, mark, count_bad(), on_progress, name_rows)
+        inside = stats.steps < num_steps
+        save = inside and save_points.is_step(stats.steps)
+        if stats.steps % log_every == 0 or save or not inside:
+            stats.seconds = before + time.perf_counter() - start
+            is_time = _report(window, stats, save_points.is_time(), count_bad(), on_progress, name_rows)
+            if inside and (save or is_time):
+                save_points.save(stats)
+                save_points.restart()
             window = _Window()
-    if window.losses:
-        _report(window, stats, mark, count_bad(), on_progress, name_rows)
-    stats.seconds = time.perf_counter() - start
-    return stats
+    assert stats.steps == num_steps, f"an epoch of {num_steps} steps ended after {stats.steps}"
+    stats.seconds = before + time.perf_counter() - start
 
 
 @dataclass
@@ -202,23 +254,24 @@ class _Window:
     rows: list[Tensor] = field(default_factory=list)
     wait: float = 0.0
     images: int = 0
+    start: float = field(default_factory=time.perf_counter)
 
     def add(self, step: int, loss: Tensor, batch: Batch) -> None:
         self.steps.append(step)
         self.losses.append(loss)
         self.rows.append(batch.row[batch.valid])
-        self.images += int(batch.valid.sum())
+        self.images += len(self.rows[-1])
 
 
 def _report(
     window: _Window,
     stats: EpochStats,
-    mark: float,
+    is_time: bool,
     num_bad: int,
     on_progress: Callable[[Progress], None],
     name_rows: Callable[[list[int]], list[str]],
-) -> float:
-    """Checks and reports the window on all ranks together; the one place of an epoch that waits for the device."""
+) -> bool:
+    """Checks and reports the window on all ranks together; the one place of an epoch that waits for the device. -> rank 0's `is_time`."""
     losses = torch.stack(window.losses)  # [steps, 2]
     now = time.perf_counter()
     device = losses.device
@@ -234,13 +287,16 @@ def _report(
             " lower optim.lr, or look at those images and labels"
         )
     classification, groups = (losses.double().sum(0) / distributed.world_size()).tolist()
+    flag = float(is_time and distributed.rank() == 0)
     sums = torch.tensor(
-        [classification, groups, window.images, window.wait, num_bad], dtype=torch.float64, device=device
+        [classification, groups, window.images, window.wait, num_bad, flag], dtype=torch.float64, device=device
     )
-    classification, groups, images, wait, bad = distributed.all_reduce(sums, "sum").tolist()
-    seconds = max(now - mark, 1e-9)
+    classification, groups, images, wait, bad, agreed = distributed.all_reduce(sums, "sum").tolist()
+    seconds = max(now - window.start, 1e-9)
     stats.classification_sum += classification
     stats.group_sum += groups
+    stats.images += int(images)
+    stats.wait_seconds += wait / distributed.world_size()
     on_progress(
         Progress(
             stats.steps,
@@ -250,7 +306,7 @@ def _report(
             int(bad),
         )
     )
-    return time.perf_counter()
+    return bool(agreed)
 
 
 @torch.inference_mode()

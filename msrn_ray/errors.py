@@ -1,4 +1,4 @@
-"""The one exception class that means "the user can mend this"; the command line prints it in one line and exits with 2."""
+"""What the project raises: `UserError` means "the user can mend this"; the command line prints it in one line and exits with 2."""
 
 
 class UserError(ValueError):
@@ -11,3 +11,7 @@ class NonFiniteLossError(UserError):
 
 class BadImagesError(UserError):
     """More images could not be decoded than `data.max_bad_fraction` allows; the message names them."""
+
+
+class AccountingError(RuntimeError):
+    """Images of an epoch were trained on twice, too early or not at all; training stops rather than go on with a wrong epoch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from .errors import BadImagesError, UserError
 from .model import choose_attention_kernels
 from .pipeline import BadImages, limit_ray_data
 from .predictor import build_from_checkpoint
-from .resources import allocate, connect
+from .resources import allocate, connect, decode_cpus
+from .scoring import score_split, split_metrics
 from .splits import load_splits
 from .trainer import absolute_paths, run_config, run_trainer, scaling
-from .worker import score_split, split_metrics
 
 
 def evaluate_checkpoint(path: Path, config: ExperimentConfig, split: str) -> dict[str, Any]:
@@ -44,14 +45,13 @@ def evaluate_checkpoint(path: Path, config: ExperimentConfig, split: str) -> dic
     check_labels(checkpoint, table.label_names, str(path))
     print(f"scoring {len(table)} {split} images; starting Ray and the workers", flush=True)
     connect(config.resources)
-    allocation = allocate(config.resources)
+    allocation = replace(allocate(config.resources), elastic=None)  # a split is scored in one go
     loop_config = {
         "config": config.to_dict(),
         "checkpoint": ray.put(checkpoint),
         "table": ray.put(table.table),
         "size": len(table),
         "split": split,
-        "data_cpus": allocation.data_cpus,
     }
     with tempfile.TemporaryDirectory(prefix="msrn_evaluate_") as storage:
         trainer = TorchTrainer(
@@ -95,7 +95,7 @@ def check_labels(checkpoint: Checkpoint, label_names: tuple[str, ...], name: str
 def _evaluate_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     """Ray Train's entry of each worker; rank 0's value is what the driver gets."""
     config = ExperimentConfig.model_validate(loop_config["config"])
-    limit_ray_data(loop_config["data_cpus"])
+    limit_ray_data(decode_cpus(ray.train.get_context().get_world_size(), config.resources.cpus_per_worker))
     checkpoint: Checkpoint = ray.get(loop_config["checkpoint"])
     device = ray.train.torch.get_device()
     network = build_from_checkpoint(checkpoint).to(device)

@@ -19,16 +19,16 @@ class Allocation:
     """What the run takes.
 
     Attributes:
-        num_workers: data-parallel train workers.
+        num_workers: data-parallel train workers; of a range as many as there is room for now.
         use_gpu: one GPU a worker.
         cpus_per_worker: logical CPUs a worker reserves.
-        data_cpus: logical CPUs left for each worker's decode tasks.
+        elastic: fewest and most workers, where their number may change while the run goes on.
     """
 
     num_workers: int
     use_gpu: bool
     cpus_per_worker: int
-    data_cpus: float
+    elastic: tuple[int, int] | None = None
 
 
 def connect(settings: ResourceSettings) -> None:
@@ -49,12 +49,13 @@ def connect(settings: ResourceSettings) -> None:
         return
     cores = usable_cores()
     gpus = 0 if settings.use_gpu is False else torch.cuda.device_count()
-    workers = settings.num_workers or default_workers(gpus)
-    if workers * settings.cpus_per_worker > cores:
+    fewest, most = settings.worker_range or (default_workers(gpus),) * 2
+    if fewest * settings.cpus_per_worker > cores:
         raise UserError(
-            f"resources.num_workers={workers} x {settings.cpus_per_worker} CPUs are more than this machine's {cores} cores;"
-            " lower them, or join a cluster (RAY_ADDRESS)"
+            f"resources.num_workers={settings.num_workers or fewest} x {settings.cpus_per_worker} CPUs are more than this machine's"
+            f" {cores} cores; lower them, or join a cluster (RAY_ADDRESS)"
         )
+    workers = min(most, cores // settings.cpus_per_worker)
     ray.init(
         address="local",
         num_cpus=(2 if gpus else 1) * cores + workers * settings.cpus_per_worker,
@@ -83,17 +84,37 @@ def allocate(settings: ResourceSettings) -> Allocation:
     there = ray.cluster_resources()
     cpus, gpus = there.get("CPU", 0.0), int(there.get("GPU", 0))
     use_gpu = gpus > 0 if settings.use_gpu is None else settings.use_gpu
-    num_workers = settings.num_workers or default_workers(gpus if use_gpu else 0)
+    room = int(cpus - 1) // settings.cpus_per_worker  # one CPU decodes
+    fewest, most = settings.worker_range or (default_workers(gpus if use_gpu else 0),) * 2
     if settings.num_workers is None and not use_gpu:
-        num_workers = max(1, min(num_workers, int(cpus - 1) // settings.cpus_per_worker))
-    if use_gpu and num_workers > gpus:
+        fewest = most = max(1, min(most, room))
+    asked = settings.num_workers or fewest
+    if use_gpu and fewest > gpus:
         raise UserError(
-            f"resources.num_workers={num_workers} needs as many GPUs, the cluster has {gpus}; lower it or set resources.use_gpu false"
+            f"resources.num_workers={asked} needs as many GPUs, the cluster has {gpus}; lower it or set resources.use_gpu false"
         )
-    free = cpus - num_workers * settings.cpus_per_worker
-    if free < 1:
+    if fewest > room:
         raise UserError(
-            f"resources.num_workers={num_workers} x {settings.cpus_per_worker} CPUs, and one for decoding, are more than the cluster's"
+            f"resources.num_workers={asked} x {settings.cpus_per_worker} CPUs, and one for decoding, are more than the cluster's"
             f" {cpus:g} CPUs; lower resources.num_workers or resources.cpus_per_worker"
         )
-    return Allocation(num_workers, use_gpu, settings.cpus_per_worker, max(1.0, free // num_workers))
+    now = min(most, room, gpus) if use_gpu else min(most, room)
+    if not use_gpu:
+        most = now  # Ray would start workers on every CPU of a cluster that grows, and leave none that decodes
+    return Allocation(now, use_gpu, settings.cpus_per_worker, (fewest, most) if fewest < most else None)
+
+
+def decode_cpus(num_workers: int, cpus_per_worker: int) -> float:
+    """Logical CPUs of the cluster, as it is now, for the decode tasks of each of its workers; at least 1.
+
+    Raises:
+        UserError: if the workers leave none; they would wait for images for ever.
+    """
+    cpus = ray.cluster_resources().get("CPU", 0.0)
+    free = cpus - num_workers * cpus_per_worker
+    if free < 1:
+        raise UserError(
+            f"{num_workers} workers x {cpus_per_worker} CPUs leave none of the cluster's {cpus:g} CPUs for decoding; lower"
+            " resources.num_workers"
+        )
+    return float(max(1, free // num_workers))

@@ -51,7 +51,7 @@ class RunLog:
         self._epochs = 0
 
     def handle(self, event: Event) -> None:
-        """Shows and writes one event; `kind` is start, progress, epoch, bad or test."""
+        """Shows and writes one event; `kind` is start, progress, epoch, bad, failure or test."""
         getattr(self, f"_on_{event['kind']}")(event)
 
     def say(self, line: str) -> None:
@@ -72,7 +72,7 @@ class RunLog:
         checkpoint of but whose line a kill cut off are taken up."""
         first = event["first_epoch"]
         self._per_epoch, self._epochs = event["steps_per_epoch"], event["epochs"]
-        self._first, self._total = first * self._per_epoch, self._epochs * self._per_epoch
+        self._first, self._total = first * self._per_epoch + event["first_step"], self._epochs * self._per_epoch
         self._start = time.monotonic()
         self.history = [line for line in self.history if line["epoch"] <= first]
         known = {line["epoch"] for line in self.history}
@@ -157,6 +157,9 @@ class RunLog:
             csv.writer(file).writerows(rows)
         os.replace(partial, path)
         self.say(f"{event['split']}: {len(event['images'])} images could not be decoded and are left out, see {path}")
+
+    def _on_failure(self, event: Event) -> None:
+        self.say(event["text"])
 
     def _on_test(self, event: Event) -> None:
         self.test = dict(event["metrics"])

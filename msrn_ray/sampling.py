@@ -43,8 +43,19 @@ class TrainPlan:
     """Epochs of optimizer steps over a seeded global order.
 
     Step s of an epoch takes the same `batch_size` rows of the epoch's permutation whatever the number of ranks; rank r takes each
-    world-th of them from r on. The last step takes what is left. A rank that would be without a row there gets one filler
-    (valid = False), so that all ranks take the same number of steps.
+    world-th of them from r on. So what is left of an epoch is the plan from a step on, for another number of ranks too. The last step
+    takes what is left over, or is not there (`drop_last`). A rank that would be without a row there gets one filler (valid = False), so
+    that all ranks take the same number of steps.
+
+    Attributes:
+        num_rows: rows of the sample table.
+        batch_size: rows of a step over all ranks.
+        rank, world_size: which share this is.
+        seed: with the epoch, decides the order.
+        first_epoch, epochs: the plan goes from the one (0-based) to before the other.
+        block_size: rows of a decode task.
+        first_step: steps of `first_epoch` that are done already, fewer than `num_steps`.
+        drop_last: leave out the rows of each epoch that fill no whole step.
     """
 
     num_rows: int
@@ -55,50 +66,64 @@ class TrainPlan:
     first_epoch: int
     epochs: int
     block_size: int
+    first_step: int = 0
+    drop_last: bool = False
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of an epoch."""
-        return -(-self.num_rows // self.batch_size)
+        """Optimizer steps of a whole epoch."""
+        return self.num_rows // self.batch_size if self.drop_last else -(-self.num_rows // self.batch_size)
 
     def step_rows(self, step: int) -> int:
         """Rows of a step over all ranks, fillers not counted."""
         return min(self.batch_size, self.num_rows - step * self.batch_size)
 
-    @property
-    def blocks_per_epoch(self) -> int:
-        """Decode tasks of this rank in an epoch."""
-        return -(-len(self.epoch(self.first_epoch)[0]) // self.block_size)
+    def rows_before(self, epoch: int, step: int) -> Rows:
+        """[m] int64, the rows of all ranks in the steps of an epoch that come before `step`, in training order."""
+        return _order(self.num_rows, self.seed, epoch)[: min(step, self.num_steps) * self.batch_size]
 
     @property
     def num_blocks(self) -> int:
-        """Decode tasks of this rank from `first_epoch` to the end."""
-        return (self.epochs - self.first_epoch) * self.blocks_per_epoch
+        """Decode tasks of this rank from `first_epoch` and `first_step` to the end."""
+        later = self.epochs - self.first_epoch - 1
+        return 0 if later < 0 else self._blocks_of(self.first_epoch) + later * self._blocks_of(self.first_epoch + 1)
+
+    def _blocks_of(self, epoch: int) -> int:
+        return -(-len(self.epoch(epoch)[0]) // self.block_size)
 
     def epoch(self, epoch: int) -> tuple[Rows, npt.NDArray[np.bool_], Rows]:
-        """This rank's share of one epoch.
+        """This rank's share of one epoch; of `first_epoch` what comes from `first_step` on.
 
         Returns:
-            rows [m] int64 in training order, valid [m] bool, sizes [num_steps] int64 >= 1: how many of the rows each step takes.
+            rows [m] int64 in training order, valid [m] bool, sizes [steps] int64 >= 1: how many of the rows each step takes.
         """
-        return _rank_epoch(self.num_rows, self.batch_size, self.rank, self.world_size, self.seed, epoch)
+        first_step = self.first_step if epoch == self.first_epoch else 0
+        return _rank_epoch(self, epoch, first_step)
 
     def block(self, index: int) -> tuple[Rows, int]:
         """Rows of one decode task and the epoch that seeds their augmentation."""
-        epoch, part = divmod(index, self.blocks_per_epoch)
-        rows, _, _ = self.epoch(self.first_epoch + epoch)
-        return rows[part * self.block_size : (part + 1) * self.block_size], self.first_epoch + epoch
+        first = self._blocks_of(self.first_epoch)
+        if index < first:
+            epoch, part = self.first_epoch, index
+        else:
+            later, part = divmod(index - first, self._blocks_of(self.first_epoch + 1))
+            epoch = self.first_epoch + 1 + later
+        rows, _, _ = self.epoch(epoch)
+        return rows[part * self.block_size : (part + 1) * self.block_size], epoch
+
+
+@lru_cache(maxsize=2)  # this epoch and the next; 80 MB each at 10 M rows
+def _order(num_rows: int, seed: int, epoch: int) -> Rows:
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
 @lru_cache(maxsize=4)
-def _rank_epoch(
-    num_rows: int, batch_size: int, rank: int, world_size: int, seed: int, epoch: int
-) -> tuple[Rows, npt.NDArray[np.bool_], Rows]:
-    order = np.random.default_rng([seed, epoch]).permutation(num_rows)
-    place = np.arange(num_rows)
-    mine = place % batch_size % world_size == rank
-    rows, step = order[mine], place[mine] // batch_size
-    sizes = np.bincount(step, minlength=-(-num_rows // batch_size))
+def _rank_epoch(plan: TrainPlan, epoch: int, first_step: int) -> tuple[Rows, npt.NDArray[np.bool_], Rows]:
+    order = plan.rows_before(epoch, plan.num_steps)
+    place = np.arange(first_step * plan.batch_size, len(order))
+    place = place[place % plan.batch_size % plan.world_size == plan.rank]
+    rows, step = order[place], place // plan.batch_size - first_step
+    sizes = np.bincount(step, minlength=plan.num_steps - first_step)
     valid = np.ones(len(rows), bool)
     empty = np.flatnonzero(
         sizes == 0

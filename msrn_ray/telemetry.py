@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from itertools import count
 from typing import Any, TypeVar
 
 import grpc
@@ -97,9 +98,9 @@ class Pulse:
         epoch, step, _, _ = self._state
         self._state = (epoch, step, doing, time.monotonic())
 
-    def watch(self, batches: Iterator[T], epoch: int, doing: str) -> Iterator[T]:
+    def watch(self, batches: Iterator[T], epoch: int, doing: str, first_step: int = 1) -> Iterator[T]:
         """The same batches; notes when one is waited for, and that the rank is `doing` its work on it."""
-        for step in range(1, 1 << 62):
+        for step in count(first_step):
             self._state = (epoch, step, WAITING, time.monotonic())
             batch = next(batches, None)
             if batch is None:

@@ -6,13 +6,14 @@ driver and reports metrics and checkpoints to Ray Train.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,19 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
 from .checkpoint import find_model_file, load_checkpoint
-from .config import ExperimentConfig, load_config
-from .errors import UserError
+from .config import ExperimentConfig
+from .errors import AccountingError, UserError
 from .materials import Materials, describe, gather_materials
 from .resources import Allocation, allocate, connect
+from .resuming import CONFIG_FILE, DATA_FILE, check_batch, check_data, check_list, check_resumable, describe_data
 from .run_log import RunLog
+from .saving import SCORE
 from .splits import fingerprint
 from .watchdog import Watchdog
 from .word_vectors import LEARNED
 from .worker import train_loop_per_worker
 
-CONFIG_FILE, FAILURE_FILE, DATA_FILE = "config.yaml", "failure.txt", "data.sha256"
+FAILURE_FILE = "failure.txt"
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def build_trainer(
         "word_vectors": materials.word_vectors,
         "frequency": materials.frequency,
         "fingerprint": fingerprint(splits.train, splits.val),
-        "data_cpus": allocation.data_cpus,
+        "folder": str(Path(config.train.storage) / run_name),
         "events": events,
         "run_name": run_name,
     }
@@ -96,8 +99,9 @@ def build_trainer(
         run_config=run_config(
             run_name,
             config.train.storage,
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="val/mAP"),
-            callbacks=list(callbacks),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),
+            failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
+            callbacks=[Failures(events), *callbacks],
         ),
     )
 
@@ -117,10 +121,34 @@ def run_config(name: str, storage: str, **settings: Any) -> ray.train.RunConfig:
 def scaling(allocation: Allocation) -> ray.train.ScalingConfig:
     """Ray Train's scaling for an allocation."""
     return ray.train.ScalingConfig(
-        num_workers=allocation.num_workers,
+        num_workers=allocation.elastic or allocation.num_workers,  # type: ignore[arg-type]  # typed as Train V1
         use_gpu=allocation.use_gpu,
         resources_per_worker={"CPU": allocation.cpus_per_worker} | ({"GPU": 1} if allocation.use_gpu else {}),
     )
+
+
+class Failures(ray.train.UserCallback):
+    """Tells the user of a worker that failed, and ends the run at an error that starting again would only repeat.
+
+    Args:
+        events: gets a line for each failure.
+    """
+
+    def __init__(self, events: Queue | None) -> None:
+        self._events = events
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raises what is not to be tried again, whatever `train.max_failures` allows: Ray Train stops at an error of its callbacks, and
+        `run_trainer` hands it on."""
+        for error in worker_exceptions.values():
+            if isinstance(error, (UserError, AccountingError)):
+                raise error
+        if self._events is not None:
+            # where a rank is lost the others fail too, and may be seen first
+            rank, error = min(worker_exceptions.items(), key=lambda item: not hasattr(item[1], "health_check_failure"))
+            reason = str(getattr(error, "health_check_failure", error)).strip() or type(error).__name__
+            event = {"kind": "failure", "text": f"worker {rank} failed: {reason.splitlines()[0]}"}
+            self._events.actor.put.remote(event)  # type: ignore[attr-defined]  # without waiting: Ray Train's own loop calls this
 
 
 @contextmanager
@@ -134,6 +162,8 @@ def listening(events: Queue, log: RunLog, watchdog: Watchdog) -> Iterator[None]:
             while True:
                 last = stop.is_set()
                 for event in events.get_nowait_batch(min(events.qsize(), 64)):
+                    if event["kind"] == "start":
+                        watchdog.restart()
                     (watchdog.hear if event["kind"] == "beat" else log.handle)(event)
                 watchdog.look()
                 if last and events.empty():
@@ -200,9 +230,11 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
     if not resume and folder.exists():
         raise UserError(f"{folder} exists already; give another train.run_name, or --resume {folder}")
     materials = gather_materials(config)
-    data = fingerprint(materials.splits.train, materials.splits.val)
+    check_batch(config, len(materials.splits.train))
+    data = describe_data(materials.splits, config)
     if resume:
         check_data(folder, data)
+        check_list(folder)
     for line in describe(materials, config):
         print(line, flush=True)
     print("starting Ray and the workers (the first run on a machine also compiles kernels)", flush=True)
@@ -212,7 +244,7 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
         folder.mkdir(parents=True, exist_ok=True)
         config.save(folder / f".{CONFIG_FILE}")
         os.replace(folder / f".{CONFIG_FILE}", folder / CONFIG_FILE)
-        (folder / DATA_FILE).write_text(f"{data}\n", encoding="utf-8")
+        (folder / DATA_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         (folder / FAILURE_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"train.storage {folder}: cannot be written ({error.strerror})") from None
@@ -228,10 +260,14 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
                 raise
             raise UserError(watchdog.verdict) from None
     except UserError as error:
-        (folder / FAILURE_FILE).write_text(f"{error}\n", encoding="utf-8")
+        with suppress(OSError):  # a full disk may be what is told of
+            (folder / FAILURE_FILE).write_text(f"{error}\n", encoding="utf-8")
         raise
     except KeyboardInterrupt:
         print(f"interrupted; go on with: msrn train --resume {folder}", file=sys.stderr)
+        raise
+    except ray.train.TrainingFailedError:
+        print(f"the run stopped; once the cause is mended, go on with: msrn train --resume {folder}", file=sys.stderr)
         raise
     best = find_model_file(folder).parent
     metrics = {key: value for key, value in load_checkpoint(best).metrics.items() if key.startswith("val/")} | log.test
@@ -239,93 +275,18 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
 
 
 def run_trainer(trainer: TorchTrainer) -> ray.train.Result:
-    """`fit`, with a worker's UserError raised as itself instead of inside Ray's, and Ctrl-C as KeyboardInterrupt."""
+    """`fit`, with a worker's error that the user can mend raised as itself instead of inside Ray's, and Ctrl-C as KeyboardInterrupt."""
     before = signal.getsignal(signal.SIGINT)
     try:
         return trainer.fit()
     except ray.train.TrainingFailedError as failure:
-        for error in getattr(failure, "worker_failures", {}).values():
-            cause = getattr(error, "cause", error)
-            if isinstance(cause, UserError):
-                raise cause from None
+        errors = [getattr(failure, "controller_failure", None), *getattr(failure, "worker_failures", {}).values()]
+        for error in errors:
+            if isinstance(error, (UserError, AccountingError)):
+                raise error from None
         raise
     except SystemExit:  # Ray's handler of SIGINT stops the workers and then exits
         raise KeyboardInterrupt from None
     finally:
         if threading.current_thread() is threading.main_thread():  # elsewhere Ray sets no handler
             signal.signal(signal.SIGINT, before)
-
-
-_MAY_CHANGE = (
-    "resources.",
-    "model.compile",
-    "train.epochs",
-    "train.log_every",
-    "train.hang_minutes",
-    "train.storage",
-    "train.run_name",
-    "train.eval_batch_size",
-)
-_MAY_MOVE = (
-    "data.root",
-    "data.labels",
-    "data.max_bad_fraction",
-    "data.max_pixels",
-    "data.word_vectors",
-    "data.label_counts",
-    "model.pretrained",
-)
-
-
-def check_resumable(folder: Path, config: ExperimentConfig) -> None:
-    """Refuses to go on with a run under settings that change what is trained.
-
-    Raises:
-        UserError: if the folder is not a run, or a setting differs that must not, with its name and both values.
-    """
-    if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"{folder}: no run to resume, it holds no {CONFIG_FILE}")
-    saved, now = (flatten(one.to_dict()) for one in (load_config(folder / CONFIG_FILE), config))
-    if config.train.epochs < load_config(folder / CONFIG_FILE).train.epochs:
-        raise UserError(f"{folder}: train.epochs can be raised when a run goes on, not lowered")
-    changed = [name for name in now if saved[name] != now[name] and not name.startswith(_MAY_CHANGE + _MAY_MOVE)]
-    if LEARNED in (saved["data.word_vectors"], now["data.word_vectors"]):  # not a file that was moved
-        changed += ["data.word_vectors"] * (saved["data.word_vectors"] != now["data.word_vectors"])
-    if changed:
-        details = ", ".join(f"{name} was {saved[name]!r}, now {now[name]!r}" for name in changed)
-        raise UserError(
-            f"{folder}: a run goes on with its own settings ({details}); start a new run with --config for others"
-        )
-
-
-def check_data(folder: Path, data: str) -> None:
-    """Refuses to go on with a run on other images or labels; `data` is the fingerprint of train and val.
-
-    Raises:
-        UserError: if it is not the run's.
-    """
-    path = folder / DATA_FILE
-    if path.is_file() and path.read_text(encoding="utf-8").strip() != data:
-        raise UserError(f"{folder} was trained on other images or labels than data.root holds now; start a new run")
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted paths."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def resume_config(run: Path) -> ExperimentConfig:
-    """The config of a run folder, set to write into that folder again.
-
-    Raises:
-        UserError: if the folder is not a run.
-    """
-    folder = run.expanduser().resolve()
-    if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"{run}: not a run folder, it holds no {CONFIG_FILE}")
-    return load_config(folder / CONFIG_FILE).with_overrides(
-        {"train.storage": str(folder.parent), "train.run_name": folder.name}
-    )

@@ -1,4 +1,4 @@
-"""Names the rank that hangs: the driver's ear for the ranks' signs of life (`telemetry.Pulse`), and its hand that ends a hung run."""
+"""Names the rank that hangs: the driver's ear for the ranks' signs of life (`telemetry.Pulse`), and its hand that ends a hung process."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Heard:
 
 
 class Watchdog:
-    """Listens to the beats of all ranks and ends a run in which one does nothing any more.
+    """Listens to the beats of all ranks and ends the process of one that does nothing any more: a lost worker, as Ray Train sees it.
 
     When one rank hangs, the others soon wait for it in their step. So the rank that is named is one that is silent; else one that waits
     for data; else the one that is furthest behind.
@@ -54,11 +54,18 @@ class Watchdog:
         self._limit = hang_minutes * 60
         self._hang_minutes, self._say, self._end = hang_minutes, say, end or end_process
         self._heard: dict[int, _Heard] = {}
+        self._ended: set[tuple[str, int]] = set()  # node and process of ranks that go down with one that was ended
         self._warned = False
+
+    def restart(self) -> None:
+        """Forgets the verdict: new workers have started in place of those with a hung one."""
+        self.verdict = None
 
     def hear(self, beat: Mapping[str, Any]) -> None:
         """Takes in one beat."""
         rank = int(beat["rank"])
+        if _process(beat) in self._ended:
+            return
         if beat["doing"] == DONE:
             self._heard.pop(rank, None)
         else:
@@ -78,6 +85,7 @@ class Watchdog:
         if self._heard[rank].idle(now) <= self._limit:
             return
         described = self._describe(rank, now)
+        self._ended |= {_process(heard.beat) for heard in self._heard.values()}
         if self._end(self._heard.pop(rank).beat):
             self.verdict = (
                 f"{described}: longer than train.hang_minutes={self._hang_minutes:g}; look at that process's node and log, then go on"
@@ -102,6 +110,10 @@ class Watchdog:
             f"rank {rank} (node {beat['node']}, process {beat['pid']}) has done nothing for {heard.idle(now):.0f} s,"
             f" {sign}, last seen in epoch {beat['epoch']}, step {beat['step']}, {beat['doing']}"
         )
+
+
+def _process(beat: Mapping[str, Any]) -> tuple[str, int]:
+    return str(beat["node_id"]), int(beat["pid"])
 
 
 def end_process(beat: Mapping[str, Any]) -> bool:

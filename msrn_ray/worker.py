@@ -6,14 +6,15 @@ Rank 0 sends plain events to the driver and hands metrics and checkpoints to Ray
 from __future__ import annotations
 
 import math
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 import ray.train
@@ -21,23 +22,43 @@ import ray.train.torch
 import torch
 
 from . import distributed
-from .checkpoint import Checkpoint, TrainState, load_checkpoint, load_train_state, save_checkpoint
+from .accounting import Account, Ledger
+from .checkpoint import Checkpoint, load_checkpoint, load_train_state
 from .config import ExperimentConfig
-from .ema import build_ema, copy_buffers
-from .engine import Progress, Scores, Trainee, evaluate, gather_scores, train_one_epoch
+from .ema import copy_buffers
+from .engine import EpochStats, Progress, SavePoints, Trainee, train_one_epoch
 from .errors import BadImagesError, UserError
 from .label_graph import LabelCounts, attend_mask, choose_tau
-from .metrics import MultiLabelMetrics
-from .model import build_model, choose_attention_kernels, set_prior_bias
-from .optim import build_optimizer, build_scheduler
-from .pipeline import BadImages, eval_batches, limit_ray_data, train_epochs
-from .sampling import EvalPlan, TrainPlan
+from .pipeline import BadImage, BadImages, limit_ray_data, train_epochs
+from .resources import decode_cpus
+from .sampling import TrainPlan
+from .saving import (
+    NO_SCORE,
+    SCORE,
+    WITHIN_EPOCH,
+    best_index,
+    capture,
+    clear_leftovers,
+    report_checkpoint,
+    restore,
+    scored_checkpoints,
+)
+from .scoring import score_split, split_metrics
 from .telemetry import Gauges, Pulse, StoreMeter
+from .trainee import build_network, build_trainee
 from .types import Batch
 from .watchdog import beat_seconds
-from .word_vectors import LEARNED
 
 BLOCK_ROWS = 64  # rows of a train decode task: larger ones start later, smaller ones cost more in scheduling
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a worker takes the run up: 0-based epoch, its finished steps, and what it has behind it."""
+
+    epoch: int
+    stats: EpochStats
+    account: Account
 
 
 class Worker:
@@ -47,6 +68,7 @@ class Worker:
         self.loop = loop_config
         self.config = ExperimentConfig.model_validate(loop_config["config"])
         self.counts: LabelCounts = loop_config["counts"]
+        self.folder = Path(loop_config["folder"])
         self.device = ray.train.torch.get_device()
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.samples: dict[str, pa.Table] = {}
@@ -55,43 +77,28 @@ class Worker:
         self.gauges = Gauges(loop_config["run_name"], self.rank)
         self.pulse: Pulse | None = None
         self.store: StoreMeter | None = None
-        limit_ray_data(loop_config["data_cpus"])
+        limit_ray_data(decode_cpus(self.world, self.config.resources.cpus_per_worker))
         torch.manual_seed(self.config.train.seed)
         self.trainee = self._build()
+        train = self.config.train
+        self.save_points = SavePoints(self.save_within, train.checkpoint_steps, train.checkpoint_seconds)
 
     def _build(self) -> Trainee:
-        config = self.config
-        mask = attend_mask(self.counts, choose_tau(self.counts, config.model.tau, config.model.tau_degree))
-        learned = config.data.word_vectors == LEARNED
-        network = build_model(config.model, self.loop["word_vectors"], mask, train_vectors=learned)
-        network.to(
-            memory_format=torch.channels_last
-        )  # convolutions run about a sixth faster on the CPU, and in half precision on a GPU
-        if config.model.prior_bias:
-            set_prior_bias(network, self.loop["frequency"])
-        amp = amp_dtype(config.train.amp, self.device)
-        self.precision = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}[amp]
-        self.kernels = choose_attention_kernels(network, config.model, self.device, self.rank)
+        config, counts = self.config, self.counts
+        network, self.kernels = build_network(
+            config,
+            self.loop["word_vectors"],
+            attend_mask(counts, choose_tau(counts, config.model.tau, config.model.tau_degree)),
+            self.loop["frequency"],
+            device=self.device,
+            rank=self.rank,
+        )
         model = ray.train.torch.prepare_model(
             network, parallel_strategy_kwargs=distributed.parallel_settings(config.optim.accumulation)
         )
-        if config.optim.compress_gradients:
-            distributed.compress_gradients(model)
-        optimizer = build_optimizer(network, config.optim)
-        plan = self.plan(0)
-        return Trainee(
-            model,
-            optimizer,
-            build_scheduler(optimizer, config.optim, plan.num_steps, config.train.epochs),
-            torch.amp.GradScaler(self.device.type, enabled=amp == torch.float16),
-            build_ema(network, config.optim.ema_decay) if config.optim.ema_decay else None,
-            amp,
-            config.optim.clip_norm,
-            config.optim.accumulation,
-            config.loss.group_weight,
-        )
+        return build_trainee(config, model, self.device, self.plan(0, 0).num_steps)
 
-    def plan(self, first_epoch: int) -> TrainPlan:
+    def plan(self, first_epoch: int, first_step: int) -> TrainPlan:
         train = self.config.train
         return TrainPlan(
             self.loop["sizes"]["train"],
@@ -102,6 +109,8 @@ class Worker:
             first_epoch,
             train.epochs,
             BLOCK_ROWS,
+            first_step,
+            self.config.data.drop_last,
         )
 
     def send(self, kind: str, **content: Any) -> None:
@@ -117,28 +126,48 @@ class Worker:
         """The network that is scored and saved."""
         return self.trainee.ema.module if self.trainee.ema is not None else self.trainee.network
 
-    def resume(self) -> int:
-        """Takes up the latest checkpoint, if there is one; -> finished epochs."""
+    def resume(self) -> _Start:
+        """Takes up the latest checkpoint, if there is one.
+
+        Raises:
+            UserError: if it is of other data, or another label graph, or its images are not those that the plan has before its step.
+        """
+        num_rows = self.loop["sizes"]["train"]
         latest = ray.train.get_checkpoint()
         if latest is None:
-            return 0
+            return _Start(0, EpochStats(), Account.empty(num_rows))
         with latest.as_directory() as folder:
             state = load_train_state(Path(folder))
-        assert state.data == self.loop["fingerprint"], "the driver has compared the data"
-        check_graph(state.model, self.trainee.network.state_dict())
-        self.trainee.network.load_state_dict(state.model)
-        self.trainee.optimizer.load_state_dict(dict(state.optimizer))
-        self.trainee.scheduler.load_state_dict(dict(state.scheduler))
-        self.trainee.scaler.load_state_dict(dict(state.scaler))
-        if self.trainee.ema is not None and state.ema is not None:
-            self.trainee.ema.load_state_dict(dict(state.ema))
-        return state.epoch
+        if state.data != self.loop["fingerprint"]:
+            raise UserError(
+                f"checkpoint {latest.path} is of other images or labels than data.root holds; start a new run"
+            )
+        restore(self.trainee, state, self.rank, self.device)
+        if state.step == 0:
+            return _Start(state.epoch, EpochStats(), Account.empty(num_rows))
+        account = Account.unpack(state.account, num_rows)
+        difference = account.difference(self.plan(state.epoch, 0), state.epoch, state.step)
+        if difference:
+            raise UserError(
+                f"checkpoint {latest.path}: its images do not fit the order of epoch {state.epoch + 1} ({difference}); another version of"
+                " numpy may shuffle otherwise: go on with the one that it was trained with, or start a new run"
+            )
+        self.recall_bad(account)
+        return _Start(state.epoch, EpochStats(**state.stats), account)  # type: ignore[arg-type]  # whole numbers stay whole
+
+    def recall_bad(self, account: Account) -> None:
+        """Counts the images again that could not be decoded before the interruption; the driver has been told of them."""
+        if self.rank == 0:
+            rows = np.flatnonzero(account.unreadable).tolist()
+            uris = ray.get(self.loop["tables"]["train"])["uri"].take(pa.array(rows, pa.int64())).to_pylist()
+            for row, uri in zip(rows, uris, strict=True):
+                self.bad["train"].add(BadImage(row, uri, "could not be decoded before the interruption"))
+            self.told["train"].update(rows)
 
     def reported(self) -> list[dict[str, Any]]:
-        """Metrics of the checkpoints that Ray Train holds, as lines of metrics.jsonl."""
+        """Metrics of the epochs whose checkpoints Ray Train holds, as lines of metrics.jsonl."""
         return [
-            {**plain_metrics(one.metrics), "checkpoint": Path(one.checkpoint.path).name}
-            for one in ray.train.get_all_reported_checkpoints()
+            {**plain_metrics(one.metrics), "checkpoint": Path(one.checkpoint.path).name} for one in scored_checkpoints()
         ]
 
     def run(self) -> None:
@@ -152,65 +181,73 @@ class Worker:
 
     def train(self) -> None:
         """Takes up the latest checkpoint, trains what is left, scores test once."""
-        first_epoch = self.resume()
-        plan = self.plan(first_epoch)
+        start = self.resume()
+        if self.rank == 0:
+            clear_leftovers(self.folder)
+        plan = self.plan(start.epoch, start.stats.steps)
         self.send(
             "start",
-            first_epoch=first_epoch,
+            first_epoch=start.epoch,
+            first_step=start.stats.steps,
             epochs=plan.epochs,
             reported=self.reported(),
             steps_per_epoch=plan.num_steps,
-            text=f"training on {self.world} x {self.device.type} in {self.precision}{self.kernels and f', {self.kernels}'},"
-            f" epochs {first_epoch + 1} to {plan.epochs}, {plan.num_steps} steps each"
-            if first_epoch < plan.epochs
-            else f"all {plan.epochs} epochs are done",
+            text=self.describe(plan),
         )
         left: float | None = None  # when the last step of the epoch before ended, what scoring and saving took added
         epochs = train_epochs(self.loop["tables"]["train"], plan, self.config.data, self.bad["train"])
-        for epoch, batches in enumerate(epochs, start=first_epoch + 1):
-            start = time.perf_counter()
-            stats = train_one_epoch(
+        for epoch, batches in enumerate(epochs, start=start.epoch):
+            began = time.perf_counter()
+            resumed = epoch == start.epoch
+            self.epoch = epoch
+            self.ledger = Ledger(plan, epoch, start.account if resumed else Account.empty(plan.num_rows))
+            stats = start.stats if resumed else EpochStats()
+            train_one_epoch(
                 self.trainee,
-                self.watch(batches, epoch, "in a step"),
+                self.watch(batches, epoch + 1, "in a step", stats.steps + 1),
+                stats,
+                num_steps=plan.num_steps,
                 step_rows=plan.step_rows,
                 device=self.device,
                 log_every=self.config.train.log_every,
-                on_progress=partial(self.on_progress, epoch),
+                save_points=self.save_points,
+                on_rows=self.ledger.add,
+                on_progress=partial(self.on_progress, epoch + 1),
                 count_bad=lambda: len(self.bad["train"].seen),
                 name_rows=self.image_ids,
             )
+            trained = time.perf_counter()
+            self.ledger.balance(stats.steps, self.bad["train"].gather())
             distributed.average_buffers(self.trainee.network)
             if self.trainee.ema is not None:
                 copy_buffers(self.trainee.ema, self.trainee.network)
-            sums = torch.tensor([stats.images, stats.wait_seconds], dtype=torch.float64, device=self.device)
-            images, wait = distributed.all_reduce(sums, "sum").tolist()
             metrics = {
-                "epoch": epoch,
+                "epoch": epoch + 1,
                 "train/loss": (stats.classification_sum + stats.group_sum) / stats.steps,
                 "train/classification_loss": stats.classification_sum / stats.steps,
                 "train/group_loss": stats.group_sum / stats.steps,
                 "train/lr": self.trainee.optimizer.param_groups[-1]["lr"],
-                "train/images": int(images),
-                "train/images_per_second": images / stats.seconds,
-                "train/data_wait_fraction": wait / self.world / stats.seconds,
+                "train/images": stats.images,
+                "train/images_per_second": stats.images / stats.seconds,
+                "train/data_wait_fraction": stats.wait_seconds / stats.seconds,
                 "train/first_batch_seconds": stats.first_batch_seconds,
                 "train/bad_images": self.collect_bad("train"),
                 "protocol": self.config.protocol,
             }
             if left is not None:
-                metrics["train/epoch_gap_seconds"] = start + stats.first_batch_seconds - left
-            left, paused = start + stats.seconds, time.perf_counter()
-            metrics |= self.score("val", self.evaluated, epoch) | self.store_figures()
-            metrics["epoch_seconds"] = time.perf_counter() - start
+                metrics["train/epoch_gap_seconds"] = began + stats.first_batch_seconds - left
+            left, paused = trained, time.perf_counter()
+            metrics |= self.score("val", self.evaluated, epoch + 1) | self.store_figures()
+            metrics["epoch_seconds"] = time.perf_counter() - began
             self.gauges.set({"val/mAP": metrics["val/mAP"]})
             self.note("saving the checkpoint")
-            self.report(metrics, epoch)
+            self.save_epoch(metrics, epoch + 1)
             left += time.perf_counter() - paused
         if self.loop["sizes"]["test"]:
             self.score_test()
 
-    def watch(self, batches: Iterator[Batch], epoch: int, doing: str) -> Iterator[Batch]:
-        return batches if self.pulse is None else self.pulse.watch(batches, epoch, doing)
+    def watch(self, batches: Iterator[Batch], epoch: int, doing: str, first_step: int = 1) -> Iterator[Batch]:
+        return batches if self.pulse is None else self.pulse.watch(batches, epoch, doing, first_step)
 
     def note(self, doing: str) -> None:
         if self.pulse is not None:
@@ -224,6 +261,20 @@ class Worker:
             "train/object_store_peak_bytes": self.store.peak_bytes,
             "train/object_store_spilled_bytes": self.store.spilled_bytes,
         }
+
+    def describe(self, plan: TrainPlan) -> str:
+        """What is about to be trained, for the user."""
+        if plan.first_epoch == plan.epochs:
+            return f"all {plan.epochs} epochs are done"
+        precision = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}[self.trainee.amp_dtype]
+        kernels = f", {self.kernels}" if self.kernels else ""
+        inside = f", going on after step {plan.first_step} of epoch {plan.first_epoch + 1}" if plan.first_step else ""
+        left_out = plan.num_rows - len(plan.rows_before(plan.first_epoch, plan.num_steps))
+        dropped = f", {left_out} images of each epoch left out (data.drop_last)" if left_out else ""
+        return (
+            f"training on {self.world} x {self.device.type} in {precision}{kernels},"
+            f" epochs {plan.first_epoch + 1} to {plan.epochs}, {plan.num_steps} steps each{inside}{dropped}"
+        )
 
     def on_progress(self, epoch: int, progress: Progress) -> None:
         self.send("progress", epoch=epoch, **vars(progress))
@@ -281,39 +332,38 @@ class Worker:
         num_bad = self.collect_bad(split)
         return split_metrics(split, scores, self.counts.names) | {f"{split}/bad_images": num_bad}
 
-    def report(self, metrics: dict[str, Any], epoch: int) -> None:
-        """Hands metrics and the checkpoint to Ray Train; the name is unique over restarts, as Ray asks."""
-        name = f"epoch_{epoch:04d}_{int(time.time()):x}"
-        if self.rank > 0:
-            ray.train.report(metrics, checkpoint_dir_name=name)
-            return
-        with tempfile.TemporaryDirectory(prefix="msrn_") as folder:
-            trainee = self.trainee
-            checkpoint = Checkpoint(
-                self.config,
-                self.counts.names,
-                self.counts,
-                self.evaluated.state_dict(),
-                (0.5,) * len(self.counts.names),
-                {key: value for key, value in metrics.items() if isinstance(value, (int, float))},
-                epoch,
-            )
-            state = TrainState(
-                trainee.network.state_dict(),
-                trainee.optimizer.state_dict(),
-                trainee.scheduler.state_dict(),
-                trainee.scaler.state_dict(),
-                trainee.ema.state_dict() if trainee.ema is not None else None,
-                epoch,
-                self.loop["fingerprint"],
-            )
-            save_checkpoint(Path(folder), checkpoint, state)
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+    def save_within(self, stats: EpochStats) -> None:
+        """A checkpoint within an epoch: what going on needs, and which images are done.
+
+        BatchNorm statistics become the mean over ranks, so that all go on with what is saved. Each is a running mean, so this is the
+        same as the mean at the epoch's end, but for rounding.
+        """
+        account = self.ledger.balance(stats.steps, self.bad["train"].gather())
+        distributed.average_buffers(self.trainee.network)
+        within = {"step": stats.steps, "account": account.pack(), "stats": asdict(stats)}
+        state = capture(self.trainee, self.device, epoch=self.epoch, data=self.loop["fingerprint"], **within)
+        report_checkpoint(self.folder, {"epoch": self.epoch + 1, SCORE: WITHIN_EPOCH}, None, state)
+
+    def save_epoch(self, metrics: dict[str, Any], epoch: int) -> None:
+        """The checkpoint at an epoch's end, with weights to predict with and their scores; `epoch` are finished."""
+        state = capture(self.trainee, self.device, epoch=epoch, data=self.loop["fingerprint"])
+        checkpoint = Checkpoint(
+            self.config,
+            self.counts.names,
+            self.counts,
+            self.evaluated.state_dict(),
+            (0.5,) * len(self.counts.names),
+            {key: value for key, value in metrics.items() if isinstance(value, (int, float))},
+            epoch,
+        )
+        score = NO_SCORE if math.isnan(metrics["val/mAP"]) else metrics["val/mAP"]
+        name = report_checkpoint(self.folder, metrics | {SCORE: score}, checkpoint, state)
+        self.save_points.restart()
         self.send("epoch", metrics=plain_metrics(metrics), checkpoint=name)
 
     def score_test(self) -> None:
         """Scores the test split once, with the weights of the best epoch on val."""
-        kept = ray.train.get_all_reported_checkpoints()
+        kept = scored_checkpoints()
         best = kept[best_index([one.metrics["val/mAP"] for one in kept])]
         with best.checkpoint.as_directory() as folder:
             weights = load_checkpoint(Path(folder)).weights
@@ -323,80 +373,11 @@ class Worker:
         self.send("test", metrics=metrics)
 
 
-def check_graph(saved: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> None:
-    """Refuses to go on with another label graph than the run was trained with; both are state dicts of the network.
-
-    Raises:
-        UserError: if their masks differ.
-    """
-    key = "label_semantics.attend_mask"
-    if key in saved and not torch.equal(saved[key].cpu(), now[key].cpu()):
-        raise UserError(
-            "data.label_counts: gives another label graph than the run was trained with; give the file that it started with"
-        )
-
-
-def best_index(scores: Sequence[float]) -> int:
-    """The place of the largest score, the last of equals as Ray Train keeps it; nan loses to any number."""
-    return max(range(len(scores)), key=lambda index: (not math.isnan(scores[index]), scores[index], index))
-
-
 def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that are numbers or text."""
-    return {name: value for name, value in metrics.items() if isinstance(value, (int, float, str))}
+    """The entries that are numbers or text, but for what only Ray Train needs."""
+    return {name: value for name, value in metrics.items() if isinstance(value, (int, float, str)) and name != SCORE}
 
 
 def train_loop_per_worker(loop_config: dict[str, Any]) -> None:
     """Ray Train's entry of each worker; see `build_trainer` for what `loop_config` holds."""
     Worker(loop_config).run()
-
-
-def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type of a setting: `auto` is bf16 where the device computes in it; None means float32."""
-    if choice == "auto":
-        return torch.bfloat16 if has_bf16(device) else None
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[choice]
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies in bf16; a CPU without the instructions would only convert to and fro."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities = (
-        torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    )  # older torch does not say
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def score_split(
-    table: ray.ObjectRef[pa.Table],
-    size: int,
-    network: torch.nn.Module,
-    config: ExperimentConfig,
-    device: torch.device,
-    bad: BadImages,
-    watch: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
-) -> Scores:
-    """Scores a split over all ranks, each image exactly once; the same on every rank. `watch` sees the batches come."""
-    plan = EvalPlan(size, distributed.rank(), distributed.world_size(), config.train.eval_batch_size)
-    own = evaluate(
-        network,
-        watch(eval_batches(table, plan, config.data, bad)),
-        device=device,
-        num_classes=int(ray.get(table).schema.field("target").type.list_size),
-    )
-    return gather_scores(own)
-
-
-def split_metrics(split: str, scores: Scores, label_names: Sequence[str]) -> dict[str, Any]:
-    """All metrics of a split as `split/name`; per-class AP as `split/AP/label`."""
-    metric = MultiLabelMetrics(len(label_names))
-    metric.update(scores.scores, scores.target)
-    values = metric.compute()
-    per_class = values.pop("AP")
-    assert isinstance(per_class, list)
-    return (
-        {f"{split}/{name}": value for name, value in values.items()}
-        | {f"{split}/AP/{label}": value for label, value in zip(label_names, per_class, strict=True)}
-        | {f"{split}/loss": float(scores.loss.mean()), f"{split}/images": len(scores.row)}
-    )

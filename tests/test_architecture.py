@@ -21,6 +21,8 @@ RAY_MODULES = {
     "pipeline",
     "prepare",
     "resources",
+    "saving",
+    "scoring",
     "telemetry",
     "trainer",
     "watchdog",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+import resource
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from msrn_ray import checkpoint as checkpoint_module
+from msrn_ray.accounting import Account
 from msrn_ray.checkpoint import (
     Checkpoint,
     TrainState,
@@ -20,8 +23,10 @@ from msrn_ray.checkpoint import (
     load_checkpoint,
     load_train_state,
     save_checkpoint,
+    save_train_state,
 )
 from msrn_ray.config import ExperimentConfig
+from msrn_ray.engine import EpochStats
 from msrn_ray.errors import UserError
 from msrn_ray.label_graph import LabelCounts, Provenance, attend_mask, choose_tau
 from msrn_ray.model import build_model
@@ -55,6 +60,11 @@ def example() -> Checkpoint:
         std=(0.4, 0.5, 0.6),
         versions={"torch": "9.9", "msrn_ray": "0.1"},
     )
+
+
+def state_of(epoch: int, step: int, model: Mapping[str, Tensor] | None = None) -> TrainState:
+    """A train state of nothing but its place, and a model."""
+    return TrainState(model or {}, {}, {}, {}, None, epoch, "f" * 64, step)
 
 
 def same_weights(one: Any, other: Any) -> bool:
@@ -118,6 +128,34 @@ def test_train_state_goes_on_where_it_was(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, example(), replace(state, ema=None, epoch=5))
     assert load_train_state(tmp_path).ema is None
     assert load_train_state(tmp_path).epoch == 5
+
+
+def test_a_state_within_an_epoch(tmp_path: Path) -> None:
+    """It goes on from the step, with the account, the sums and the random numbers; and has no model to predict with."""
+    torch.manual_seed(3)
+    rng = [{"cpu": torch.get_rng_state()}, {"cpu": torch.get_rng_state().flip(0)}]
+    account = Account(np.arange(19) % 2 == 0, np.arange(19) == 5)
+    stats = EpochStats(seconds=1.5, images=10, classification_sum=1 / 3, steps=6)
+    run = tmp_path / "run"
+    state = TrainState({}, {}, {}, {}, None, 4, "f" * 64, 6, account.pack(), asdict(stats), 2, rng)
+    save_train_state(run / "epoch_0005_step_000006", state)
+    after = load_train_state(run / "epoch_0005_step_000006")
+    assert (after.epoch, after.step, after.world_size) == (4, 6, 2)
+    unpacked = Account.unpack(after.account, 19)
+    np.testing.assert_array_equal(unpacked.trained, account.trained)
+    np.testing.assert_array_equal(unpacked.unreadable, account.unreadable)
+    assert EpochStats(**after.stats) == stats
+    assert isinstance(EpochStats(**after.stats).images, int)
+    assert [torch.equal(one["cpu"], other["cpu"]) for one, other in zip(after.rng, rng, strict=True)] == [True, True]
+    with pytest.raises(UserError, match=rf"within an epoch, without scores.*msrn train --resume {run}"):
+        load_checkpoint(run / "epoch_0005_step_000006")
+
+
+def test_a_state_from_before_epochs_were_saved_half_way(tmp_path: Path) -> None:
+    old = {"model": {}, "optimizer": {}, "scheduler": {}, "scaler": {}, "ema": None, "epoch": 4, "data": "f"}
+    torch.save(old, tmp_path / "train_state.pt")
+    state = load_train_state(tmp_path)
+    assert (state.epoch, state.step, state.rng) == (4, 0, ())
 
 
 class _Payload:
@@ -233,8 +271,8 @@ def test_a_failing_save_leaves_the_old_file_whole(
         monkeypatch.setattr(os, "replace", broken_disk)
     else:
 
-        def half(content: object, path: Path) -> None:
-            path.write_bytes(before[:50])
+        def half(content: object, file: BinaryIO) -> None:
+            file.write(before[:50])
             broken_disk()
 
         monkeypatch.setattr(checkpoint_module.torch, "save", half)
@@ -246,6 +284,21 @@ def test_a_failing_save_leaves_the_old_file_whole(
     assert load_checkpoint(tmp_path).epoch == 7
 
 
+def test_a_disk_that_is_full_is_said(tmp_path: Path) -> None:
+    """A real refusal of the system half-way through the file, of which torch itself would say "unexpected pos"."""
+    save_checkpoint(tmp_path, example())
+    before = (tmp_path / "model.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_checkpoint(tmp_path, replace(example(), weights={"a": torch.ones(1_000_000)}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+    assert (tmp_path / "model.pt").read_bytes() == before
+
+
 def test_weights_of_a_model_come_back_as_tensors_on_the_cpu(tmp_path: Path) -> None:
     layer: dict[str, Tensor] = nn.Linear(2, 2).state_dict()
     save_checkpoint(tmp_path, replace(example(), weights=layer))
@@ -255,7 +308,7 @@ def test_weights_of_a_model_come_back_as_tensors_on_the_cpu(tmp_path: Path) -> N
 
 def test_a_run_without_a_checkpoint_says_how_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("preset: scenes\n")
-    with pytest.raises(UserError, match=r"no checkpoint yet; go on with msrn train --resume"):
+    with pytest.raises(UserError, match=r"no epoch of this run is finished; go on with msrn train --resume"):
         load_checkpoint(tmp_path)
 
 

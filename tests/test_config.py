@@ -120,7 +120,26 @@ def test_a_group_cannot_be_set_at_once() -> None:
         ("model.frozen_stages", 6, ("model.frozen_stages", "6", "less than or equal to 5")),
         ("train.epochs", 0, ("train.epochs", "0", "greater than or equal to 1")),
         ("train.seed", -1, ("train.seed", "-1", "greater than or equal to 0")),
-        ("resources.num_workers", 0, ("resources.num_workers", "0", "1")),
+        ("train.max_failures", -1, ("train.max_failures", "-1", "greater than or equal to 0")),
+        *[
+            ("train.checkpoint_every", value, ("train.checkpoint_every", repr(value), '"200 steps"', '"10 minutes"'))
+            for value in (
+                "0 steps",
+                "1.5 steps",
+                "0.0 minutes",
+                "minutes",
+                "5 hours",
+                "-5 steps",
+                "5 steps ",
+                "",
+                7,
+                True,
+            )
+        ],
+        *[
+            ("resources.num_workers", value, ("resources.num_workers", repr(value), "1 or more", "2..8"))
+            for value in (0, -1, 2.5, "8..2", "2..2", "0..4", "2-8", "..8", "many", True)
+        ],
         ("loss.group_weight", "much", ("loss.group_weight", "'much'", "number")),
         ("protocol", "test", ("protocol", "'test'", "'honest'", "'paper'")),
     ],
@@ -131,6 +150,31 @@ def test_a_bad_value_names_field_value_and_bound(path: str, value: object, words
     message = str(caught.value)
     assert "\n" not in message
     assert [word for word in words if word not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "seconds"),
+    [
+        ("1 step", 1, None),
+        ("200 steps", 200, None),
+        ("10 minutes", None, 600),
+        ("0.5minutes", None, 30),
+        ("1 minute", None, 60),
+        (None, None, None),
+    ],
+)
+def test_how_often_an_epoch_is_saved(every: str | None, steps: int | None, seconds: float | None) -> None:
+    train = ExperimentConfig().with_overrides({"train.checkpoint_every": every}).train
+    assert (train.checkpoint_every, train.checkpoint_steps, train.checkpoint_seconds) == (every, steps, seconds)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "fewest_and_most"),
+    [(3, 3, (3, 3)), ("3", 3, (3, 3)), ("2..8", "2..8", (2, 8)), (None, None, None)],
+)
+def test_numbers_of_workers(value: object, expected: object, fewest_and_most: tuple[int, int] | None) -> None:
+    resources = ExperimentConfig().with_overrides({"resources.num_workers": value}).resources
+    assert (resources.num_workers, resources.worker_range) == (expected, fewest_and_most)
 
 
 def test_every_wrong_field_is_named() -> None:

@@ -19,10 +19,20 @@ from torch.nn import functional as F  # the field's name for it
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from msrn_ray import distributed
+from msrn_ray import distributed, engine
 from msrn_ray.config import ModelSettings
 from msrn_ray.ema import build_ema
-from msrn_ray.engine import Progress, Scores, Trainee, evaluate, gather_scores, train_one_epoch, train_step
+from msrn_ray.engine import (
+    EpochStats,
+    Progress,
+    SavePoints,
+    Scores,
+    Trainee,
+    evaluate,
+    gather_scores,
+    train_one_epoch,
+    train_step,
+)
 from msrn_ray.errors import NonFiniteLossError
 from msrn_ray.model import build_model
 from msrn_ray.sampling import EvalPlan, TrainPlan
@@ -155,10 +165,19 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: flo
 
 
 def run_epoch(
-    trainee: Trainee, batches: Sequence[Batch], *, log_every: int = 2, num_bad: int = 0, wait: float = 0.0
+    trainee: Trainee,
+    batches: Sequence[Batch],
+    stats: EpochStats | None = None,
+    *,
+    log_every: int = 2,
+    num_bad: int = 0,
+    wait: float = 0.0,
+    save_points: SavePoints | None = None,
+    on_rows: Callable[[Any], None] = lambda rows: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """`train_one_epoch`; -> its stats and its progress as plain data."""
     told: list[dict[str, Any]] = []
+    stats = stats or EpochStats()
 
     def deliver() -> Iterator[Batch]:
         for batch in batches:
@@ -168,12 +187,16 @@ def run_epoch(
     def on_progress(progress: Progress) -> None:
         told.append(dict(vars(progress)))
 
-    stats = train_one_epoch(
+    train_one_epoch(
         trainee,
         deliver(),
+        stats,
+        num_steps=plan_of().num_steps,
         step_rows=plan_of().step_rows,
         device=CPU,
         log_every=log_every,
+        save_points=save_points or SavePoints(lambda stats: None),
+        on_rows=on_rows,
         on_progress=on_progress,
         count_bad=lambda: num_bad,
         name_rows=lambda rows: [f"image-{row}" for row in rows],
@@ -339,6 +362,83 @@ def test_epoch_stats_are_exact() -> None:
         assert waited / seconds <= one["data_wait_fraction"] * 1.0001 <= 1.0001
 
 
+def test_an_epoch_in_two_parts_is_the_epoch() -> None:
+    """Weights, schedule, random numbers and sums after the rest of an epoch are those of the whole one, to the last bit."""
+    model, other = Toy(dropout=0.5), Toy(dropout=0.5)
+    saved: list[tuple[EpochStats, Any]] = []
+
+    def keep(stats: EpochStats) -> None:
+        states = trainee.network.state_dict(), trainee.optimizer.state_dict(), trainee.scheduler.state_dict()
+        saved.append((copy.deepcopy(stats), (copy.deepcopy(states), torch.get_rng_state())))
+
+    torch.manual_seed(0)
+    trainee = trainee_of(model)
+    whole, told = run_epoch(trainee, step_batches(plan_of(), 8), save_points=SavePoints(keep, steps=1), log_every=100)
+    assert [stats.steps for stats, _ in saved] == [1, 2], "not at the end, where the epoch is saved anyway"
+    assert [one["step"] for one in told] == [1, 2, 3], "what is saved was checked first"
+    stats, ((weights, optimizer, scheduler), rng) = saved[0]
+    seen: list[list[int]] = []
+    again = trainee_of(other)
+    again.network.load_state_dict(weights)
+    again.optimizer.load_state_dict(optimizer)
+    again.scheduler.load_state_dict(scheduler)
+    torch.manual_seed(99)
+    torch.set_rng_state(rng)
+    rest, told = run_epoch(
+        again,
+        step_batches(plan_of(), 8)[1:],
+        copy.deepcopy(stats),
+        save_points=SavePoints(lambda stats: None, steps=1),
+        on_rows=lambda rows: seen.append(rows.tolist()),
+    )
+    assert seen == whole_steps()[1:]
+    assert [one["step"] for one in told] == [2, 3]
+    for name in ("images", "classification_sum", "group_sum", "steps"):
+        assert rest[name] == whole[name], name
+    assert rest["seconds"] > stats.seconds, "time is added up"
+    assert again.scheduler.last_epoch == 3
+    assert_same(other.state_dict(), model.state_dict(), 0)
+
+
+def test_a_loss_that_is_not_finite_is_not_saved() -> None:
+    saved: list[int] = []
+    with pytest.raises(NonFiniteLossError):
+        run_epoch(
+            trainee_of(Toy()),
+            poisoned(step_batches(plan_of(), 8), whole_steps()[1][0]),
+            log_every=100,
+            save_points=SavePoints(lambda stats: saved.append(stats.steps), steps=1),
+        )
+    assert saved == [1]
+
+
+def test_save_points_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(engine.time, "monotonic", lambda: now[0])
+    points = SavePoints(lambda stats: None, seconds=60, last=100.0)
+    assert not points.is_time()
+    now[0] += 60
+    assert points.is_time()
+    points.restart()
+    assert not points.is_time()
+    assert not points.is_step(60)
+    never = SavePoints(lambda stats: None)
+    now[0] += 1e9
+    assert not never.is_time()
+    assert not never.is_step(1)
+    assert [SavePoints(lambda stats: None, steps=3).is_step(steps) for steps in (2, 3, 4, 6)] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+
+
+def test_batches_that_end_early_are_noticed() -> None:
+    with pytest.raises(AssertionError, match="an epoch of 3 steps ended after 2"):
+        run_epoch(trainee_of(Toy()), step_batches(plan_of(), 8)[:2])
+
+
 @pytest.mark.parametrize(("log_every", "steps"), [(1, [1, 2, 3]), (3, [3]), (100, [3])])
 def test_progress_comes_every_few_steps_and_at_the_end(log_every: int, steps: list[int]) -> None:
     _, told = run_epoch(trainee_of(Toy()), step_batches(plan_of(), 8), log_every=log_every)
@@ -354,9 +454,13 @@ def test_progress_may_stop_the_epoch() -> None:
         train_one_epoch(
             trainee_of(model),
             iter(step_batches(plan_of(), 8)),
+            EpochStats(),
+            num_steps=plan_of().num_steps,
             step_rows=plan_of().step_rows,
             device=CPU,
             log_every=1,
+            save_points=SavePoints(lambda stats: None),
+            on_rows=lambda rows: None,
             on_progress=stop,
             count_bad=lambda: 0,
             name_rows=lambda rows: [],
@@ -487,8 +591,19 @@ def on_each_rank(rank: int, world: int) -> dict[str, Any]:
     found["valid"] = [batch.valid.tolist() for batch in step_batches(plan)]
 
     model = msrn()
-    found["stats"], found["progress"] = run_epoch(trainee_of(parallel(model)), step_batches(plan), num_bad=rank + 1)
+    found["rows"] = []
+    found["stats"], found["progress"] = run_epoch(
+        trainee_of(parallel(model)),
+        step_batches(plan),
+        num_bad=rank + 1,
+        on_rows=lambda rows: found["rows"].extend(rows),
+    )
     found["weights"] = model.state_dict()
+
+    found["saved"] = []
+    seconds = 0.0 if rank == 0 else 1e9  # only the first rank's clock counts
+    saving = SavePoints(lambda stats: found["saved"].append(stats.steps), seconds=seconds)
+    run_epoch(trainee_of(parallel(Toy())), step_batches(plan, 8), log_every=2, save_points=saving)
 
     model = msrn()
     trainee = trainee_of(parallel(model, 2), accumulation=2)
@@ -605,10 +720,12 @@ def test_ranks_train_as_one_process(groups: Any, world: int, name: str) -> None:
 def test_ranks_report_the_whole_batch(groups: Any, world: int) -> None:
     expected = torch.tensor(plain_loop(msrn(), whole_steps()), dtype=torch.float64)
     ranks = groups[world]
-    assert [found["stats"]["images"] for found in ranks] == {2: [5, 5], 3: [5, 3, 2]}[world]
+    assert [len(found["rows"]) for found in ranks] == {2: [5, 5], 3: [5, 3, 2]}[world]
+    assert sorted(row for found in ranks for row in found["rows"]) == list(range(NUM_ROWS))
     for found in ranks:
         stats, told = found["stats"], found["progress"]
         assert stats["steps"] == 3
+        assert stats["images"] == NUM_ROWS
         assert stats["classification_sum"] == pytest.approx(expected[:, 0].sum().item(), rel=1e-5)
         assert stats["group_sum"] == pytest.approx(expected[:, 1].sum().item(), rel=1e-5)
         assert [one["step"] for one in told] == [2, 3]
@@ -618,6 +735,12 @@ def test_ranks_report_the_whole_batch(groups: Any, world: int) -> None:
         windows = [images / one["images_per_second"] for images, one in zip((8, 2), told, strict=True)]
         assert 0.5 * stats["seconds"] < sum(windows) <= 1.01 * stats["seconds"], "images of all ranks are counted"
         assert all(0 <= one["data_wait_fraction"] < 1 for one in told)
+
+
+@WORLDS
+def test_ranks_agree_when_a_time_is_up(groups: Any, world: int) -> None:
+    """At a check, by the first rank's clock; the end of the epoch is its own checkpoint."""
+    assert [found["saved"] for found in groups[world]] == [[2]] * world
 
 
 def test_gradients_exist_once_and_statistics_stay_each_rank_s_own() -> None:

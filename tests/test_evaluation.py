@@ -10,7 +10,7 @@ import pytest
 from msrn_ray.checkpoint import load_checkpoint
 from msrn_ray.errors import UserError
 from msrn_ray.evaluation import check_labels
-from msrn_ray.worker import best_index
+from msrn_ray.saving import best_index
 
 from .tiny import make_tiny_checkpoint
 

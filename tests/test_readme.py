@@ -49,6 +49,16 @@ def test_command_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert type(_parse(argv)) is _COMMANDS[argv[0]]
 
 
+def test_options_exist_with_the_defaults_that_are_named() -> None:
+    config = PRESETS["scenes"].config
+    options = set(re.findall(r"--(data|model|loss|optim|train|resources)\.([a-z-]+)", README))
+    assert {("train", "checkpoint-every"), ("train", "max-failures"), ("resources", "num-workers")} <= options
+    for group, name in options:
+        assert hasattr(getattr(config, group), name.replace("-", "_")), f"--{group}.{name}"
+    assert f"`--train.max-failures` times ({config.train.max_failures})" in README
+    assert f'`--train.checkpoint-every "{config.train.checkpoint_every}"`' in README
+
+
 def test_every_preset_is_in_the_table() -> None:
     for name in set(PRESETS) - {"scenes"}:
         assert f"| `{name}` |" in README

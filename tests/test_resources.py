@@ -11,7 +11,8 @@ import torch
 
 from msrn_ray.config import ResourceSettings
 from msrn_ray.errors import UserError
-from msrn_ray.resources import Allocation, allocate, connect, default_workers
+from msrn_ray.resources import Allocation, allocate, connect, decode_cpus, default_workers
+from msrn_ray.trainer import scaling
 
 
 def cluster(monkeypatch: pytest.MonkeyPatch, *, cpus: float, gpus: float | None = None, cores: int = 16) -> None:
@@ -24,18 +25,22 @@ def cluster(monkeypatch: pytest.MonkeyPatch, *, cpus: float, gpus: float | None 
 @pytest.mark.parametrize(
     ("cores", "cpus", "gpus", "settings", "expected"),
     [
-        (1, 2, None, {}, Allocation(1, False, 1, 1.0)),
-        (2, 4, None, {}, Allocation(2, False, 1, 1.0)),
-        (16, 18, None, {}, Allocation(2, False, 1, 8.0)),
-        (16, 2, None, {}, Allocation(1, False, 1, 1.0)),
-        (16, 17, 0, {"cpus_per_worker": 8}, Allocation(2, False, 8, 1.0)),
-        (16, 36, 4, {}, Allocation(4, True, 1, 8.0)),
-        (1, 9, 1, {}, Allocation(1, True, 1, 8.0)),
-        (16, 36, 4, {"num_workers": 2}, Allocation(2, True, 1, 17.0)),
-        (16, 36, 4, {"use_gpu": False}, Allocation(2, False, 1, 17.0)),
-        (16, 36, 4, {"use_gpu": False, "num_workers": 5}, Allocation(5, False, 1, 6.0)),
-        (2, 40, None, {"num_workers": 8, "cpus_per_worker": 2}, Allocation(8, False, 2, 3.0)),
-        (2, 5, None, {"num_workers": 4}, Allocation(4, False, 1, 1.0)),
+        (1, 2, None, {}, Allocation(1, False, 1)),
+        (2, 4, None, {}, Allocation(2, False, 1)),
+        (16, 18, None, {}, Allocation(2, False, 1)),
+        (16, 2, None, {}, Allocation(1, False, 1)),
+        (16, 17, 0, {"cpus_per_worker": 8}, Allocation(2, False, 8)),
+        (16, 36, 4, {}, Allocation(4, True, 1)),
+        (1, 9, 1, {}, Allocation(1, True, 1)),
+        (16, 36, 4, {"num_workers": 2}, Allocation(2, True, 1)),
+        (16, 36, 4, {"use_gpu": False}, Allocation(2, False, 1)),
+        (16, 36, 4, {"use_gpu": False, "num_workers": 5}, Allocation(5, False, 1)),
+        (2, 40, None, {"num_workers": 8, "cpus_per_worker": 2}, Allocation(8, False, 2)),
+        (2, 5, None, {"num_workers": 4}, Allocation(4, False, 1)),
+        (2, 40, None, {"num_workers": "2..8"}, Allocation(8, False, 1, (2, 8))),
+        (2, 6, None, {"num_workers": "2..8"}, Allocation(5, False, 1, (2, 5))),
+        (2, 9, None, {"num_workers": "2..8", "cpus_per_worker": 4}, Allocation(2, False, 4, None)),
+        (16, 36, 4, {"num_workers": "2..8"}, Allocation(4, True, 1, (2, 8))),
     ],
 )
 def test_what_a_run_takes(
@@ -61,6 +66,8 @@ def test_what_a_run_takes(
         (64, 4, {"num_workers": 5}, ("resources.num_workers=5", "has 4", "resources.use_gpu")),
         (64, None, {"use_gpu": True, "num_workers": 1}, ("resources.num_workers=1", "has 0")),
         (64, None, {"use_gpu": True}, ("GPUs", "has 0")),
+        (64, 4, {"num_workers": "5..8"}, ("resources.num_workers=5..8", "has 4", "resources.use_gpu")),
+        (4, None, {"num_workers": "4..8"}, ("resources.num_workers=4..8", "one for decoding", "4 CPUs")),
         (8, 8, {}, ("resources.num_workers=8", "8 CPUs")),
         (1, None, {}, ("one for decoding", "1 CPUs")),
         (0, None, {}, ("0 CPUs",)),
@@ -73,6 +80,32 @@ def test_more_than_there_is_is_refused_with_both_numbers(
     with pytest.raises(UserError) as caught:
         allocate(ResourceSettings(**settings))
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_a_range_is_left_to_ray_train_and_a_number_is_not() -> None:
+    assert scaling(Allocation(4, True, 1, (2, 8))).num_workers == (2, 8)
+    assert scaling(Allocation(4, False, 3)).num_workers == 4
+    assert scaling(Allocation(4, False, 3)).resources_per_worker == {"CPU": 3}
+
+
+@pytest.mark.parametrize(
+    ("cpus", "workers", "each", "expected"),
+    [(4, 2, 1, 1), (9, 2, 1, 3), (9, 4, 1, 1), (18, 2, 1, 8), (40, 8, 2, 3), (5, 4, 1, 1)],
+)
+def test_what_is_left_to_decode_images(
+    monkeypatch: pytest.MonkeyPatch, cpus: float, workers: int, each: int, expected: float
+) -> None:
+    """Shared by the workers that there are, which may be other than at the start."""
+    cluster(monkeypatch, cpus=cpus)
+    assert decode_cpus(workers, each) == expected
+
+
+def test_workers_that_leave_nothing_to_decode_are_an_error_not_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster(monkeypatch, cpus=4)
+    with pytest.raises(
+        UserError, match=r"4 workers x 1 CPUs leave none of the cluster's 4 CPUs.*resources\.num_workers"
+    ):
+        decode_cpus(4, 1)
 
 
 def test_default_workers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +133,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         ({"num_workers": 5}, ("resources.num_workers=5", "4 cores")),
         ({"num_workers": 2, "cpus_per_worker": 3}, ("resources.num_workers=2 x 3 CPUs", "4 cores")),
         ({"cpus_per_worker": 3}, ("resources.num_workers=2 x 3 CPUs", "4 cores")),
+        ({"num_workers": "5..6"}, ("resources.num_workers=5..6", "4 cores")),
     ],
 )
 def test_more_workers_than_cores_are_refused_before_ray_starts(
@@ -116,6 +150,8 @@ def test_more_workers_than_cores_are_refused_before_ray_starts(
     [
         (0, {}, 4 + 2),
         (0, {"num_workers": 4}, 4 + 4),
+        (0, {"num_workers": "1..3"}, 4 + 3),
+        (0, {"num_workers": "1..30"}, 4 + 4),
         (2, {}, 8 + 2),
         (1, {"num_workers": 1, "cpus_per_worker": 4}, 8 + 4),
     ],

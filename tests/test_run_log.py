@@ -56,6 +56,7 @@ def start(first_epoch: int = 0, epochs: int = 5) -> dict[str, Any]:
     return {
         "kind": "start",
         "first_epoch": first_epoch,
+        "first_step": 0,
         "epochs": epochs,
         "steps_per_epoch": 10,
         "text": text,
@@ -142,6 +143,20 @@ def test_curves_are_drawn_again_after_a_while(tmp_path: Path, log: RunLog, clock
     assert not (tmp_path / "curves.png").exists()
     log.close()
     assert (tmp_path / "curves.png").exists()
+
+
+def test_a_failure_is_told(log: RunLog, screen: io.StringIO) -> None:
+    log.handle({"kind": "failure", "text": "worker 1 failed: [killed]"})
+    assert screen.getvalue().splitlines() == ["worker 1 failed: [killed]"]
+
+
+def test_the_bar_goes_on_within_an_epoch(tmp_path: Path, log: RunLog, screen: io.StringIO, clock: Clock) -> None:
+    """After 2 epochs of 10 steps and 5 steps; one more in 20 s, so 24 more need 8 minutes."""
+    log.handle(start(2) | {"first_step": 5})
+    clock.now += 20
+    log.handle(progress(3, 6))
+    assert "epoch 3/5  step 6/10" in screen.getvalue()
+    assert "ETA 8:00" in screen.getvalue()
 
 
 def test_resume_forgets_what_came_after_the_checkpoint(tmp_path: Path, log: RunLog, screen: io.StringIO) -> None:

@@ -61,9 +61,8 @@ def check_blocks(plan: TrainPlan) -> None:
         assert 1 <= len(rows) <= plan.block_size
         delivered += [(row, epoch) for row in rows.tolist()]
     assert delivered == expected
-    per_epoch = -(-len(plan.epoch(plan.first_epoch)[0]) // plan.block_size)
-    assert plan.blocks_per_epoch == per_epoch, "more decode tasks than needed"
-    assert plan.num_blocks == per_epoch * (plan.epochs - plan.first_epoch)
+    needed = [-(-len(plan.epoch(epoch)[0]) // plan.block_size) for epoch in range(plan.first_epoch, plan.epochs)]
+    assert plan.num_blocks == sum(needed), "more decode tasks than needed"
 
 
 @quick
@@ -126,11 +125,59 @@ def test_resumed_plan_goes_on_where_the_first_would(
     resumed = plans(num_rows, batch, world, seed=seed, first=first, epochs=4, block=block)
     for one, other in zip(whole, resumed, strict=True):
         blocks = [[plan.block(index) for index in range(plan.num_blocks)] for plan in (one, other)]
-        skipped = one.blocks_per_epoch * first
+        skipped = one.num_blocks - other.num_blocks
         assert [(rows.tolist(), epoch) for rows, epoch in blocks[0][skipped:]] == [
             (rows.tolist(), epoch) for rows, epoch in blocks[1]
         ]
     assert all(plan.num_blocks == 0 for plan in resumed) == (first == 4)
+
+
+@quick
+@given(st.data(), st.integers(1, 60), st.integers(1, 12), st.integers(1, 5), st.integers(1, 5), BLOCKS, st.booleans())
+def test_what_is_left_of_an_epoch_on_another_number_of_ranks(
+    data: st.DataObject, num_rows: int, batch: int, world: int, other: int, block: int, drop: bool
+) -> None:
+    """Steps before the interruption on `world` ranks, those after on `other`: the epoch's steps, and whole epochs from there on."""
+    batch = min(batch, num_rows)
+    whole = TrainPlan(num_rows, batch, 0, 1, 7, 1, 3, 1, drop_last=drop)
+    first = data.draw(st.integers(0, whole.num_steps - 1))
+    alone = steps(whole, 1)
+    before = [
+        steps(TrainPlan(num_rows, batch, rank, world, 7, 1, 3, block, 0, drop), 1)[:first] for rank in range(world)
+    ]
+    ranks = [TrainPlan(num_rows, batch, rank, other, 7, 1, 3, block, first, drop) for rank in range(other)]
+    after = [steps(plan, 1) for plan in ranks]
+    assert {len(share) for share in after} == {whole.num_steps - first}, "ranks are in step"
+    joined = [
+        sorted(row for rank in part for row in rank) for shares in (before, after) for part in zip(*shares, strict=True)
+    ]
+    assert joined == [sorted(step) for step in alone]
+    assert whole.rows_before(1, first).tolist() == [row for step in alone[:first] for row in step]
+    later = [
+        sorted(row for rank in part for row in rank) for part in zip(*(steps(plan, 2) for plan in ranks), strict=True)
+    ]
+    assert later == [sorted(step) for step in steps(whole, 2)], "the next epoch is whole"
+    for plan in ranks:
+        check_blocks(plan)
+
+
+def test_the_rest_of_an_epoch() -> None:
+    """10 rows in batches of 4: after 2 of 3 steps two rows are left, one for each rank."""
+    (whole,) = plans(10, 4, 1)
+    left = [TrainPlan(10, 4, rank, 2, 0, 0, 2, 3, first_step=2) for rank in range(2)]
+    assert [plan.epoch(0)[0].tolist() for plan in left] == [[row] for row in whole.epoch(0)[0].tolist()[8:]]
+    assert [plan.num_blocks for plan in left] == [1 + 2, 1 + 2]
+    assert sorted(whole.rows_before(0, 2).tolist() + [plan.epoch(0)[0][0] for plan in left]) == list(range(10))
+    assert whole.rows_before(0, 0).tolist() == []
+
+
+def test_a_remainder_is_left_out_only_when_asked() -> None:
+    plan = TrainPlan(10, 4, 0, 1, 0, 0, 9, 3, drop_last=True)
+    assert (plan.num_steps, plan.epoch(0)[2].tolist()) == (2, [4, 4])
+    assert len(plan.rows_before(0, 5)) == 8
+    left_out = {epoch: set(range(10)) - set(plan.epoch(epoch)[0].tolist()) for epoch in range(9)}
+    assert {len(rows) for rows in left_out.values()} == {2}
+    assert len(set().union(*left_out.values())) > 5, "others in each epoch"
 
 
 # EvalPlan -------------------------------------------------------------------------------------------------------------

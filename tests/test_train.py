@@ -25,8 +25,9 @@ from msrn_ray.evaluation import evaluate_checkpoint
 from msrn_ray.label_graph import LabelCounts, Provenance, save_counts
 from msrn_ray.predictor import Predictor
 from msrn_ray.presets import PRESETS
+from msrn_ray.resuming import resume_config
 from msrn_ray.splits import load_splits
-from msrn_ray.trainer import TrainResult, resume_config, train
+from msrn_ray.trainer import TrainResult, train
 from msrn_ray.word_vectors import load_word_vectors
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -234,8 +235,14 @@ def test_resuming_on_other_data_is_refused(finished: TrainResult, scenes: Path, 
     path.write_text(json.dumps(content))
     config = resume_config(run).with_overrides({"data.root": str(other), "train.epochs": 3})
     before = (run / "config.yaml").read_bytes()
-    with pytest.raises(UserError, match="trained on other images"):
+    with pytest.raises(UserError) as caught:
         train(config, resume=True)
+    said, now = str(caught.value).removeprefix(f"{run} was trained on other images or labels: ").split("; now ")
+    assert said.startswith(f"coco in {scenes} (instances_train2014.json")
+    assert ": 50 train, 13 val images), fingerprint " in said
+    assert now.startswith(f"coco in {other} (instances_train2014.json")
+    assert ": 49 train, 13 val images), fingerprint " in now
+    assert "--data.root, or start a new run" in now
     assert (run / "config.yaml").read_bytes() == before
     assert not (run / "failure.txt").exists()
 
@@ -280,7 +287,7 @@ def test_a_split_of_bad_images_is_named_by_evaluate(finished: TrainResult, scene
 
 
 def test_a_loss_that_is_not_finite_stops_all_ranks_with_step_and_images(
-    local_ray: None, scenes: Path, tmp_path: Path
+    local_ray: None, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = small_config(
         scenes,
@@ -289,6 +296,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_with_step_and_images(
     )
     with pytest.raises(NonFiniteLossError, match=r"not finite at step \d+ of the epoch, images \d+") as caught:
         train(config)
+    assert capsys.readouterr().out.count("training on 2 x") == 1, "what starting again would repeat is not tried again"
     named = re.findall(r"images ([\d, ]+);", str(caught.value))[0].split(", ")
     content = json.loads((scenes / "annotations" / "instances_train2014.json").read_text())
     assert {int(name) for name in named} <= {image["id"] for image in content["images"]}

@@ -123,6 +123,18 @@ def test_a_rank_that_said_goodbye_or_whose_process_is_gone_does_not_hang(monkeyp
     assert (scene.ended, scene.watchdog.verdict) == ([1001], None), "Ray Train sees to lost processes"
 
 
+def test_new_workers_start_without_the_old_ones_beats_and_verdict(scene: Scene) -> None:
+    scene.beat(0, "in a step", idle=0.0)
+    scene.beat(1, "in a step", idle=0.0)
+    scene.now += 1000
+    scene.watchdog.look()
+    assert scene.watchdog.verdict is not None
+    scene.watchdog.restart()
+    scene.beat(0, "in a step", idle=2000.0)  # sent while it was going down
+    scene.watchdog.look()
+    assert (len(scene.ended), scene.watchdog.verdict) == (1, None)
+
+
 def test_signs_of_life_come_often_enough() -> None:
     assert [beat_seconds(minutes) for minutes in (0.1, 0.5, 10, 600)] == [pytest.approx(1.0), 5.0, 5.0, 5.0]
 
@@ -156,6 +168,7 @@ def test_a_stopped_process_ends_the_run_with_its_name(
             "model.embed_dim": 16,
             "model.compile": "off",
             "train.epochs": 200,
+            "train.max_failures": 0,
             "train.batch_size": 4,
             "train.storage": str(tmp_path / "runs"),
             "train.run_name": "hung",

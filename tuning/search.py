@@ -97,6 +97,7 @@ def search(options: Search) -> Path:
                 "train.epochs": options.epochs,
                 "train.seed": options.seed,
                 "train.storage": str(folder),
+                "train.checkpoint_every": None,  # Tune takes reports with scores only
                 "resources.num_workers": options.num_workers,
                 "resources.dashboard": True,  # Tune asks it for the state of workers; without it a stopped trial keeps its CPUs
             }

@@ -27,9 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 from msrn_ray import distributed
 from msrn_ray.config import OptimSettings
 from msrn_ray.engine import Trainee, train_step
-from msrn_ray.model import MSRN, build_model
-from msrn_ray.optim import build_optimizer, build_scheduler
+from msrn_ray.model import MSRN
 from msrn_ray.presets import PRESETS
+from msrn_ray.trainee import build_network, build_trainee
 from msrn_ray.types import Batch
 
 from .attention import direct
@@ -41,6 +41,7 @@ SHAPES = {
     "NUS-WIDE": ("nuswide", 81, 2),
 }  # preset, labels, images
 SIDE, ROUNDS, STEPS = 448, 5, 40
+CPU = torch.device("cpu")
 CURVE_LR = 2e-4  # random weights and batches of 2 amplify rounding: at 1e-3 the direct form parts from itself by 2e-3
 
 
@@ -62,29 +63,15 @@ def make_batch(images: int, labels: int, seed: int = 0) -> Batch:
 
 
 def make_trainee(preset: str, labels: int, *, lr: float | None = None, **model: Any) -> Trainee:
-    """The preset's network on random weights, as a worker builds it."""
+    """The preset's network on random weights in full precision, as a worker builds it."""
     torch.manual_seed(0)
-    config = PRESETS[preset].config.with_overrides({f"model.{name}": value for name, value in model.items()})
-    settings = config.optim if lr is None else OptimSettings(lr=lr)
-    network = build_model(config.model, torch.randn(labels, 50), torch.eye(labels, dtype=torch.bool), pretrained=False)
-    network.to(memory_format=torch.channels_last)
-    assert isinstance(network, MSRN)
-    network.attention.choose_kernels("on", torch.device("cpu"))
-    network.train()
-    optimizer = build_optimizer(network, settings)
-    scheduler = build_scheduler(optimizer, settings, 1000, 40)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return Trainee(
-        network,
-        optimizer,
-        scheduler,
-        scaler,
-        ema=None,
-        amp_dtype=None,
-        clip_norm=settings.clip_norm,
-        accumulation=1,
-        group_weight=config.loss.group_weight,
-    )
+    changes = {f"model.{name}": value for name, value in model.items()}
+    config = PRESETS[preset].config.with_overrides(changes | {"train.amp": "off", "model.compile": "on"})
+    if lr is not None:
+        config = config.model_copy(update={"optim": OptimSettings(lr=lr)})
+    vectors, mask = torch.randn(labels, 50), torch.eye(labels, dtype=torch.bool)
+    network, _ = build_network(config, vectors, mask, torch.full((labels,), 0.05), device=CPU, pretrained=False)
+    return build_trainee(config, network.train(), CPU, steps_per_epoch=1000)
 
 
 def single(name: str) -> None:

@@ -1,0 +1,169 @@
+"""Checkpoints of a run: written by rank 0 into the run folder, kept and deleted by Ray Train, and what a rank takes up again.
+
+A checkpoint at an epoch's end holds the model with its scores, and the train state; one within an epoch the train state alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+
+from . import distributed
+from .checkpoint import Checkpoint, TrainState, save_checkpoint, save_train_state
+from .engine import Trainee
+from .errors import UserError
+from .resuming import LIST_COPY, LIST_FILE
+
+SCORE = "checkpoint_score"  # Ray Train keeps the checkpoint with the largest, the later of equals, and the latest
+NO_SCORE, WITHIN_EPOCH = -1.0, -2.0  # where val/mAP is nan, and where there is none: below any val/mAP
+_ROOM = (
+    2**20
+)  # bytes that a checkpoint must leave free: Ray's own list of checkpoints is written after it, and must not be cut off
+
+
+def capture(trainee: Trainee, device: torch.device, *, epoch: int, data: str, **within: Any) -> TrainState:
+    """All that going on needs; ranks must all call it.
+
+    Args:
+        trainee: what is trained.
+        device: where it is.
+        epoch: finished epochs.
+        data: fingerprint of train and val.
+        within: `step`, `account` and `stats` of a `TrainState`, within an epoch.
+    """
+    return TrainState(
+        trainee.network.state_dict(),
+        trainee.optimizer.state_dict(),
+        trainee.scheduler.state_dict(),
+        trainee.scaler.state_dict(),
+        trainee.ema.state_dict() if trainee.ema is not None else None,
+        epoch,
+        data,
+        world_size=distributed.world_size(),
+        rng=distributed.all_gather(get_rng(device)),
+        **within,
+    )
+
+
+def restore(trainee: Trainee, state: TrainState, rank: int, device: torch.device) -> None:
+    """The reverse of `capture`, on each rank; ranks that there were not share the random states of those that there were.
+
+    Raises:
+        UserError: if the label graph is another than the run was trained with.
+    """
+    check_graph(state.model, trainee.network.state_dict())
+    trainee.network.load_state_dict(state.model)
+    trainee.optimizer.load_state_dict(dict(state.optimizer))
+    trainee.scheduler.load_state_dict(dict(state.scheduler))
+    trainee.scaler.load_state_dict(dict(state.scaler))
+    if trainee.ema is not None and state.ema is not None:
+        trainee.ema.load_state_dict(dict(state.ema))
+    if state.rng:
+        set_rng(state.rng[rank % len(state.rng)], device)
+
+
+def get_rng(device: torch.device) -> dict[str, torch.Tensor]:
+    """States of torch's generators, the only ones that training draws from: augmentation is seeded by epoch and row."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"device": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_rng(state: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """The reverse of `get_rng`."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "device" in state:
+        torch.cuda.set_rng_state(state["device"], device)
+
+
+def check_graph(saved: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> None:
+    """Refuses to go on with another label graph than the run was trained with; both are state dicts of the network.
+
+    Raises:
+        UserError: if their masks differ.
+    """
+    key = "label_semantics.attend_mask"
+    if key in saved and not torch.equal(saved[key].cpu(), now[key].cpu()):
+        raise UserError(
+            "data.label_counts: gives another label graph than the run was trained with; give the file that it started with"
+        )
+
+
+def report_checkpoint(run: Path, metrics: Mapping[str, Any], checkpoint: Checkpoint | None, state: TrainState) -> str:
+    """Writes a checkpoint into the run folder, whole or not at all, and hands it to Ray Train; ranks must all call it.
+
+    Args:
+        run: the run folder.
+        metrics: `epoch` (1-based), `SCORE`, and what else is known; the same on every rank.
+        checkpoint: the model of a finished epoch, or None within an epoch.
+        state: what going on needs.
+
+    Returns:
+        The checkpoint's name, unique over restarts.
+
+    Raises:
+        UserError: on rank 0, if the folder cannot be written or the disk is full.
+    """
+    step = f"_step_{state.step:06d}" if checkpoint is None else ""
+    name = f"epoch_{metrics['epoch']:04d}{step}_{int(time.time()):x}"
+    if distributed.rank() > 0:
+        ray.train.report(dict(metrics), checkpoint_dir_name=name)
+        return name
+    partial = run / f".{name}"
+    try:
+        if (run / LIST_FILE).is_file():
+            shutil.copyfile(run / LIST_FILE, run / LIST_COPY)
+        if checkpoint is None:
+            save_train_state(partial, state)
+        else:
+            save_checkpoint(partial, checkpoint, state)
+        if shutil.disk_usage(run).free < _ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.rename(partial, run / name)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"{run}: the checkpoint of epoch {metrics['epoch']} cannot be written ({error.strerror}); the ones before are whole:"
+            f" make room, then msrn train --resume {run}"
+        ) from None
+    ray.train.report(
+        dict(metrics),
+        checkpoint=ray.train.Checkpoint.from_directory(run / name),
+        checkpoint_dir_name=name,
+        checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,  # it lies where it belongs
+    )
+    return name
+
+
+def clear_leftovers(run: Path) -> None:
+    """Deletes checkpoints that an interruption cut off, or left behind before Ray Train knew of them.
+
+    Raises:
+        UserError: if this node does not see the run folder.
+    """
+    if not run.is_dir():
+        raise UserError(
+            f"train.storage: {run} is not there on a worker's node; give a folder that every node has mounted"
+        )
+    known = {Path(one.checkpoint.path).name for one in ray.train.get_all_reported_checkpoints()}
+    for folder in run.glob("*epoch_*" if known else ".epoch_*"):
+        if folder.name not in known:
+            shutil.rmtree(folder)
+
+
+def scored_checkpoints() -> list[ray.train.ReportedCheckpoint]:
+    """Those of finished epochs that Ray Train holds."""
+    return [one for one in ray.train.get_all_reported_checkpoints() if "val/mAP" in one.metrics]
+
+
+def best_index(scores: Sequence[float]) -> int:
+    """The place of the largest score, the last of equals as Ray Train keeps it; nan loses to any number."""
+    return max(range(len(scores)), key=lambda index: (not math.isnan(scores[index]), scores[index], index))

@@ -1,0 +1,117 @@
+"""A training run that writes down which rows each rank trained on, step by step, and can kill one of its ranks.
+
+`python -m tests.recorded_run CONFIG FOLDER` trains with a saved config, as `msrn train --config` does, and records into the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Place = tuple[int, int]  # epoch and step, 0-based
+
+
+class Kill(NamedTuple):
+    """Which rank kills itself, once, after which step."""
+
+    rank: int
+    place: Place
+
+
+def recording(folder: Path, kill: Kill | None = None) -> Callable[[dict[str, Any]], None]:
+    """A train loop that appends a line to a file of its process for each step whose weights are changed, and each loss."""
+
+    def loop(loop_config: dict[str, Any]) -> None:
+        from msrn_ray import distributed, worker
+        from msrn_ray.accounting import Account, Ledger
+        from msrn_ray.engine import Progress
+        from msrn_ray.sampling import Rows, TrainPlan
+
+        attempt = distributed.all_gather(time.time_ns())[0]
+        file = (folder / f"{attempt}_{distributed.rank()}.jsonl").open("a", buffering=1)
+
+        def write(**line: Any) -> None:
+            file.write(json.dumps({"attempt": attempt, **line}) + "\n")
+
+        class RecordingLedger(Ledger):
+            def __init__(self, plan: TrainPlan, epoch: int, before: Account) -> None:
+                super().__init__(plan, epoch, before)
+                self.place = (epoch, plan.first_step if epoch == plan.first_epoch else 0)
+                write(start=self.place, world=plan.world_size)
+
+            def add(self, rows: Rows) -> None:
+                super().add(rows)
+                write(place=self.place, rows=rows.tolist())
+                mark = folder / "killed"
+                if kill == (distributed.rank(), self.place) and not mark.exists():
+                    mark.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                self.place = (self.place[0], self.place[1] + 1)
+
+        class RecordingWorker(worker.Worker):
+            def on_progress(self, epoch: int, progress: Progress) -> None:
+                super().on_progress(epoch, progress)
+                if self.rank == 0:
+                    write(loss=progress.loss, step=[epoch - 1, progress.step - 1])
+
+        worker.Ledger = RecordingLedger  # type: ignore[misc]  # of this process alone
+        RecordingWorker(loop_config).run()
+
+    return loop
+
+
+class Record(NamedTuple):
+    """What counts of a recorded run.
+
+    Attributes:
+        rows: epoch -> the rows of the steps that were not rolled back, over all ranks.
+        repeated: places of steps that were rolled back.
+        losses: place -> loss over all ranks, where `train.log_every` is 1.
+        starts: where each start of the workers took the run up, and their number.
+    """
+
+    rows: dict[int, list[int]]
+    repeated: set[Place]
+    losses: dict[Place, float]
+    starts: list[tuple[Place, int]]
+
+
+def read_record(folder: Path) -> Record:
+    """A step is rolled back where a later start of the workers takes the run up before it."""
+    lines = [json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
+    starts: dict[int, tuple[Place, int]] = {}
+    for line in lines:
+        if "start" in line:
+            starts.setdefault(line["attempt"], (tuple(line["start"]), line["world"]))
+    rows: dict[int, list[int]] = {}
+    repeated, losses = set(), {}
+    for line in lines:
+        place = tuple(line.get("place") or line.get("step") or ())
+        if not place:
+            continue
+        if any(attempt > line["attempt"] and start <= place for attempt, (start, _) in starts.items()):
+            repeated.add(place)
+        elif "rows" in line:
+            rows.setdefault(place[0], []).extend(line["rows"])
+        else:
+            losses[place] = line["loss"]
+    return Record(rows, repeated, losses, [starts[attempt] for attempt in sorted(starts)])
+
+
+def main() -> None:
+    """Trains; see the module."""
+    from msrn_ray import trainer
+    from msrn_ray.config import load_config
+
+    trainer.train_loop_per_worker = recording(Path(sys.argv[2]))  # type: ignore[assignment]
+    trainer.train(load_config(Path(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Killed ranks and drivers: by their ids, every image of every epoch is trained on once, and the weights are those of a quiet run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from msrn_ray import trainer
+from msrn_ray.checkpoint import load_checkpoint, load_train_state
+from msrn_ray.config import ExperimentConfig
+from msrn_ray.datasets.scenes import generate_scenes
+from msrn_ray.materials import Materials
+from msrn_ray.resuming import resume_config
+from msrn_ray.trainer import TrainResult, train
+
+from .recorded_run import Kill, Record, read_record, recording
+from .test_train import coco_copy, small_config
+from .tiny import make_coco
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+# Images then do not depend on those beside them, and differences by rounding are not blown up, as AdamW does where gradients are near zero
+COMPARABLE = {"model.frozen_batchnorm": True, "optim.name": "sgd", "optim.lr": 0.01}
+
+NUM_IMAGES, NUM_STEPS = 50, 7  # batch 8: the last step has 2 images
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return generate_scenes(tmp_path_factory.mktemp("data") / "scenes", num_train=NUM_IMAGES, num_val=5, num_test=4)
+
+
+def config_of(scenes: Path, storage: Path, **overrides: object) -> ExperimentConfig:
+    """Saved after every second step; the loss of every step is recorded; float32 on every machine."""
+    settings = {
+        "train.run_name": "run",
+        "train.batch_size": 8,
+        "train.checkpoint_every": "2 steps",
+        "train.log_every": 1,
+        "train.amp": "off",
+    }
+    return small_config(scenes, storage, **(settings | overrides))
+
+
+def train_recorded(
+    config: ExperimentConfig, folder: Path, *, kill: Kill | None = None, resume: bool = False
+) -> tuple[TrainResult, Record]:
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "train_loop_per_worker", recording(folder, kill))
+        result = train(config, resume=resume)
+    return result, read_record(folder)
+
+
+def assert_every_image_once(record: Record, epochs: int = 2) -> None:
+    assert sorted(record.rows) == list(range(epochs))
+    for epoch, rows in record.rows.items():
+        assert sorted(rows) == list(range(NUM_IMAGES)), f"epoch {epoch}"
+
+
+def lines_of(result: TrainResult) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in (result.run_folder / "metrics.jsonl").read_text().splitlines()]
+    timed = ("seconds", "per_second", "fraction", "checkpoint")
+    return [{name: value for name, value in line.items() if not name.endswith(timed)} for line in lines]
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    ours, theirs = (load_train_state(max(run.glob("epoch_0002*"))) for run in (one, other))
+    assert ours.epoch == theirs.epoch == 2
+    for name, tensor in theirs.model.items():
+        assert torch.equal(ours.model[name], tensor), name
+    assert ours.ema is not None
+    assert theirs.ema is not None
+    for name, tensor in theirs.ema.items():
+        assert torch.equal(ours.ema[name], tensor), name
+    assert ours.scheduler["last_epoch"] == theirs.scheduler["last_epoch"] == 2 * NUM_STEPS
+
+
+def test_a_killed_rank_costs_only_the_steps_since_the_last_checkpoint(
+    local_ray: None, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGKILL of rank 1 within the second epoch: exact ids, and weights and figures of an undisturbed run to the last bit."""
+    quiet, record = train_recorded(config_of(scenes, tmp_path / "quiet"), tmp_path / "quiet_record")
+    assert_every_image_once(record)
+    assert record.starts == [((0, 0), 2)]
+    assert not record.repeated
+
+    killed, record = train_recorded(
+        config_of(scenes, tmp_path / "killed"), tmp_path / "killed_record", kill=Kill(1, (1, 4))
+    )
+    assert (tmp_path / "killed_record" / "killed").exists()
+    told = capsys.readouterr().out
+    assert "\nworker " in told
+    assert f", going on after step {record.starts[-1][0][1]} of epoch 2\n" in told
+    assert_every_image_once(record)
+    first, again = record.starts
+    assert (first, again[1]) == (((0, 0), 2), 2)
+    assert again[0] in {(1, 2), (1, 4)}, "the run went on within the epoch"
+    assert (1, 4) in record.repeated
+    assert all(again[0] <= place <= (1, 5) for place in record.repeated)
+    assert_same_weights(killed.run_folder, quiet.run_folder)
+    assert lines_of(killed) == lines_of(quiet)
+    kept = {line["checkpoint"] for line in map(json.loads, (killed.run_folder / "metrics.jsonl").open())}
+    assert {path.name for path in killed.run_folder.glob("*epoch_*")} <= kept, "nothing saved within an epoch is left"
+
+
+@pytest.fixture(scope="module")
+def interrupted(
+    local_ray: None, scenes: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainResult, Record, Record]:
+    """A run whose driver was killed within the first epoch, resumed with one worker instead of two.
+
+    Gives the result, what was recorded at the kill, and what in the end.
+    """
+    folder = tmp_path_factory.mktemp("driver")
+    config = config_of(scenes, folder, **COMPARABLE)
+    config.save(folder / "start.yaml")
+    record = folder / "record"
+    record.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.recorded_run", str(folder / "start.yaml"), str(record)],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    deadline = time.monotonic() + 200
+    while not any("[0, 4]" in file.read_text() for file in record.glob("*.jsonl")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "the run did not get so far"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    time.sleep(2)  # workers die with their cluster; they must not write any more
+    before = read_record(record)
+    resumed = resume_config(folder / "run").with_overrides({"resources.num_workers": 1})
+    result, after = train_recorded(resumed, record, resume=True)
+    return result, before, after
+
+
+def test_a_killed_driver_and_another_number_of_workers(interrupted: tuple[TrainResult, Record, Record]) -> None:
+    result, before, after = interrupted
+    assert set(before.rows) == {0}, "it was killed within the first epoch"
+    assert_every_image_once(after)
+    first, again = after.starts
+    assert (first, again[1]) == (((0, 0), 2), 1)
+    assert (0, 2) <= again[0] < (1, 0), "the run went on within the epoch"
+    assert [line["train/images"] for line in lines_of(result)] == [NUM_IMAGES, NUM_IMAGES]
+    assert load_checkpoint(result.run_folder).metrics["val/images"] == 5
+
+
+def test_the_number_of_workers_does_not_change_the_training(
+    interrupted: tuple[TrainResult, Record, Record], scenes: Path, tmp_path: Path
+) -> None:
+    """Two workers up to the kill, then one, against one throughout: the loss of every step, and of whole epochs."""
+    result, before, after = interrupted
+    alone, record = train_recorded(
+        config_of(scenes, tmp_path, **COMPARABLE, **{"resources.num_workers": 1}), tmp_path / "record"
+    )
+    assert_every_image_once(record)
+    assert len(before.losses) >= 4
+    assert list(record.losses) == [(epoch, step) for epoch in range(2) for step in range(NUM_STEPS)]
+    assert set(after.losses) == set(record.losses)
+    assert record.losses[1, 5] < 0.95 * record.losses[0, 0], "it learns"
+    for places in (before.losses, after.losses):
+        for place, loss in places.items():
+            assert loss == pytest.approx(record.losses[place], rel=1e-4), place
+    for ours, theirs in zip(lines_of(result), lines_of(alone), strict=True):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-4)
+        assert ours["val/loss"] == pytest.approx(theirs["val/loss"], rel=1e-4)
+
+
+def test_a_file_that_is_gone_and_workers_as_many_as_there_is_room_for(
+    local_ray: None, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was there when the run began; it counts as an image that cannot be decoded, and the epoch's account says so."""
+    root = coco_copy(scenes, tmp_path / "data")
+    gather = trainer.gather_materials
+
+    def gather_and_lose(config: ExperimentConfig) -> Materials:
+        materials = gather(config)
+        Path(materials.splits.train.table["uri"][17].as_py()).unlink()
+        return materials
+
+    monkeypatch.setattr(trainer, "gather_materials", gather_and_lose)
+    settings = {"resources.num_workers": "1..2", "train.epochs": 1, "data.max_bad_fraction": 0.02}
+    result, record = train_recorded(config_of(root, tmp_path / "runs", **settings), tmp_path / "record")
+    assert record.starts == [((0, 0), 2)]
+    assert sorted(record.rows[0]) == [row for row in range(NUM_IMAGES) if row != 17]
+    (line,) = lines_of(result)
+    assert (line["train/images"], line["train/bad_images"]) == (NUM_IMAGES - 1, 1)
+    assert "No such file" in (result.run_folder / "bad_images.csv").read_text()
+
+
+def test_one_image_and_more_workers_than_images(local_ray: None, tmp_path: Path) -> None:
+    """A table smaller than a batch too: the one step of the epoch has one image, and the second rank a filler."""
+    root = make_coco(tmp_path / "data", {"train": [[0, 1]], "val": [[0], [1, 2]]})
+    settings = {"data.missing_words": "random", "protocol": "paper", "train.epochs": 1}
+    result, record = train_recorded(config_of(root, tmp_path / "runs", **settings), tmp_path / "record")
+    assert record.starts == [((0, 0), 2)]
+    assert record.rows == {0: [0]}
+    assert [line["train/images"] for line in lines_of(result)] == [1]
