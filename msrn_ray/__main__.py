@@ -8,26 +8,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args
+from typing import Annotated, Any, NoReturn
 
 import tyro
 from pydantic import ValidationError
 
-from .commands import (
-    Doctor,
-    Evaluate,
-    Graph,
-    ImportOfficial,
-    Predict,
-    Prepare,
-    Presets,
-    SourceName,
-    Train,
-    first_positional,
-    named_config,
-    starting_config,
-)
-from .config import DataSettings, describe_errors
+from .commands import Evaluate, ImportOfficial, Predict, Presets, Train, first_positional, starting_config
+from .config import describe_errors
+from .data_commands import Doctor, Graph, Prepare
 from .errors import UserError
 
 _ABOUT = "MSRN (arXiv 2106.11596): multi-label image classification with label graphs and semantic attention, on Ray."
@@ -99,7 +87,7 @@ def _check_order(command: Any, argv: list[str]) -> Any:
     elif isinstance(command, (Train, Graph, Doctor)):
         named, used = Path(command.preset), Path(seen or "scenes")
     elif isinstance(command, Prepare):
-        named, used = Path(command.source), Path(seen or "")
+        named, used = Path(command.preset), Path(seen or "")
     else:
         return command
     if named != used:
@@ -126,9 +114,7 @@ def _with_defaults(argv: list[str]) -> Any:
             tau=config.model.tau, tau_degree=config.model.tau_degree, protocol=config.protocol, data=config.data
         )
     if argv[0] == "prepare":
-        named = first_positional(argv[1:]) or ""
-        data = named_config(named).data if named in get_args(SourceName) else DataSettings()
-        return Prepare(tyro.MISSING, tyro.MISSING, data=data)
+        return Prepare(tyro.MISSING, tyro.MISSING, data=starting_config(argv).data)
     if argv[0] == "doctor":
         config = starting_config(argv)
         return Doctor(protocol=config.protocol, data=config.data)

@@ -3,40 +3,28 @@
 from __future__ import annotations
 
 import math
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.table import Column, Table
 
-from .config import Dataset, DataSettings, ExperimentConfig, ResourceSettings, load_config
+from .config import DataSettings, ExperimentConfig, ResourceSettings, load_config
 from .errors import UserError
 from .presets import PRESETS
 
-PresetName = Literal["scenes", "voc2007", "coco2014", "nuswide", "apparel", "manifest", "folders"]
-assert set(PRESETS) == set(PresetName.__args__)  # type: ignore[attr-defined]  # the command line's choices are the presets
-# A preset stands for its data set, a reader for its layout
-SourceName = Literal[
-    "scenes",
-    "voc2007",
-    "coco2014",
-    "nuswide",
-    "apparel",
-    "coco",
-    "voc",
-    "manifest",
-    "folders",
-    "huggingface",
-    "webdataset",
+PresetName = Literal[
+    "scenes", "voc2007", "coco2014", "nuswide", "apparel", "manifest", "folders", "huggingface", "webdataset"
 ]
+assert set(PRESETS) == set(PresetName.__args__)  # type: ignore[attr-defined]  # the command line's choices are the presets
 
 
-def _out() -> Console:
+def new_console() -> Console:
+    """Where results go: no colours on names or numbers, no lines broken."""
     return Console(highlight=False, soft_wrap=True)
 
 
@@ -64,7 +52,7 @@ class Train:
 
         start = time.monotonic()
         result = train(self.experiment, resume=self.resume is not None)
-        out = _out()
+        out = new_console()
         _print_summary(out, result.metrics)
         chosen = " (chosen on the test split: protocol paper)" if self.experiment.protocol == "paper" else ""
         scores = [
@@ -113,7 +101,7 @@ class Evaluate:
             }
         )
         metrics = evaluate_checkpoint(self.checkpoint, config, self.split)
-        out = _out()
+        out = new_console()
         for line in [*metrics.pop("notes"), *(f"left out: {image}" for image in metrics.pop("bad"))]:
             out.print(line, markup=False)
         table = Table("label", "AP")
@@ -163,7 +151,7 @@ class Predict:
             present = [f"{name} {value:.2f}" for value, threshold, name in ranked if value >= threshold]
             likeliest = f"none above its threshold; likeliest {ranked[0][2]} {ranked[0][0]:.2f}" if ranked else ""
             table.add_row(one.uri, f"skipped: {one.error}" if one.error else ", ".join(present) or likeliest)
-        out = _out()
+        out = new_console()
         out.print(table)
         skipped = sum(bool(one.error) for one in predictions)
         if skipped:
@@ -173,131 +161,6 @@ class Predict:
         if self.out is not None:
             write_predictions(self.out, predictions, predictor.label_names)
             out.print(f"wrote {self.out}", markup=False)
-
-
-@dataclass(frozen=True)
-class Prepare:
-    """Write a data set as Parquet shards with the images inside, which `msrn train` reads from any place."""
-
-    source: tyro.conf.Positional[SourceName]
-    """Preset whose data set is read, or reader of its layout (`msrn train --help`, data.dataset)."""
-    out: str
-    """Folder or URI to write to. Stopped half-way, the same command goes on there."""
-    short_side: int | None = None
-    """Reduce images with a larger short side to this, pixels, and store them as JPEG. None: all bytes as they are."""
-    rows_per_shard: int = 256
-    """Images of a shard file; a task holds as many in memory."""
-    data: DataSettings = field(default_factory=DataSettings)
-
-    def run(self) -> None:
-        """Writes, then says what is there and how to train on it."""
-        from .prepare import prepare
-        from .storage import Location
-
-        for option, value in (("--short-side", self.short_side), ("--rows-per-shard", self.rows_per_shard)):
-            if value is not None and value < 1:
-                raise UserError(f"{option} {value}: must be at least 1")
-        start = time.monotonic()
-        out = _out()
-        place = Location.of(self.out)
-        info = prepare(self.data, place, short_side=self.short_side, rows_per_shard=self.rows_per_shard, console=out)
-        for name, split in info.splits.items():
-            for line in split.notes:
-                out.print(line, markup=False)
-            left_out = f", {split.bad_images} left out (bad_images.csv)" if split.bad_images else ""
-            out.print(
-                f"{name}: {split.images} images{left_out}, {sum(split.shard_bytes) / 1e6:.1f} MB in {len(split.shard_bytes)} shards",
-                markup=False,
-            )
-        out.print(
-            f"{len(info.label_names)} labels, content {info.content[:12]}, {time.monotonic() - start:.0f} s",
-            markup=False,
-        )
-        preset = self.source if self.source in PRESETS else "PRESET"
-        out.print(f"train on it with: msrn train {preset} --data.root {shlex.quote(str(place))}", markup=False)
-
-
-@dataclass(frozen=True)
-class Graph:
-    """Show the label graph of a data set: edges at tau, labels without one, a picture."""
-
-    preset: tyro.conf.Positional[PresetName] = "scenes"
-    """Preset whose data set is read. With `--data.label-counts` that file is shown, and no data set is read."""
-    tau: float | Literal["auto"] = 0.4
-    """Label i attends to label j where P(i | j) >= tau in the train split; `auto`: the largest tau that keeps `--tau-degree`."""
-    tau_degree: float = 1.0
-    """Other labels that a label attends to on average, at the least, with tau `auto`."""
-    out: Path = Path("label_graph.png")
-    """The picture, a PNG."""
-    save_counts: Path | None = None
-    """Write the label counts, with where they come from, to this .npz file; `--data.label-counts FILE` uses them."""
-    protocol: Literal["honest", "paper"] = "honest"
-    """How the data set is split; the graph is counted on train."""
-    data: DataSettings = field(default_factory=DataSettings)
-
-    def run(self) -> None:
-        """Prints the graph and draws it."""
-        from .graph_report import describe_graph, draw_graph
-        from .label_graph import choose_tau, load_counts, save_counts
-        from .materials import label_counts
-        from .prediction import check_output
-        from .splits import load_splits
-
-        if self.save_counts is not None:
-            check_output(self.save_counts, (".npz",), option="--save-counts")
-        config = PRESETS[self.preset].config.model_copy(update={"data": self.data, "protocol": self.protocol})
-        graph = config.with_overrides({"model.tau": self.tau, "model.tau_degree": self.tau_degree}).model
-        out = _out()
-        if self.data.label_counts is not None:
-            counts = load_counts(Path(self.data.label_counts).expanduser())
-        else:
-            splits = load_splits(config)
-            counts = label_counts(splits.train, None)
-            for line in splits.notes:
-                out.print(line, markup=False)
-        if counts.provenance is not None:
-            out.print(f"counted on {counts.provenance}", markup=False)
-        tau = choose_tau(counts, graph.tau, graph.tau_degree)
-        if graph.tau == "auto":
-            out.print(f"tau auto: {tau:.4g} for a mean degree of {graph.tau_degree:g} or more", markup=False)
-        for line in describe_graph(counts, tau):
-            out.print(line, markup=False)
-        if self.save_counts is not None:
-            save_counts(self.save_counts, counts)
-            out.print(f"counts {self.save_counts}", markup=False)
-        draw_graph(counts, tau, self.out)
-        out.print(f"picture {self.out}", markup=False)
-
-
-@dataclass(frozen=True)
-class Doctor:
-    """Look a data set over: labels, duplicates, unreadable images, sizes, label graph, and what to do about each finding."""
-
-    preset: tyro.conf.Positional[str] = "scenes"
-    """Preset, or reader (a choice of `--data.dataset`), whose data set is looked over."""
-    out: Path | None = None
-    """Write the report, with thumbnails, to this .html file too."""
-    protocol: Literal["honest", "paper"] = "honest"
-    """How the data set is split; the same image in two splits is an error."""
-    data: DataSettings = field(default_factory=DataSettings)
-
-    def run(self) -> None:
-        """Prints the report; exits with 1 where there is an error among the findings."""
-        from .doctor_report import print_diagnosis, write_page
-        from .inspection import diagnose_data
-        from .prediction import check_output
-
-        if self.out is not None:
-            check_output(self.out, (".html",))
-        config = named_config(self.preset).model_copy(update={"data": self.data, "protocol": self.protocol})
-        diagnosis = diagnose_data(config)
-        out = _out()
-        print_diagnosis(out, diagnosis)
-        if self.out is not None:
-            write_page(self.out, diagnosis, self.data.max_pixels)
-            out.print(f"page {self.out}", markup=False)
-        if diagnosis.number("error"):
-            raise SystemExit(1)
 
 
 @dataclass(frozen=True)
@@ -324,7 +187,7 @@ class ImportOfficial:
         label_names = import_official(
             self.file, self.preset, word_vectors=self.word_vectors, graph=self.graph, out=self.out, levels=self.levels
         )
-        _out().print(
+        new_console().print(
             f"wrote {self.out}: {len(label_names)} labels; score it with `msrn evaluate {self.out}`", markup=False
         )
 
@@ -405,24 +268,7 @@ def starting_config(argv: list[str]) -> ExperimentConfig:
         from .trainer import resume_config
 
         return resume_config(Path(starts["--resume"]))
-    if command == "doctor" and named is not None:
-        return named_config(named)
     return PRESETS[named if named in PRESETS else "scenes"].config
-
-
-def named_config(name: str) -> ExperimentConfig:
-    """The config of a preset, or a plain one with the reader of that name.
-
-    Raises:
-        UserError: for any other name, with those that there are.
-    """
-    readers: tuple[str, ...] = get_args(Dataset)
-    if name in PRESETS:
-        return PRESETS[name].config
-    if name in readers:
-        return ExperimentConfig(preset=name).with_overrides({"data.dataset": name})
-    known = dict.fromkeys([*PRESETS, *readers])
-    raise UserError(f"{name}: neither a preset nor a reader; give one of {', '.join(known)}")
 
 
 def _option(words: Sequence[str], option: str) -> str | None:

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .config import ExperimentConfig
-from .findings import SHOWN, Evidence, Finding, Gravity, Shown, SplitSummary, TauRow, find_all, tau_row
+from .evidence import SHOWN, Evidence, Finding, Gravity, Shown, SplitSummary
+from .findings import TauRow, find_all, tau_row
 from .label_graph import LabelCounts, choose_tau, conditional_probability
 from .splits import Splits
 from .types import PRESENT, UNKNOWN, SampleTable

@@ -18,7 +18,7 @@ from rich.table import Column, Table
 
 from .doctor import Diagnosis
 from .errors import UserError
-from .findings import GRAVITIES, Gravity, Shown
+from .evidence import GRAVITIES, Gravity, Shown
 from .graph_report import draw_graph
 from .label_graph import conditional_probability
 from .storage import read_bytes

@@ -128,12 +128,22 @@ def _bend(start: npt.NDArray[np.float64], end: npt.NDArray[np.float64]) -> float
 
 
 def _circle_order(probability: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """[C] labels in an order that puts those beside each other which often occur together; probability: [C, C], P.
+    """[C] labels in an order that puts those beside each other which often occur together; probability: [C, C], P."""
+    near = probability + probability.T
+    linked = (near > 0) | np.eye(len(near), dtype=bool)
+    while not np.array_equal(linked, further := linked @ linked):
+        linked = further
+    first = linked.argmax(1)  # of the labels that each is linked with, over others or not
+    groups = [np.flatnonzero(first == one) for one in np.unique(first)]
+    return np.concatenate([group[_row_order(near[np.ix_(group, group)])] for group in groups])
+
+
+def _row_order(near: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """The order of labels that are all linked; near: [n, n], symmetric.
 
     Source: Atkins, Boman, Hendrickson, "A Spectral Algorithm for Seriation" (1998), on the normalised Laplacian, which a label that
     goes with all others does not dominate.
     """
-    near = probability + probability.T
     scale = 1 / np.sqrt(near.sum(1) + 1e-9)
     _, modes = np.linalg.eigh(np.eye(len(near)) - scale[:, None] * near * scale)
     slow = modes[:, min(1, len(near) - 1)] * scale

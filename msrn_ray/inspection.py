@@ -15,13 +15,13 @@ import ray
 import ray.data
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
 from .config import ExperimentConfig
 from .doctor import FACTS, Diagnosis, all_samples, diagnose
 from .errors import UserError
 from .materials import label_counts
 from .pipeline import limit_ray_data
+from .progress import count_images
 from .resources import connect
 from .splits import Splits, load_splits
 from .storage import read_bytes
@@ -51,11 +51,10 @@ def diagnose_data(config: ExperimentConfig) -> Diagnosis:
     connect(config.resources)
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plans and warnings are not for the user of a report
     facts = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("reading", total=len(samples))
+    with count_images(Console(stderr=True, highlight=False), len(samples)) as advance:
         for block in inspect_images(samples, config.data.max_pixels):
             facts.append(block)
-            progress.advance(task, len(block))
+            advance(len(block))
     return diagnose(
         splits,
         pa.concat_tables(facts),

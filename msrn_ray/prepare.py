@@ -10,9 +10,7 @@ import hashlib
 import io
 import json
 import logging
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +22,9 @@ import ray
 import ray.data
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .config import DataSettings, ResourceSettings
+from .datasets.files import read_json
 from .datasets.prepared import (
     AGAIN,
     ANEW,
@@ -40,31 +38,37 @@ from .datasets.prepared import (
     SplitName,
     index_place,
     read_info,
-    read_json,
 )
 from .errors import BadImagesError, UserError
 from .label_graph import count_labels
 from .pipeline import limit_ray_data
+from .progress import count_images
+from .readers import read_published, reader_settings
 from .resources import connect
 from .shards import ShardRecord, ShardWriter
-from .splits import fingerprint, read_published, reader_settings
+from .splits import fingerprint
 from .storage import Location
 from .types import SampleTable
-
-_PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 
 
 @dataclass(frozen=True)
 class _Written:
-    """One split after its last shard: the rows that are in, where their images lie, and those that are not."""
+    """One split after its last shard: the rows that are in, where their images lie, and those that are not.
 
-    rows: npt.NDArray[np.int64]
-    shard: npt.NDArray[np.int32]
-    offset: npt.NDArray[np.int64]
-    length: npt.NDArray[np.int64]
+    Attributes:
+        places: [m, 4] int64, row of the sample table, shard, offset and length of each image that is in.
+        bad: row and reason of each image that is not.
+        shard_bytes, contents: size and content hash of each shard.
+    """
+
+    places: npt.NDArray[np.int64]
     bad: tuple[tuple[int, str], ...]
     shard_bytes: tuple[int, ...]
     contents: tuple[str, ...]
+
+    @property
+    def rows(self) -> npt.NDArray[np.int64]:
+        return self.places[:, 0]
 
 
 def prepare(
@@ -115,7 +119,7 @@ def prepare(
     label_names = published.train.label_names
     written: dict[SplitName, _Written] = {}
     console = console or Console(highlight=False, soft_wrap=True)
-    with _progress(console, sum(map(len, tables.values()))) as advance:
+    with count_images(console, sum(map(len, tables.values()))) as advance:
         for name, table in tables.items():
             writer = ShardWriter(out, name, label_names, plan, rows_per_shard, short_side, settings.max_pixels)
             written[name] = _write_split(writer, table, settings.max_bad_fraction, advance)
@@ -183,40 +187,31 @@ def _write_split(
     num_shards = -(-len(table) // writer.rows_per_shard)
     samples = ray.put(table.table)
     shards = ray.data.range(num_shards, override_num_blocks=num_shards)
-    records: dict[int, ShardRecord] = {}
+    places: list[npt.NDArray[np.int64]] = []
     bad: list[tuple[int, str]] = []
-    for batch in shards.map_batches(_shard_task(writer, samples), batch_size=None, num_cpus=1).iter_batches(
-        batch_size=None
-    ):
+    sizes: list[int] = []
+    contents: list[str] = []
+    task = _shard_task(writer, samples)
+    for batch in shards.map_batches(task, batch_size=None, num_cpus=1).iter_batches(batch_size=None):
         for text, error in zip(batch["record"], batch["error"], strict=True):
             if error:
                 raise UserError(f"{error}; then {AGAIN}")
             record = ShardRecord.model_validate_json(text)
-            records[record.number] = record
+            assert record.number == len(sizes), "Ray Data keeps the order"
+            numbers = [record.number] * len(record.rows)
+            places.append(np.array([record.rows, numbers, record.offsets, record.lengths], np.int64).T)
             bad += record.bad
+            sizes.append(record.size)
+            contents.append(record.content)
             advance(len(record.rows) + len(record.bad))
         if len(bad) > max_bad_fraction * len(table):
             uris = table.table["uri"]
-            listed = "; ".join(f"{uris[row].as_py()} ({reason})" for row, reason in sorted(bad)[:5])
+            listed = "; ".join(f"{uris[row].as_py()} ({reason})" for row, reason in bad[:5])
             raise BadImagesError(
                 f"{len(bad)} of {len(table)} {writer.split} images cannot be decoded, more than"
-                f" data.max_bad_fraction={max_bad_fraction} allows: {listed}"
+                f" data.max_bad_fraction={max_bad_fraction} allows: {listed}; mend them or take them out, or allow more"
             )
-    ordered = [records[number] for number in range(num_shards)]
-    sizes = [len(record.rows) for record in ordered]
-    return _Written(
-        rows=_joined([record.rows for record in ordered]),
-        shard=np.repeat(np.arange(num_shards, dtype=np.int32), sizes),
-        offset=_joined([record.offsets for record in ordered]),
-        length=_joined([record.lengths for record in ordered]),
-        bad=tuple(one for record in ordered for one in record.bad),
-        shard_bytes=tuple(record.size for record in ordered),
-        contents=tuple(record.content for record in ordered),
-    )
-
-
-def _joined(parts: list[tuple[int, ...]]) -> npt.NDArray[np.int64]:
-    return np.concatenate([np.array(part, np.int64) for part in parts])
+    return _Written(np.concatenate(places), tuple(bad), tuple(sizes), tuple(contents))
 
 
 def _shard_task(writer: ShardWriter, samples: ray.ObjectRef[pa.Table]) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -238,12 +233,13 @@ def _shard_task(writer: ShardWriter, samples: ray.ObjectRef[pa.Table]) -> Callab
 
 def _write_index(out: Location, split: SplitName, table: SampleTable, written: _Written) -> None:
     kept = table.table.take(pa.array(written.rows))
+    _, shard, offset, length = written.places.T
     index = pa.table(
         {
             "image_id": kept["image_id"],
-            "shard": pa.array(written.shard),
-            "offset": pa.array(written.offset),
-            "length": pa.array(written.length),
+            "shard": pa.array(shard, pa.int32()),
+            "offset": pa.array(offset),
+            "length": pa.array(length),
             "target": kept["target"],
         }
     )
@@ -260,41 +256,3 @@ def _write_bad(out: Location, tables: dict[SplitName, SampleTable], written: dic
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([["split", "image_id", "reason"], *lines])
         (out / BAD_FILE).write_bytes(text.getvalue().encode())
-
-
-@contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, a line now and then elsewhere; yields what counts images as done."""
-    start = last = time.monotonic()
-    done = 0
-
-    def rate() -> str:
-        return f"{done / max(1e-9, time.monotonic() - start):.0f} img/s"
-
-    if console.is_terminal:
-        columns = (
-            TextColumn("images"),
-            BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task("images", total=total, rate="")
-
-            def advance_bar(number: int) -> None:
-                nonlocal done
-                done += number
-                bar.update(task, completed=done, rate=rate())
-
-            yield advance_bar
-        return
-
-    def advance_lines(number: int) -> None:
-        nonlocal done, last
-        done += number
-        if time.monotonic() - last >= _PLAIN_SECONDS or done == total:
-            last = time.monotonic()
-            console.print(f"{done}/{total} images  {rate()}", markup=False)
-
-    yield advance_lines

@@ -1,9 +1,9 @@
 """Whole experiments by name.
 
-`scenes` needs nothing; `manifest` and `folders` are for your own images. The four benchmarks follow the paper's recipe (arXiv
-2106.11596 and the authors' released settings): ResNet-101 pre-trained on ImageNet, 448 pixels, SGD 0.1 / 0.01 with a step at epoch
-30, batch 16, the `mlp` head, layer2 to layer4. Gradients are clipped at norm 10 after backward; the release clips them before, so
-never.
+`scenes` needs nothing; `manifest`, `folders`, `huggingface` and `webdataset` are for your own images. The four benchmarks follow the
+paper's recipe (arXiv 2106.11596 and the authors' released settings): ResNet-101 pre-trained on ImageNet, 448 pixels, SGD 0.1 / 0.01
+with a step at epoch 30, batch 16, the `mlp` head, layer2 to layer4. Gradients are clipped at norm 10 after backward; the release clips
+them before, so never.
 """
 
 from __future__ import annotations
@@ -103,6 +103,16 @@ PRESETS: dict[str, Preset] = {
     "folders": Preset(
         _own_images("folders", "folders"),
         "your own images in a folder for each label, with or without train/, val/, test/ around them",
+        "depends on the data",
+    ),
+    "huggingface": Preset(
+        _own_images("huggingface", "huggingface"),
+        "a Hugging Face data set: what `save_to_disk` wrote, or Parquet files with the images inside",
+        "depends on the data",
+    ),
+    "webdataset": Preset(
+        _own_images("webdataset", "webdataset"),
+        "WebDataset tars with an image and its labels (.json or .cls) side by side",
         "depends on the data",
     ),
 }

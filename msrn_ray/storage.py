@@ -53,7 +53,7 @@ class Location:
 
     def __truediv__(self, part: str) -> Location:
         head, mark, options = self._split()
-        if "?" in part and not self._is_on_disk:
+        if "?" in part and not self.is_on_disk:
             raise UserError(f"{self}: the name {part!r} has a '?', which ends the path of a URI; rename it")
         return Location(posixpath.join(head, part) + mark + options)
 
@@ -189,12 +189,13 @@ class Location:
             raise UserError(f"{self}: cannot be reached ({error.strerror})") from None
 
     @property
-    def _is_on_disk(self) -> bool:
+    def is_on_disk(self) -> bool:
+        """Whether it is on this machine, as a path or a file:// URI."""
         return self.is_local or self.text.startswith("file://")
 
     def _split(self) -> tuple[str, str, str]:
         """Path and, after the mark, the file system's options, which only URIs of other machines have."""
-        return (self.text, "", "") if self._is_on_disk else self.text.partition("?")
+        return (self.text, "", "") if self.is_on_disk else self.text.partition("?")
 
     def _opened(self) -> tuple[pafs.FileSystem, str]:
         return filesystem_of(self.text)

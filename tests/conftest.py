@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.fs as pafs
 import pytest
 import torch
+
+from msrn_ray.storage import Location
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -26,7 +29,29 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
+def s3_keys() -> Iterator[None]:
+    """Keys that a server on this machine takes; pyarrow wants some."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ACCESS_KEY_ID", "key")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        yield
+
+
+@pytest.fixture(scope="session")
+def s3_bucket(s3_keys: None) -> Iterator[Location]:
+    """An empty bucket of a server on this machine."""
+    server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    options = {"endpoint_override": f"{host}:{port}", "scheme": "http", "region": "us-east-1"}
+    pafs.S3FileSystem(**options, allow_bucket_creation=True).create_dir("fixtures")
+    yield Location.of(f"s3://fixtures?{'&'.join(f'{name}={value}' for name, value in options.items())}")
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def local_ray(s3_keys: None) -> Iterator[None]:
     """One Ray cluster on this machine for all tests that need one; logical CPUs enough for three workers."""
     import ray
 

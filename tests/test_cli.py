@@ -18,7 +18,7 @@ import msrn_ray
 from msrn_ray import commands
 from msrn_ray.__main__ import main
 from msrn_ray.checkpoint import load_checkpoint, save_checkpoint
-from msrn_ray.commands import named_config, starting_config
+from msrn_ray.commands import starting_config
 from msrn_ray.config import DataSettings, ExperimentConfig, ResourceSettings, load_config
 from msrn_ray.errors import UserError
 from msrn_ray.presets import PRESETS
@@ -143,6 +143,7 @@ OWN_OPTIONS = {
         "--batch-size": "Images scored at once.",
     },
     "prepare": {
+        "webdataset}": "Preset whose data set is read.",
         "--out": "Folder or URI to write to. Stopped half-way, the same command goes on there.",
         "--short-side": "Reduce images with a larger short side to this, pixels",
         "--rows-per-shard": "Images of a shard file",
@@ -155,7 +156,7 @@ OWN_OPTIONS = {
         "--protocol": "How the data set is split",
     },
     "doctor": {
-        "STR": "Preset, or reader",
+        "webdataset}": "Preset whose data set is looked over",
         "--out": "Write the report, with thumbnails",
         "--protocol": "How the data set is split",
     },
@@ -286,11 +287,11 @@ def test_a_command_line_that_cannot_be_parsed(cli: Cli, argv: list[str], words: 
         (["predict", "CHECKPOINT", "PHOTO", "--batch-size", "0"], ["batch", "0"]),
         (["predict", "CHECKPOINT", "PHOTO", "--batch-size", "-1"], ["batch", "-1"]),
         (["evaluate", "CHECKPOINT", "--batch-size", "0"], ["batch", "0"]),
-        (["prepare", "voc", "--out", "o"], ["data.root", "voc", "--data.root DIR"]),
-        (["prepare", "coco", "--out", "o", "--short-side", "0"], ["--short-side 0", "at least 1"]),
-        (["prepare", "coco", "--out", "o", "--rows-per-shard", "0"], ["--rows-per-shard 0", "at least 1"]),
-        (["prepare", "--out", "o", "--data.flip", "coco"], ["give coco first, before the options"]),
-        (["prepare", "coco", "--data.root", "COCO", "--out", "COCO"], ["is not empty", "new or empty folder"]),
+        (["prepare", "voc2007", "--out", "o"], ["data.root", "voc", "--data.root DIR"]),
+        (["prepare", "coco2014", "--out", "o", "--short-side", "0"], ["--short-side 0", "at least 1"]),
+        (["prepare", "coco2014", "--out", "o", "--rows-per-shard", "0"], ["--rows-per-shard 0", "at least 1"]),
+        (["prepare", "--out", "o", "--data.flip", "coco2014"], ["give coco2014 first, before the options"]),
+        (["prepare", "coco2014", "--data.root", "COCO", "--out", "COCO"], ["is not empty", "new or empty folder"]),
         (["graph", "voc2007"], ["data.root", "--data.root DIR"]),
         (["graph", "coco2014", "--data.root", "COCO", "--tau", "1.5"], ["model.tau", "1.5", "at most 1", "auto"]),
         (["graph", "coco2014", "--data.root", "COCO", "--tau-degree", "0"], ["model.tau_degree", "greater than 0"]),
@@ -299,7 +300,6 @@ def test_a_command_line_that_cannot_be_parsed(cli: Cli, argv: list[str], words: 
         (["train", "--model.tau", "2"], ["model.tau", "at most 1, or auto", "2"]),
         (["doctor", "coco2014"], ["data.root", "--data.root DIR"]),
         (["doctor", "coco2014", "--data.root", "nowhere"], ["nowhere", "no such folder"]),
-        (["doctor", "imagenet"], ["imagenet: neither a preset nor a reader", "coco2014", "voc"]),
         (["doctor", "coco2014", "--out", "a.pdf"], ["--out a.pdf", ".html"]),
         (
             ["graph", "coco2014", "--data.root", "COCO", "--out", "nowhere/a.png"],
@@ -341,7 +341,8 @@ def test_starting_config_of_presets_and_files(tmp_path: Path, checkpoint: Path) 
     assert starting_config(["train", "--optim.lr", "1"]) == PRESETS["scenes"].config
     for name in PRESETS:
         assert starting_config(["train", name]) == PRESETS[name].config
-        assert starting_config(["graph", name]) == PRESETS[name].config
+        for command in ("graph", "prepare", "doctor"):
+            assert starting_config([command, name]) == PRESETS[name].config
     saved = PRESETS["voc2007"].config.with_overrides({"optim.lr": 0.02, "train.run_name": "first"})
     for file in ("saved.yaml", "saved.json"):
         path = tmp_path / file
@@ -354,12 +355,6 @@ def test_starting_config_of_presets_and_files(tmp_path: Path, checkpoint: Path) 
     assert starting_config(["evaluate", str(checkpoint), "--split", "test"]) == load_checkpoint(checkpoint).config
     with pytest.raises(UserError, match="no such file"):
         starting_config(["evaluate", str(tmp_path / "none")])
-
-
-def test_prepare_starts_from_a_preset_or_a_reader() -> None:
-    assert named_config("coco2014").data == PRESETS["coco2014"].config.data
-    assert named_config("scenes").data.image_size == 96
-    assert named_config("webdataset").data == DataSettings(dataset="webdataset")
 
 
 def test_starting_config_of_a_run(tmp_path: Path) -> None:

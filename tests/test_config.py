@@ -299,7 +299,7 @@ def test_benchmarks_follow_the_paper(name: str, dataset: str, group_ratio: float
 def test_expected_figures_are_the_published_ones() -> None:
     figures = {"voc2007": "96.0", "coco2014": "83.4", "nuswide": "61.5"}
     assert {name: figure for name, figure in figures.items() if figure not in PRESETS[name].expected} == {}
-    assert set(PRESETS) == {"scenes", "manifest", "folders", *BENCHMARKS}
+    assert set(PRESETS) == {"scenes", "manifest", "folders", "huggingface", "webdataset", *BENCHMARKS}
 
 
 def test_the_small_preset_needs_nothing_from_outside() -> None:

@@ -59,7 +59,7 @@ def test_folders_of_splits(tmp_path: Path) -> None:
         assert table.targets.sum(0).tolist() == [3, 3, int(name == "train")]
     assert splits.notes == (
         f"{tmp_path.name}: 19 images, 3 labels (a folder for each)",
-        "train: 7 images, 0 without a label dropped",
+        "train: 7 of 7 images, 0 without a label dropped",
         "val: 6 images, 0 without a label kept",
         "test: 6 images, 0 without a label kept",
     )

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from msrn_ray.errors import UserError
-from msrn_ray.graph_report import describe_graph, draw_graph, edges
-from msrn_ray.label_graph import LabelCounts, load_counts
+from msrn_ray.graph_report import _circle_order, describe_graph, draw_graph, edges
+from msrn_ray.label_graph import LabelCounts, conditional_probability, count_labels, load_counts
 
 
 def hand_made() -> LabelCounts:
@@ -182,3 +182,12 @@ def test_a_picture_that_cannot_be_written_and_a_bad_tau(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"tau is {tau}"):
             edges(hand_made(), tau)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_that_are_linked_stand_together() -> None:
+    """Three groups without a link between them, their labels mixed in the list."""
+    group = np.array([0, 1, 2, 0, 1, 0, 1])
+    targets = np.eye(3, dtype=np.int8)[:, group].repeat(4, 0)
+    order = _circle_order(conditional_probability(count_labels(targets, list("abcdefg"))))
+    assert sorted(order.tolist()) == list(range(7))
+    assert np.count_nonzero(np.diff(group[order])) == 2

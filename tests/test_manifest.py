@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from msrn_ray.config import ExperimentConfig
 from msrn_ray.datasets.coco import read_coco
+from msrn_ray.datasets.files import read_label_names
 from msrn_ray.datasets.image_uris import absolute_uris, find_local
-from msrn_ray.datasets.label_columns import read_label_names
 from msrn_ray.datasets.manifest import read_manifest
 from msrn_ray.errors import UserError
 from msrn_ray.splits import Splits, fingerprint, load_splits
@@ -242,7 +242,7 @@ def test_a_manifest_behind_a_uri(tmp_path: Path) -> None:
     base = f"memory://{tmp_path.name}"
     with fsspec.open(f"{base}/set/labels.csv", "wb", auto_mkdir=True) as file:
         file.write(b"image,labels\nimages/a.jpg,dog;cat\n/data/none.jpg,\n")
-    with pytest.raises(UserError, match=r"1 of 2 images are not there \(/data/none\.jpg\)"):
+    with pytest.raises(UserError, match=r"1 of its 2 images are not there \(/data/none\.jpg\)"):
         read_manifest(Location.of(f"{base}/set/labels.csv"))
     samples = read_manifest(Location.of(f"{base}/set/labels.csv"), missing_images="skip").samples
     assert samples.table["uri"].to_pylist() == [f"{base}/set/images/a.jpg"], "not looked for, but read later"
@@ -377,7 +377,7 @@ def test_labels_from_a_file(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(UserError, match=message):
             read_label_names(Location.of(file))
-    with pytest.raises(UserError, match=r"none\.txt: cannot be read .*; write one label a line"):
+    with pytest.raises(UserError, match=r"none\.txt: no such file; write one label a line"):
         read_label_names(Location.of(tmp_path / "none.txt"))
 
 
@@ -414,7 +414,7 @@ def test_labels_from_a_file(tmp_path: Path) -> None:
         ("image,labels\n../a.jpg,dog\n", r"row 1: '\.\./a\.jpg' may lead out of .*; write it without '\.\.'"),
         ("image,labels\na.jpg,dog\nx/../../b.jpg,dog\n", r"row 2: 'x/\.\./\.\./b\.jpg' may lead out"),
         ("image,labels\nx\\..\\..\\b.jpg,dog\n", r"row 1: 'x/\.\./\.\./b\.jpg' may lead out"),
-        ("image,labels\na.jpg,dog\nx.jpg,dog\nno/y.jpg,cat\n", r"2 of 3 images are not there \(.*/x\.jpg, .*/no/y\.jpg\); .*-images skip"),
+        ("image,labels\na.jpg,dog\nx.jpg,dog\nno/y.jpg,cat\n", r"2 of its 3 images .*\(.*/x\.jpg, .*/no/y\.jpg\).*-images skip"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_csv(tmp_path: Path, text: str, message: str) -> None:
@@ -486,8 +486,10 @@ def test_images_that_are_not_there_may_be_left_out(tmp_path: Path) -> None:
     assert ids(samples) == ["a.jpg", "b.jpg", "http://y/z.jpg"]
     assert split.tolist() == [0, 2, 1]
     assert present(samples)["b.jpg"] == {"cat"}
-    assert samples.notes[-1] == f"labels.csv: 1 of 4 images are not there ({tmp_path}/x.jpg); left out"
-    with pytest.raises(UserError, match=r"2 of 2 images are not there .*; put them there or correct the paths"):
+    assert samples.notes[-1] == "labels.csv: 1 of 4 listed images are not there, left out"
+    with pytest.raises(
+        UserError, match=r"2 of its 2 images are not there .*; finish the download or unpacking, or correct the paths$"
+    ):
         read_manifest(make(tmp_path, "image,labels\nx.jpg,dog\ny.jpg,cat\n"), missing_images="skip")
 
 
@@ -533,7 +535,7 @@ def test_named_splits_are_kept(tmp_path: Path) -> None:
     assert (len(splits.named("val")), len(splits.named("test"))) == (24, 24)
     assert splits.notes == (
         "labels.csv: 100 images, 2 labels (one label a row)",
-        "train: 52 images, 13 without a label dropped",
+        "train: 39 of 52 images, 13 without a label dropped",
         "val: 24 images, 6 without a label kept",
         "test: 24 images, 6 without a label kept",
     )
@@ -560,6 +562,13 @@ def test_splits_that_do_not_serve(tmp_path: Path) -> None:
         load_splits(config)
     everything = splits_of(hundred(tmp_path, ("train",)), keep_unlabelled_train=True)
     assert [len(everything.named(name)) for name in ("train", "val", "test")] == [81, 9, 10]
+
+
+def test_too_few_images_for_a_val_split(tmp_path: Path) -> None:
+    place = make(tmp_path, "image,labels\na.jpg,dog\nb.jpg,cat\nc.jpg,dog\n")
+    with pytest.raises(UserError, match=r"data\.val_fraction=0\.1 of its 3 train images is none; add images, raise"):
+        splits_of(place)
+    assert len(splits_of(place, val_fraction=0.4).val) == 1
 
 
 def test_the_file_is_asked_for() -> None:

@@ -156,7 +156,7 @@ def test_byte_order_marks_and_line_ends(tmp_path: Path, ends: str) -> None:
     ("data", "message"),
     [
         (b"zoo\\2.jpg\nart\\1.jpg\nz\xf4o\\3.jpg\n", r"TrainImagelist\.txt, line 3: byte 0xf4 is not UTF-8; save"),
-        ("zoo\\2.jpg\n".encode("utf-16"), r"TrainImagelist\.txt: is UTF-16; save it as UTF-8"),
+        ("zoo\\2.jpg\n".encode("utf-16"), r"TrainImagelist\.txt: is UTF-16; save the whole file as UTF-8"),
     ],
 )
 def test_another_encoding(tmp_path: Path, data: bytes, message: str) -> None:
@@ -263,8 +263,8 @@ def test_csv_without_a_column_or_a_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("Concepts81.txt", "", r"Concepts81\.txt: is empty; write one concept a line"),
-        ("Concepts81.txt", "sky\nsky\n", r"Concepts81\.txt: names a concept twice; write one"),
+        ("Concepts81.txt", "", r"Concepts81\.txt: is empty; write each label once"),
+        ("Concepts81.txt", "sky\nsky\n", r"Concepts81\.txt: names 'sky' twice; write each"),
         ("ImageList/TrainImagelist.txt", "", r"TrainImagelist\.txt: is empty; download"),
         (
             "ImageList/TrainImagelist.txt",
@@ -297,8 +297,8 @@ def test_damaged_file(tmp_path: Path, file: str, text: str, message: str) -> Non
 
 def test_images_not_on_disk(tmp_path: Path) -> None:
     (write(tmp_path) / "Flickr/art/1.jpg").unlink()
-    with pytest.raises(UserError, match=r"Flickr: 1 of the 3 images listed in .* \(art/1\.jpg\); finish"):
+    with pytest.raises(UserError, match=r"1 of its 3 images are not there \(\S*Flickr/art/1\.jpg\); finish"):
         read_nuswide(tmp_path, "Train")
     (tmp_path / "Flickr/art").rmdir()
-    with pytest.raises(UserError, match=r"Flickr: 1 of the 3 images listed in .* \(art/1\.jpg\); finish"):
+    with pytest.raises(UserError, match=r"1 of its 3 images are not there \(\S*Flickr/art/1\.jpg\); finish"):
         read_nuswide(tmp_path, "Train")

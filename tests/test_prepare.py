@@ -18,17 +18,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
 from rich.console import Console
 
-from msrn_ray.commands import Prepare
 from msrn_ray.config import DataSettings, ExperimentConfig
+from msrn_ray.data_commands import Prepare
 from msrn_ray.datasets.prepared import PreparedInfo, index_place, read_info, shard_place
 from msrn_ray.errors import BadImagesError, UserError
 from msrn_ray.pipeline import decode_rows
 from msrn_ray.prepare import prepare
+from msrn_ray.readers import read_published
 from msrn_ray.shards import ShardWriter
-from msrn_ray.splits import load_splits, read_published
+from msrn_ray.splits import load_splits
 from msrn_ray.storage import Location, read_bytes
 from msrn_ray.types import SampleTable
 
@@ -251,7 +253,12 @@ def test_images_in_other_containers_train_after_prepare(local_ray: None, tmp_pat
             root.mkdir()
             pq.write_table(table, root / "a.parquet", row_group_size=3)
     settings = DataSettings.model_validate(
-        {"dataset": "webdataset" if form == "tar" else "huggingface", "root": str(root), "image_size": 64}
+        {
+            "dataset": "webdataset" if form == "tar" else "huggingface",
+            "root": str(root),
+            "image_size": 64,
+            "keep_unlabelled_train": True,
+        }
     )
     prepare(settings, Location.of(tmp_path / "out"), rows_per_shard=4, console=Console(file=io.StringIO()))
     before, after = (
@@ -262,7 +269,7 @@ def test_images_in_other_containers_train_after_prepare(local_ray: None, tmp_pat
         stored = [read_bytes(uri) for uri in ours.table["uri"].to_pylist()]
         assert stored == [read_bytes(uri) for uri in theirs.table["uri"].to_pylist()]
         assert set(stored) <= set(photos)
-    assert (len(after.train), len(after.held_out)) == (6, 2)
+    assert (len(after.train), len(after.held_out)) == (7, 1)
 
 
 @pytest.mark.ray
@@ -345,34 +352,73 @@ def test_few_bad_images_are_listed_and_many_stop_it(local_ray: None, raw: Path, 
     ]
     published = read_published(raw_settings(tmp_path / "out"))
     assert published.train.table["image_id"].to_pylist() == ["1000", "1003", "1005", "1006"]
+    assert published.train.notes[1] == "train: 2 images that could not be read are not in the shards (bad_images.csv)"
     assert info.label_count == (2, 1, 3)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_killed_half_way_and_started_again_gives_the_same_bytes(local_ray: None, tmp_path: Path) -> None:
-    root = make_coco(tmp_path / "raw", {"train": [[row % 3] for row in range(120)], "val": [[0], [1], [2]]})
-    arguments = [sys.executable, "-m", "msrn_ray", "prepare", "coco", "--data.root", str(root), "--rows-per-shard", "1"]
+    root = make_coco(tmp_path / "raw", {"train": [[row % 3] for row in range(24)], "val": [[0], [1], [2]]})
+    held_up = root / "train2014/train_012.jpg"
+    photo = held_up.read_bytes()
+    held_up.unlink()
+    os.mkfifo(held_up)  # who reads it waits for ever, so the run cannot end
     killed = tmp_path / "killed"
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     process = subprocess.Popen(
-        [*arguments, "--out", str(killed)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        [
+            *(sys.executable, "-m", "msrn_ray", "prepare", "coco2014", "--data.root", str(root)),
+            *("--rows-per-shard", "1", "--out", str(killed)),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
     )
-    deadline = time.monotonic() + 120
-    while len(list(killed.glob("train/*.parquet"))) < 5 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
+    deadline = time.monotonic() + 240  # a busy machine takes long to start it
+    while len(list(killed.glob("train/*.parquet"))) < 8 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL, output
-    done = {name: (killed / name).stat().st_mtime_ns for name in files(killed) if name.startswith("train/train")}
-    assert 5 <= len(done) < 120
+    done = {path: path.stat().st_mtime_ns for path in killed.glob("train/*.parquet")}
+    assert 8 <= len(done) < 24, output
     assert not (killed / "dataset.json").exists()
+    with pytest.raises(UserError, match="has not finished here; run the same `msrn prepare` again"):
+        read_published(raw_settings(killed))
 
+    held_up.unlink()
+    held_up.write_bytes(photo)
     for out in (killed, tmp_path / "whole"):
         prepare(raw_settings(root), Location.of(out), rows_per_shard=1, console=Console(file=io.StringIO()))
     assert files(killed) == files(tmp_path / "whole")
-    kept = [name for name, stamp in done.items() if (killed / name).stat().st_mtime_ns == stamp]
-    assert len(kept) >= len(done) - 2, "finished shards are not written again"
+    assert [path.name for path, stamp in done.items() if path.stat().st_mtime_ns != stamp] == [], "not written again"
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("named", [True, False])
+def test_own_images_without_a_test_split(local_ray: None, tmp_path: Path, named: bool) -> None:
+    labels = ["dog", "cat", "dog;cat", "cat"] * 5
+    lines = [
+        f"{make_photo(tmp_path / f'{row:02}.jpg', row).name},{one}" + f",{('train', 'val')[row % 2]}" * named
+        for row, one in enumerate(labels)
+    ]
+    (tmp_path / "labels.csv").write_text("\n".join(["image,labels" + ",split" * named, *lines]))
+    settings = DataSettings(dataset="manifest", root=str(tmp_path / "labels.csv"), test_fraction=0, image_size=64)
+    out = Location.of(tmp_path / "out")
+    info = prepare(settings, out, rows_per_shard=8, console=Console(file=io.StringIO()))
+    assert {name: split.images for name, split in info.splits.items()} == (
+        {"train": 10, "val": 10} if named else {"train": 20}
+    )
+    before, after = (
+        load_splits(ExperimentConfig(data=settings.model_copy(update={"root": str(place)})))
+        for place in (settings.root, out)
+    )
+    assert (before.test, after.test) == (None, None)
+    for name in ("train", "val"):
+        assert after.named(name).table.drop_columns("uri").equals(before.named(name).table.drop_columns("uri"))
+    assert any(line.startswith("there is no test split: ") for line in after.notes)
 
 
 @pytest.mark.ray
@@ -384,7 +430,7 @@ def test_the_command_says_what_is_there_and_how_to_train(
     size = sum(path.stat().st_size for path in (tmp_path / "my out/train").iterdir())
     assert lines[-7].startswith("9/9 images  ")
     assert lines[-6:-3] == [
-        "train2014: 7 images, 1 without a label dropped",
+        "train2014: 6 of 7 images, 1 without a label dropped",
         f"train: 6 images, {size / 1e6:.1f} MB in 2 shards",
         "val2014: 3 images, 0 without a label kept",
     ]
@@ -472,12 +518,12 @@ def test_an_out_folder_of_something_else_is_refused(raw: Path, copy: Path, tmp_p
         prepare(raw_settings(raw), Location.of(copy), rows_per_shard=2)
 
 
-def test_a_place_that_cannot_be_written(raw: Path, tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written(s3_keys: None, raw: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file")
     with pytest.raises(UserError, match="is not empty and no prepared data set"):
         prepare(raw_settings(raw), Location.of(tmp_path / "file"))
-    for place in (tmp_path / "file" / "out", Path("/proc/msrn")):
-        with pytest.raises(UserError, match=r"plan\.json: cannot be (written|reached) \("):
+    for place in (tmp_path / "file" / "out", "/proc/msrn", "s3://bucket/a?endpoint_override=127.0.0.1:9&scheme=http"):
+        with pytest.raises(UserError, match=r"plan\.json.*: cannot be (written|reached) \("):
             prepare(raw_settings(raw), Location.of(place))
 
 

@@ -17,7 +17,8 @@ from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
 from msrn_ray.label_graph import LabelCounts, count_labels, save_counts
 from msrn_ray.materials import describe, gather_materials
-from msrn_ray.splits import default_scenes_root, fingerprint, load_splits
+from msrn_ray.readers import default_scenes_root
+from msrn_ray.splits import fingerprint, load_splits
 from msrn_ray.types import SampleTable
 
 from .tiny import CATEGORIES, make_coco, make_photo

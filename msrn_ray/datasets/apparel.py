@@ -10,6 +10,7 @@ from ..errors import UserError
 from ..storage import Location
 from ..types import PRESENT, SampleTable
 from .files import first_few, hint
+from .image_uris import uris_below
 
 # The order of the authors' release: colours, then garments.
 APPAREL_LABELS = ("black", "blue", "brown", "green", "red", "white", "dress", "pants", "shirt", "shoes", "shorts")
@@ -71,8 +72,9 @@ def read_apparel(root: str | Path | Location, *, single_labels: bool = False) ->
     targets = np.zeros((len(image_ids), len(label_names)), np.int8)
     for row, image_id in enumerate(image_ids):
         targets[row, [label_names.index(label) for label in folders[image_id.split("/")[0]]]] = PRESENT
-    uris = [str(root / image_id) for image_id in image_ids]
-    return SampleTable.from_columns(image_ids, uris, targets, label_names, root.name, tuple(notes))
+    return SampleTable.from_columns(
+        image_ids, uris_below(root, image_ids), targets, label_names, root.name, tuple(notes)
+    )
 
 
 def _labels(folder: str, single_labels: bool) -> tuple[str, ...]:

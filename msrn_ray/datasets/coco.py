@@ -14,16 +14,8 @@ from pycocotools.coco import COCO
 from ..errors import UserError
 from ..storage import Location
 from ..types import PRESENT, SampleTable
-from .files import (
-    MissingImages,
-    find_images,
-    first_few,
-    hint,
-    missing_notes,
-    read_data,
-    require_unique,
-    unlabelled_note,
-)
+from .files import first_few, hint, read_data, require_unique, unlabelled_note
+from .image_uris import MissingImages, find_images, missing_notes, uris_below
 
 YEARS = (2014, 2017)
 FIELDS: dict[str, dict[str, type]] = {
@@ -81,13 +73,10 @@ def read_coco(
     rows = np.flatnonzero(found if keep_unlabelled else found & labelled)
     if len(rows) == 0:
         raise UserError(f"{path}: no image is left to use ({note}); check that this is the file of labels")
-    return SampleTable.from_columns(
-        [str(image_ids[row]) for row in rows],
-        [str(folder / file_names[row]) for row in rows],
-        targets[rows],
-        label_names,
-        path.name,
-        (*missing_notes(name, found), note),
+    ids = [str(image) for image in image_ids.tolist()]
+    notes = (*missing_notes(name, found), note)
+    return SampleTable.from_columns(ids, uris_below(folder, file_names), targets, label_names, path.name, notes).take(
+        rows
     )
 
 

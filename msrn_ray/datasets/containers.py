@@ -13,17 +13,17 @@ import pyarrow.compute as pc
 from ..errors import UserError
 from ..storage import Location
 from ..types import PRESENT, SampleTable
+from .split import SPLIT_WORDS
 
 LABEL_FIELDS = ("labels", "label", "tags", "classes", "categories")
-_SPLIT = re.compile(r"(train|val(?:id(?:ation)?)?|dev|test)(?![a-z])")
-_SPLIT_NAMES = {"valid": "val", "validation": "val", "dev": "val"}
+_SPLIT = re.compile(rf"({'|'.join(SPLIT_WORDS)})(?![a-z])")
 
 
 def split_of(path: str) -> str | None:
     """`train`, `val` or `test` as a folder or file of the path is called so or begins so (`validation-003.tar`); else None."""
     for part in path.lower().split("/"):
         if found := _SPLIT.match(part):
-            return _SPLIT_NAMES.get(found[1], found[1])
+            return SPLIT_WORDS[found[1]]
     return None
 
 
@@ -87,7 +87,5 @@ def build_tables(
         targets[rows, columns.to_numpy()] = PRESENT
         target = pa.FixedSizeListArray.from_arrays(pa.array(targets.reshape(-1)), len(label_names))
         table = pa.table({"image_id": image_ids, "uri": uris, "target": target})
-        unlabelled = int(np.count_nonzero(num_labels == 0))
-        note = f"{split}: {len(image_ids)} images, {unlabelled} without a label kept"
-        tables[split] = SampleTable(table, label_names, f"{root.name} {split}", (note,))
+        tables[split] = SampleTable(table, label_names, root.name)
     return tables

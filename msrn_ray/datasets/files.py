@@ -1,21 +1,19 @@
-"""What the readers share: text files, lists of images, and where else the folder might be that was meant."""
+"""What the readers share: text and JSON files, messages, and where else the folder might be that was meant."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import posixpath
+import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
 from ..storage import Location
-
-MissingImages = Literal["error", "skip"]
 
 _LEVELS_ABOVE, _FOLDERS_BELOW = 3, 50  # how far a hint looks; each folder may be a request to another machine
 
@@ -44,16 +42,23 @@ def read_text(place: Location, mend: str) -> str:
     Raises:
         UserError: if there is no such file (`mend` says what to do then) or it is in another encoding, with the line.
     """
-    data = read_data(place, mend)
+    return decode_text(place, read_data(place, mend))
+
+
+def decode_text(place: Location, data: bytes) -> str:
+    """The text of a UTF-8 file, with or without byte order mark.
+
+    Raises:
+        UserError: for another encoding, with the line of the first byte that is not UTF-8.
+    """
+    mend = "save the whole file as UTF-8 (spreadsheets call it 'CSV UTF-8')"
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{place}: is UTF-16; save it as UTF-8")
+        raise UserError(f"{place}: is UTF-16; {mend}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{place}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
-        ) from None
+        raise UserError(f"{place}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; {mend}") from None
 
 
 def read_lines(place: Location, mend: str) -> list[str]:
@@ -63,51 +68,35 @@ def read_lines(place: Location, mend: str) -> list[str]:
     )  # splitlines cuts at more than line ends
 
 
-def find_images(
-    folder: Location, names: Sequence[str], listed_in: Location, missing_images: MissingImages
-) -> npt.NDArray[np.bool_]:
-    """Which of the images that a label file lists are in `folder`, by one listing per folder and no look at single images.
+def read_label_names(place: Location, mend: str = "write one label a line") -> tuple[str, ...]:
+    """The lines of a text file, in their order; empty ones are left out.
 
     Args:
-        folder: where the images are.
-        names: [n] paths relative to `folder`, with forward slashes.
-        listed_in: the label file, for the message.
-        missing_images: what images are that are not there: an error, or left out.
-
-    Returns:
-        [n] bool, False for images that are left out.
+        place: the file.
+        mend: what to do if there is none, for the message.
 
     Raises:
-        UserError: if a name leads out of `folder`, images are not in it, or none is left.
+        UserError: if it cannot be read, is empty, or names a label twice.
     """
-    for name in names:
-        if name.startswith("/") or ".." in name.replace("\\", "/").split("/"):
-            raise UserError(
-                f"{listed_in}: the file name {name!r} leads out of {folder}; make it relative to that folder"
-            )
-    present = {
-        posixpath.join(part, name)
-        for part in {posixpath.dirname(name) for name in names}
-        for name in (folder / part if part else folder).names(missing_ok=True)
-    }
-    if not present and not folder.is_dir():
-        raise UserError(f"{folder}: no such folder, but {listed_in} lists {len(names)} images in it; put them there")
-    found = np.fromiter((name in present for name in names), bool, len(names))
-    num_missing = len(names) - np.count_nonzero(found)
-    if num_missing and (missing_images == "error" or num_missing == len(names)):
-        missing = (name for name, there in zip(names, found, strict=True) if not there)
-        raise UserError(
-            f"{folder}: {num_missing} of the {len(names)} images listed in {listed_in} are not there "
-            f"({first_few(missing)}); finish the download or unpacking"
-            + ("" if num_missing == len(names) else ", or leave them out with --data.missing-images skip")
-        )
-    return found
+    names = [name for line in read_lines(place, mend) if (name := line.strip())]
+    if not names:
+        raise UserError(f"{place}: is empty; write each label once, one a line")
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise UserError(f"{place}: names {twice[0]!r} twice; write each label once, one a line")
+    return tuple(names)
 
 
-def missing_notes(what: str, found: npt.NDArray[np.bool_]) -> tuple[str, ...]:
-    """The note on images that are left out because they are not there; none if all are."""
-    num_missing = len(found) - np.count_nonzero(found)
-    return (f"{what}: {num_missing} of {len(found)} listed images are not there, left out",) if num_missing else ()
+def read_json(place: Location, mend: str) -> dict[str, Any]:
+    """A JSON object; {} for JSON of another kind. `mend` ends the message where it is damaged.
+
+    Raises:
+        UserError: if it cannot be read or is not JSON.
+    """
+    try:
+        content = json.loads(place.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{place}: damaged ({' '.join(str(error).split())[:200]}); {mend}") from None
+    return content if isinstance(content, dict) else {}
 
 
 def unlabelled_note(what: str, labelled: npt.NDArray[np.bool_], keep_unlabelled: bool) -> str:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ..errors import UserError
 from ..storage import Location
 from ..types import PRESENT, SampleTable
 from .apparel import IMAGE_SUFFIXES
+from .image_uris import uris_below
 from .manifest import OwnImages
 from .split import SPLIT_WORDS, SPLITS
 
@@ -88,10 +88,8 @@ def read_folders(root: Location, *, label_names: Sequence[str] | None = None) ->
     targets = np.zeros((sum(sizes), len(all_labels)), np.int8)
     targets[np.arange(len(targets)), np.repeat([all_labels.index(label) for _, label, _ in found], sizes)] = PRESENT
     ids = pa.chunked_array(image_ids)
-    before, after = str(root / "\0").split("\0")  # a URI's options come after the path
-    uris = pc.binary_join_element_wise(before, ids, after, "")
     notes = [f"{root.name}: {len(targets)} images, {len(all_labels)} labels (a folder for each)", *notes]
-    samples = SampleTable.from_columns(ids, uris, targets, all_labels, root.name, tuple(notes))
+    samples = SampleTable.from_columns(ids, uris_below(root, ids), targets, all_labels, root.name, tuple(notes))
     return OwnImages(
         samples, np.repeat(np.array([split for split, _, _ in found], np.int8), sizes) if are_splits else None
     )

@@ -21,9 +21,11 @@ from ..errors import UserError
 from ..storage import Location
 from ..types import SampleTable
 from .containers import LABEL_FIELDS, build_tables, by_split, split_of
+from .files import read_json
 
 _ID_FIELDS = ("image_id", "id")
 _END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of a stream that was written to its end
+_AGAIN = "save the data set again"
 _IMAGE_FIELDS = ("image", "img", "jpg", "picture")
 
 
@@ -101,7 +103,7 @@ def read_huggingface(
 def _files(root: Location) -> dict[str, list[Location]]:
     """split -> its files in order."""
     if (root / "dataset_dict.json").is_file():
-        named = _json(root / "dataset_dict.json").get("splits", [])
+        named = read_json(root / "dataset_dict.json", _AGAIN).get("splits", [])
         unknown = [name for name in named if split_of(str(name)) is None or "/" in str(name)]
         if unknown or "train" not in map(split_of, named):
             raise UserError(f"{root / 'dataset_dict.json'}: splits must be called train, val or test, not {named}")
@@ -111,17 +113,15 @@ def _files(root: Location) -> dict[str, list[Location]]:
         return found
     if (root / "state.json").is_file():
         return {"train": _saved(root)}
-    files = [name for name in root.names(recursive=True) if name.endswith(".parquet")]
+    files = [name for name in root.names(recursive=True, missing_ok=True) if name.endswith(".parquet")]
     if not files:
-        raise UserError(
-            f"{root}: holds no dataset_dict.json, state.json or .parquet;"
-            " give the folder that `save_to_disk` wrote, or one of Parquet files"
-        )
+        what = "holds no dataset_dict.json, state.json or .parquet" if root.is_dir() else "no such folder"
+        raise UserError(f"{root}: {what}; give the folder that `save_to_disk` wrote, or one of Parquet files")
     return {split: [root / name for name in names] for split, names in by_split(root, files).items()}
 
 
 def _saved(folder: Location) -> list[Location]:
-    state = _json(folder / "state.json")
+    state = read_json(folder / "state.json", _AGAIN)
     if state.get("_indices_data_files") or state.get("_indices_files"):
         raise UserError(f"{folder}: saved as a selection of other rows; call flatten_indices() before save_to_disk()")
     try:
@@ -132,14 +132,6 @@ def _saved(folder: Location) -> list[Location]:
         if "/" in name:
             raise UserError(f"{folder / 'state.json'}: the file {name!r} leads out of the folder; make it a name in it")
     return [folder / name for name in names]
-
-
-def _json(place: Location) -> dict[str, Any]:
-    try:
-        content = json.loads(place.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{place}: cannot be read as JSON ({error}); save the data set again") from None
-    return content if isinstance(content, dict) else {}
 
 
 def _arrow_rows(

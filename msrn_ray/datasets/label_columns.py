@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from ..errors import UserError
 from ..storage import Location
 from ..types import ABSENT, PRESENT, UNKNOWN
-from .table_files import decode_text, parse_json_lines
+from .table_files import parse_json_lines
 
 SEPARATORS = (";", "|", ",")
 _CELLS = {
@@ -24,25 +24,6 @@ _CELLS = {
 _CELL_TEXTS = pa.array(_CELLS)
 _CELL_VALUES = np.array([*_CELLS.values()], np.int8)
 _NO_VALUE = np.int8(2)
-
-
-def read_label_names(place: Location) -> tuple[str, ...]:
-    """The lines of a text file, in their order; empty ones are left out.
-
-    Raises:
-        UserError: if it cannot be read, is empty, or names a label twice.
-    """
-    try:
-        lines = [line.strip() for line in decode_text(place, place.read_bytes()).splitlines()]
-    except OSError as error:
-        raise UserError(f"{place}: cannot be read ({' '.join(str(error).split())}); write one label a line") from None
-    names = [line for line in lines if line]
-    twice = [name for position, name in enumerate(names) if name in names[:position]]
-    if twice or not names:
-        raise UserError(
-            f"{place}: {f'names {twice[0]!r} twice' if twice else 'is empty'}; write each label once, one a line"
-        )
-    return tuple(names)
 
 
 def as_text(place: Location, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from ..errors import UserError
 from ..storage import Location, filesystem_of
 from ..types import SampleTable
-from .image_uris import absolute_uris, find_local
+from .image_uris import MissingImages, absolute_uris, find_local, missing_notes, require_images
 from .label_columns import as_text, encode_lists, label_values, split_lists
 from .split import SPLIT_WORDS, SPLITS
 from .table_files import open_table
@@ -59,7 +59,7 @@ def read_manifest(
     label_column: str | None = None,
     label_separator: str | None = None,
     label_names: Sequence[str] | None = None,
-    missing_images: Literal["error", "skip"] = "error",
+    missing_images: MissingImages = "error",
 ) -> OwnImages:
     """Reads all rows.
 
@@ -119,17 +119,8 @@ def read_manifest(
     if unused:
         notes.append(f"{place.name}: columns not used: {', '.join(map(repr, unused))}")
     there = find_local(uris)
-    if not there.all():
-        missing = np.flatnonzero(~there)
-        first = ", ".join(uris[int(row)].as_py() for row in missing[:3]) + (", ..." if len(missing) > 3 else "")
-        what = f"{len(missing)} of {num_rows} images are not there ({first})"
-        if missing_images == "error":
-            raise UserError(
-                f"{place}: {what}; put them there, correct the paths, or leave them out (--data.missing-images skip)"
-            )
-        if len(missing) == num_rows:
-            raise UserError(f"{place}: {what}; put them there or correct the paths")
-        notes.append(f"{place.name}: {what}; left out")
+    require_images(place, uris, there, missing_images)
+    notes += missing_notes(place.name, there)
     samples = SampleTable.from_columns(image_ids, uris, targets, names, place.name, tuple(notes))
     if there.all():
         return OwnImages(samples, split)

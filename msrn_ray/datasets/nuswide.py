@@ -19,17 +19,8 @@ import pyarrow.csv as pa_csv
 from ..errors import UserError
 from ..storage import Location
 from ..types import PRESENT, SampleTable
-from .files import (
-    MissingImages,
-    find_images,
-    hint,
-    missing_notes,
-    read_data,
-    read_lines,
-    read_text,
-    require_unique,
-    unlabelled_note,
-)
+from .files import hint, read_data, read_label_names, read_lines, read_text, require_unique, unlabelled_note
+from .image_uris import MissingImages, find_images, missing_notes, uris_below
 
 # The order of the authors' release and so of their checkpoints; the official list is alphabetical.
 NUSWIDE_LABELS = (
@@ -45,6 +36,7 @@ NUSWIDE_LABELS = (
 SPLITS = ("Train", "Test")
 CSV_FILE = "nus_wid_data.csv"
 _CONCEPTS = "Concepts81.txt"
+_CONCEPTS_FILE = "name a file in the folder of NUS-WIDE with one concept a line"
 _CSV_SPLITS = {"train": "Train", "val": "Test"}
 _CSV_COLUMNS = ("filepath", "label", "split_name")
 _LABEL_FOLDER = "Groundtruth/TrainTestLabels"
@@ -118,8 +110,9 @@ def _read_official(
         targets[:, column] = _read_labels(root / _LABEL_FOLDER / f"Labels_{label}_{split}.txt", len(image_ids), listing)
     folder = root / "Flickr"
     found = find_images(folder, image_ids, listing, missing_images)
-    uris = [str(folder / image_id) for image_id in image_ids]
-    return _to_samples(split, image_ids, uris, targets, label_names, listing.name, found, keep_unlabelled)
+    return _to_samples(
+        split, image_ids, uris_below(folder, image_ids), targets, label_names, listing.name, found, keep_unlabelled
+    )
 
 
 def _official_concepts(root: Location, split: str, file: str | None) -> tuple[str, ...]:
@@ -135,7 +128,7 @@ def _official_concepts(root: Location, split: str, file: str | None) -> tuple[st
         if len(lists) > 1 and _CONCEPTS not in lists:
             raise UserError(f"{root}: has {' and '.join(lists)}; say which with --data.concepts")
         file = _CONCEPTS if _CONCEPTS in lists else next(iter(lists), None)
-    concepts = tuple(in_train) if file is None else _read_concepts(root / file)
+    concepts = tuple(in_train) if file is None else read_label_names(root / file, _CONCEPTS_FILE)
     for concept in concepts:
         if f"Labels_{concept}_{split}.txt" not in files:
             raise UserError(
@@ -152,15 +145,6 @@ def _is_of_train(file: str) -> bool:
 def _did_you_mean(name: str, known: Sequence[str]) -> str:
     near = [one for one in difflib.get_close_matches(name, known, 1) if one != name]
     return f" (did you mean {near[0]}?)" if near else ""
-
-
-def _read_concepts(path: Location) -> tuple[str, ...]:
-    lines = read_lines(path, "name a file in the folder of NUS-WIDE with one concept a line")
-    concepts = tuple(line.strip() for line in lines if line.strip())
-    if not concepts or len(set(concepts)) < len(concepts):
-        what = "names a concept twice" if concepts else "is empty"
-        raise UserError(f"{path}: {what}; write one concept a line")
-    return concepts
 
 
 def _read_labels(path: Location, num_images: int, listing: Location) -> npt.NDArray[np.int8]:
@@ -195,16 +179,14 @@ def _read_csv(
     if not rows:
         raise UserError(f"{path}: no row of split {split}; download it again")
 
-    given = None if concepts is None else _read_concepts(root / concepts)
+    given = None if concepts is None else read_label_names(root / concepts, _CONCEPTS_FILE)
     label_names = NUSWIDE_LABELS if given is None or set(given) == set(NUSWIDE_LABELS) else given
     targets = _csv_targets(path, table["label"], label_names)[rows]
     names = [names[row] for row in rows]
     found = find_images(root, names, path, missing_images)
     source = f"{path.name} {split_names[rows[0]]}"
-    uris = [str(root / name) for name in names]
-    return _to_samples(
-        split, [image_ids[row] for row in rows], uris, targets, label_names, source, found, keep_unlabelled
-    )
+    kept_ids = [image_ids[row] for row in rows]
+    return _to_samples(split, kept_ids, uris_below(root, names), targets, label_names, source, found, keep_unlabelled)
 
 
 def _parse_csv(path: Location) -> pa.Table:
@@ -264,7 +246,7 @@ def _parse_labels(text: str) -> list[str] | None:
 def _to_samples(
     split: str,
     image_ids: list[str],
-    uris: list[str],
+    uris: pa.ChunkedArray,
     targets: npt.NDArray[np.int8],
     label_names: tuple[str, ...],
     source: str,

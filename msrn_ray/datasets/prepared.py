@@ -12,7 +12,6 @@ is read alone, in any order, as `SHARD#bytes=OFFSET+LENGTH`. Any Parquet reader 
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ..errors import UserError
 from ..storage import Location
 from ..types import SampleTable
+from .files import read_json
 
 FORMAT, VERSION = "msrn_ray prepared data set", 1
 INFO_FILE, PLAN_FILE, BAD_FILE = "dataset.json", "plan.json", "bad_images.csv"
@@ -118,20 +118,6 @@ def read_info(root: Location) -> PreparedInfo | None:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise UserError(f"{place}: damaged ({field}: {first['msg']}); {AGAIN}") from None
-
-
-def read_json(place: Location, mend: str) -> dict[str, Any]:
-    """A JSON object; {} for JSON of another kind. `mend` ends the message where it is damaged.
-
-    Raises:
-        UserError: if it cannot be read or is not JSON.
-    """
-    try:
-        content = json.loads(place.read_bytes())
-    except (OSError, ValueError) as error:
-        what = " ".join(str(error).split())[:200]
-        raise UserError(f"{place}: damaged ({what}); {mend}") from None
-    return content if isinstance(content, dict) else {}
 
 
 def read_prepared(root: Location, info: PreparedInfo) -> dict[SplitName, SampleTable]:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from ..errors import UserError
 from ..storage import Location, filesystem_of
+from .files import decode_text
 
 _BLOCK_BYTES = 16 << 20
 _BLOCK_ROWS = 65_536
@@ -51,22 +52,6 @@ def open_table(place: Location) -> TableFile:
     if twice:
         raise UserError(f"{place}: two columns are named {twice[0]!r}; rename one of them")
     return table
-
-
-def decode_text(place: Location, data: bytes) -> str:
-    """The text of a UTF-8 file, with or without byte order mark.
-
-    Raises:
-        UserError: for another encoding, with the line of the first byte that is not UTF-8.
-    """
-    mend = "save the whole file as UTF-8 (spreadsheets call it 'CSV UTF-8')"
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{place}: is UTF-16; {mend}")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{place}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; {mend}") from None
 
 
 def parse_json_lines(data: bytes | pa.Buffer) -> pa.Table:

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from ..errors import UserError
 from ..storage import Location
 from ..types import ABSENT, PRESENT, UNKNOWN, SampleTable
-from .files import MissingImages, find_images, first_few, hint, missing_notes, read_data, read_lines, require_unique
+from .files import first_few, hint, read_data, read_lines, require_unique
+from .image_uris import MissingImages, find_images, missing_notes, uris_below
 
 VOC_LABELS = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -75,19 +76,16 @@ def read_voc(
     rows = np.flatnonzero(found)
     meaning = {"ignore": UNKNOWN, "positive": PRESENT, "negative": ABSENT}[difficult]
     became = {"ignore": "unknown", "positive": "present", "negative": "absent"}[difficult]
-    only_difficult = values[rows] == _IN_DIFFICULT
-    targets = np.where(only_difficult, meaning, np.where(values[rows] == _IN_EASY, PRESENT, ABSENT)).astype(np.int8)
+    only_difficult = values == _IN_DIFFICULT
+    targets = np.where(only_difficult, meaning, np.where(values == _IN_EASY, PRESENT, ABSENT)).astype(np.int8)
     notes.append(
-        f"{split}: {len(rows)} images, {np.count_nonzero(only_difficult)} labels seen only in difficult objects taken as {became}"
+        f"{split}: {len(rows)} images, {np.count_nonzero(only_difficult[rows])} labels seen only in difficult objects taken as {became}"
     )
-    return SampleTable.from_columns(
-        [image_ids[row] for row in rows],
-        [str(folder / file_names[row]) for row in rows],
-        targets,
-        VOC_LABELS,
-        f"{base.name} {split}",
-        tuple(notes),
+    source = f"{base.name} {split}"
+    samples = SampleTable.from_columns(
+        image_ids, uris_below(folder, file_names), targets, VOC_LABELS, source, tuple(notes)
     )
+    return samples.take(rows)
 
 
 def find_voc(root: Location, year: int | None) -> Location:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from ..errors import UserError
@@ -48,32 +49,44 @@ def read_webdataset(
     Raises:
         UserError: if there is no tar, one is damaged or compressed, or a sample lacks image or labels.
     """
-    tars = [""] if root.is_file() else [name for name in root.names(recursive=True) if name.endswith(".tar")]
+    tars = (
+        [""]
+        if root.is_file()
+        else [name for name in root.names(recursive=True, missing_ok=True) if name.endswith(".tar")]
+    )
     if not tars:
         packed = ".tar.gz and .tgz have to be unpacked to .tar: images are read from within"
-        raise UserError(f"{root}: holds no .tar; give the folder of WebDataset tars ({packed})")
+        what = "holds no .tar" if root.is_dir() else "no such folder"
+        raise UserError(f"{root}: {what}; give the folder of WebDataset tars ({packed})")
     parts = {}
     for split, names in by_split(root, tars).items():
-        ids: list[str] = []
-        uris: list[str] = []
-        num_labels: list[int] = []
-        labels: list[str] = []
-        for name in names:
-            tar = root / name if name else root
-            prefix = (name or root.name).removesuffix(".tar")
-            for sample in _samples(tar):
-                where = f"{tar}: sample {sample.key}"
-                if sample.image is None:
-                    raise UserError(f"{where} holds no image ({', '.join(sorted(_IMAGES))}); take it out")
-                own = _labels(sample, label_names, label_field, where)
-                ids.append(f"{prefix}/{sample.key}")
-                uris.append(range_uri(tar, *sample.image))
-                num_labels.append(len(own))
-                labels += own
-        texts = (pa.array(column, pa.string()) for column in (ids, uris, labels))
-        image_ids, addresses, flat = texts
-        parts[split] = (image_ids, addresses, np.array(num_labels, np.int64), flat)
+        read = [_read_tar(root / name if name else root, name, label_names, label_field) for name in names]
+        ids, uris, num_labels, labels = (list(column) for column in zip(*read, strict=True))
+        image_ids, addresses, flat = (pa.concat_arrays(column) for column in (ids, uris, labels))
+        parts[split] = (image_ids, addresses, np.concatenate(num_labels), flat)
     return build_tables(parts, label_names, root)
+
+
+def _read_tar(
+    tar: Location, name: str, label_names: tuple[str, ...] | None, label_field: str | None
+) -> tuple[pa.StringArray, pa.StringArray, npt.NDArray[np.int64], pa.StringArray]:
+    """Ids, uris, number of labels of each sample, and all labels one behind the other; name: the tar's, below the root."""
+    prefix = (name or tar.name).removesuffix(".tar")
+    ids: list[str] = []
+    uris: list[str] = []
+    num_labels: list[int] = []
+    labels: list[str] = []
+    for sample in _samples(tar):
+        where = f"{tar}: sample {sample.key}"
+        if sample.image is None:
+            raise UserError(f"{where} holds no image ({', '.join(sorted(_IMAGES))}); take it out")
+        own = _labels(sample, label_names, label_field, where)
+        ids.append(f"{prefix}/{sample.key}")
+        uris.append(range_uri(tar, *sample.image))
+        num_labels.append(len(own))
+        labels += own
+    image_ids, addresses, flat = (pa.array(column, pa.string()) for column in (ids, uris, labels))
+    return image_ids, addresses, np.array(num_labels, np.int64), flat
 
 
 def _samples(tar: Location) -> Iterator[_Sample]:
