@@ -18,7 +18,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from ..errors import UserError
-from ..storage import Location
+from ..storage import Location, parquet_uris, range_uris
 from ..types import SampleTable
 from .containers import LABEL_FIELDS, build_tables, by_split, split_of
 from .files import read_json
@@ -158,9 +158,8 @@ def _arrow_rows(
         first = stream.tell() - message.body.size + inside
         kind = np.int64 if pa.types.is_large_binary(images.type) else np.int32
         offsets = np.frombuffer(ends, kind)[images.offset : images.offset + len(images) + 1].astype(np.int64)
-        starts, lengths = (pa.array(numbers).cast(pa.string()) for numbers in (first + offsets[:-1], np.diff(offsets)))
-        ranges = pc.binary_join_element_wise(starts, lengths, "+")
-        yield columns, _rows(file, table, columns, pc.binary_join_element_wise(f"{file}#bytes=", ranges, ""), given)
+        uris = range_uris(file, first + offsets[:-1], np.diff(offsets))
+        yield columns, _rows(file, table, columns, uris, given)
 
 
 def _next(messages: pa.ipc.MessageReader) -> pa.ipc.Message | None:
@@ -182,8 +181,7 @@ def _parquet_rows(
             first = _flat(parquet.read_row_group(group, columns=[columns.image]))
             _require_bytes(file, columns.image, first[columns.image])
         table = _flat(parquet.read_row_group(group, columns=wanted))
-        numbers = pa.array(np.arange(table.num_rows)).cast(pa.string())
-        uris = pc.binary_join_element_wise(f"{file}#parquet={group}", numbers, columns.image, ",")
+        uris = parquet_uris(file, group, table.num_rows, columns.image)
         yield columns, _rows(file, table, columns, uris, given)
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ..errors import UserError
-from ..storage import Location, range_uri
+from ..storage import Location, range_uris
 from ..types import SampleTable
 from .containers import LABEL_FIELDS, build_tables, by_split
 
@@ -73,7 +73,7 @@ def _read_tar(
     """Ids, uris, number of labels of each sample, and all labels one behind the other; name: the tar's, below the root."""
     prefix = (name or tar.name).removesuffix(".tar")
     ids: list[str] = []
-    uris: list[str] = []
+    places: list[tuple[int, int]] = []
     num_labels: list[int] = []
     labels: list[str] = []
     for sample in _samples(tar):
@@ -82,11 +82,12 @@ def _read_tar(
             raise UserError(f"{where} holds no image ({', '.join(sorted(_IMAGES))}); take it out")
         own = _labels(sample, label_names, label_field, where)
         ids.append(f"{prefix}/{sample.key}")
-        uris.append(range_uri(tar, *sample.image))
+        places.append(sample.image)
         num_labels.append(len(own))
         labels += own
-    image_ids, addresses, flat = (pa.array(column, pa.string()) for column in (ids, uris, labels))
-    return image_ids, addresses, np.array(num_labels, np.int64), flat
+    offsets, lengths = np.array(places, np.int64).reshape(-1, 2).T
+    image_ids, flat = (pa.array(column, pa.string()) for column in (ids, labels))
+    return image_ids, range_uris(tar, offsets, lengths), np.array(num_labels, np.int64), flat
 
 
 def _samples(tar: Location) -> Iterator[_Sample]:
