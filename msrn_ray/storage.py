@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 from urllib.parse import parse_qsl, unquote
 
 import fsspec
@@ -216,7 +216,7 @@ class Location:
             raise UserError(f"{self}: cannot be reached ({' '.join(str(error).split())[:300]})") from None
 
 
-_Numbers = Sequence[int] | npt.NDArray[np.int64] | pa.ChunkedArray
+_Numbers: TypeAlias = Sequence[int] | npt.NDArray[np.int64] | pa.ChunkedArray
 _PART = re.compile(
     r"#(?:bytes=(?P<offset>\d+)\+(?P<length>\d+)|parquet=(?P<group>\d+),(?P<row>\d+),(?P<column>[^#]+))$"
 )

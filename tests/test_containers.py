@@ -259,7 +259,7 @@ def test_huggingface_rows_of_arrow_files(tmp_path: Path) -> None:
         assert tables[split].label_names == ("owl", "cat", "dog")
         targets = np.array(TARGETS)[rows][:, [2, 0, 1]].tolist()
         assert targets_and_images(tables[split]) == (targets, [picture(row) for row in rows]), order
-    assert tables["train"].table["image_id"].to_pylist() == [f"{row:08}" for row in range(5)]
+    assert tables["train"].table["image_id"].to_pylist() == [f"train/{row:08}" for row in range(5)]
     assert "#bytes=" in tables["train"].table["uri"][0].as_py()
 
 
@@ -330,7 +330,7 @@ TWO_IMAGES = pa.table({"a": [b"x"], "b": [b"y"], "labels": [["cat"]]})
     [
         (arrow_table(numbers(), None), {}, r"labels holds numbers without names; .*data\.labels"),
         (arrow_table(numbers(), None), {"label_names": ("a",)}, r"labels holds 2, but there are 1 names \(0 to 0\)"),
-        (arrow_table(pa.array(LABELS), None), {"label_names": ("cat", "dog")}, r"image 00000002 has the label 'owl'.*data\.labels"),
+        (arrow_table(pa.array(LABELS), None), {"label_names": ("cat", "dog")}, r"image train/00000002 has the label 'owl'.*data\.labels"),
         (arrow_table(pa.array([1.5] * 5), None), {}, r"labels is double; a label or a list of labels is due"),
         (arrow_table(pa.array(LABELS), None, tags=["a"] * 5), {}, r"2 columns that may be the label's; name one of .*data\.label_column"),
         (arrow_table(pa.array(LABELS), None), {"label_column": "tag"}, r"no label column 'tag'; name one of image\.bytes, .*labels"),

@@ -65,7 +65,8 @@ def read_huggingface(
             (`objects.category`); None: labels, label, tags, classes or categories.
 
     Returns:
-        split -> n rows in the order of the files; image_id is the column `image_id` or `id`, else the number of the row; targets in {1, 0}.
+        split -> n rows in the order of the files; image_id is the column `image_id` or `id`, else `<split>/<number of the row>`; targets
+        in {1, 0}.
 
     Raises:
         UserError: if this is no such folder, a file is damaged, or columns are not there or not clear.
@@ -92,12 +93,18 @@ def read_huggingface(
         image_ids = (
             pa.chunked_array(ids, pa.string()).combine_chunks()
             if len(ids) == len(rows)
-            else pc.utf8_lpad(pc.cast(pa.array(np.arange(len(uris))), pa.string()), 8, "0")
+            else _numbered(split, len(uris))
         )
         num_labels = np.concatenate([part.num_labels for part in rows])
         parts[split] = (image_ids, uris.combine_chunks(), num_labels, labels.combine_chunks())
     names = orders[0] if label_names is None and len(set(orders)) == 1 else label_names
     return build_tables(parts, names, root)
+
+
+def _numbered(split: str, num_rows: int) -> pa.StringArray:
+    """[num_rows] ids that no other split has."""
+    rows = pc.utf8_lpad(pa.array(np.arange(num_rows)).cast(pa.string()), 8, "0")
+    return pc.binary_join_element_wise(split, rows, "/")
 
 
 def _files(root: Location) -> dict[str, list[Location]]:
