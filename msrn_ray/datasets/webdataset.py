@@ -20,8 +20,9 @@ from ..errors import UserError
 from ..storage import Location, range_uris
 from ..types import SampleTable
 from .containers import LABEL_FIELDS, build_tables, by_split
+from .image_uris import IMAGE_SUFFIXES
 
-_IMAGES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
+_IMAGES = {suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES}
 
 
 @dataclass
