@@ -72,9 +72,9 @@ def load_word_vectors(
     if source is None:
         table, width = _read_package(wanted)
     elif source.endswith(".npz"):
-        table, width = _read_npz(Path(source))
+        table, width = _read_npz(Path(source).expanduser())
     else:
-        table, width = _read_text(Path(source), wanted)
+        table, width = _read_text(Path(source).expanduser(), wanted)
 
     found: dict[str, Vector] = {}
     for name in names:
