@@ -135,6 +135,13 @@ def attend_mask(counts: LabelCounts, tau: float) -> torch.Tensor:
     return torch.from_numpy((given_column >= tau) | np.eye(len(counts.names), dtype=bool))
 
 
+def how_to_add_edges(counts: LabelCounts) -> str:
+    """What to do about a graph without edges, if anything can be done."""
+    if counts.cooccurrence.any():
+        return "a lower model.tau, or auto, adds edges"
+    return "no two labels occur together, so no model.tau adds any"
+
+
 def save_counts(path: Path, counts: LabelCounts) -> None:
     """Writes an .npz file that `load_counts` reads: `names`, `adj`, `nums`, and `source`, `images`, `fingerprint` where they are known.
 
