@@ -346,6 +346,17 @@ def test_huggingface_columns_that_are_not_clear(
         read_huggingface(Location.of(save_to_disk(tmp_path / "saved", table)), **given)
 
 
+@pytest.mark.parametrize("given", [".", "saved/images"])
+def test_the_right_level_of_containers_is_named(tmp_path: Path, given: str) -> None:
+    (tmp_path / "saved/images").mkdir(parents=True)
+    save_dictionary(tmp_path / "saved", train=arrow_table(pa.array(LABELS), None))
+    with pytest.raises(UserError, match=rf"\(did you mean {tmp_path}/saved\?\)$"):
+        read_huggingface(Location.of(tmp_path / given))
+    write_tar(tmp_path / "saved/a.tar", {})
+    with pytest.raises(UserError, match=rf"holds no \.tar.*\(did you mean {tmp_path}/saved\?\)$"):
+        read_webdataset(Location.of(tmp_path / "saved/images"))
+
+
 def test_huggingface_folders_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no dataset_dict\.json, state\.json or \.parquet"):
         read_huggingface(Location.of(tmp_path))

@@ -135,6 +135,12 @@ def test_training_reads_the_files_that_predict_finds(tmp_path: Path) -> None:
     assert len(read) == 4
 
 
+def test_a_folder_of_one_label_is_the_wrong_level(tmp_path: Path) -> None:
+    root = fill(tmp_path / "set", "cat/a.jpg", "dog/b.jpg")
+    with pytest.raises(UserError, match=rf"holds no folder of images; give .*\(did you mean {tmp_path}/set\?\)$"):
+        read_folders(root / "cat")
+
+
 def test_no_such_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere: no such folder; give the folder that holds folders named"):
         read_folders(Location.of(tmp_path / "nowhere"))

@@ -71,6 +71,8 @@ def read_folders(root: Location, *, label_names: Sequence[str] | None = None) ->
     labels = sorted({label for _, label, _ in found})
     if len(labels) < 2:
         inside = [f"{root / top}" for top in tops if not are_splits and len(_folders(root / top)) > 1]
+        if not inside and any(is_image(name) for name in root.names()) and len(_folders(root.parent)) > 1:
+            inside = [f"{root.parent}"]  # one label's folder was given
         hint = f" (did you mean {inside[0]}?)" if inside else ""
         what = f"holds one folder of images only ({labels[0]}/)" if labels else "holds no folder of images"
         raise UserError(f"{root}: {what}; give the folder that holds {_LAYOUT}{hint}")

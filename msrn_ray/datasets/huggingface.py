@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..storage import Location, parquet_uris, range_uris
 from ..types import SampleTable
 from .containers import LABEL_FIELDS, build_tables, by_split, split_of
-from .files import read_json
+from .files import hint, read_json
 
 _ID_FIELDS = ("image_id", "id")
 _END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of a stream that was written to its end
@@ -123,8 +123,14 @@ def _files(root: Location) -> dict[str, list[Location]]:
     files = [name for name in root.names(recursive=True, missing_ok=True) if name.endswith(".parquet")]
     if not files:
         what = "holds no dataset_dict.json, state.json or .parquet" if root.is_dir() else "no such folder"
-        raise UserError(f"{root}: {what}; give the folder that `save_to_disk` wrote, or one of Parquet files")
+        raise UserError(
+            f"{root}: {what}; give the folder that `save_to_disk` wrote, or one of Parquet files{hint(root, _is_saved)}"
+        )
     return {split: [root / name for name in names] for split, names in by_split(root, files).items()}
+
+
+def _is_saved(folder: Location) -> bool:
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def _saved(folder: Location) -> list[Location]:

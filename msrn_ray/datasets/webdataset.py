@@ -20,6 +20,7 @@ from ..errors import UserError
 from ..storage import Location, range_uris
 from ..types import SampleTable
 from .containers import LABEL_FIELDS, build_tables, by_split
+from .files import hint
 from .image_uris import IMAGE_SUFFIXES
 
 _IMAGES = {suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES}
@@ -58,7 +59,7 @@ def read_webdataset(
     if not tars:
         packed = ".tar.gz and .tgz have to be unpacked to .tar: images are read from within"
         what = "holds no .tar" if root.is_dir() else "no such folder"
-        raise UserError(f"{root}: {what}; give the folder of WebDataset tars ({packed})")
+        raise UserError(f"{root}: {what}; give the folder of WebDataset tars ({packed}){hint(root, _holds_tars)}")
     parts = {}
     for split, names in by_split(root, tars).items():
         read = [_read_tar(root / name if name else root, name, label_names, label_field) for name in names]
@@ -66,6 +67,10 @@ def read_webdataset(
         image_ids, addresses, flat = (pa.concat_arrays(column) for column in (ids, uris, labels))
         parts[split] = (image_ids, addresses, np.concatenate(num_labels), flat)
     return build_tables(parts, label_names, root)
+
+
+def _holds_tars(folder: Location) -> bool:
+    return any(name.endswith(".tar") for name in folder.names(missing_ok=True))
 
 
 def _read_tar(
