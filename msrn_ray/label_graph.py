@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 
 from .errors import UserError
+from .npz import read_arrays
 from .types import PRESENT
-from .word_vectors import read_arrays
 
 _BLOCK = 65_536  # rows counted at once: the floats of millions of rows would not fit into memory
 
