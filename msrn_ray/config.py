@@ -82,8 +82,8 @@ class DataSettings(Settings):
     image_column: str | None = None
     """Manifest, huggingface: the column of images. None: the one with a usual name (image, filepath, file_name, uri, path, ...)."""
     label_column: str | None = None
-    """Manifest, huggingface, webdataset (field of the .json; nested ones dotted): what lists an image's labels. None: labels, label or
-    tags; in a manifest without it each column is a label."""
+    """Manifest, huggingface (nested ones dotted), webdataset (field of the .json): what lists an image's labels. None: labels, label or
+    tags, in the last two also classes or categories; in a manifest without it each column is a label."""
     label_separator: Annotated[str, Field(min_length=1)] | None = None
     """Manifest: what parts the labels in a text. None: the only one of ; | and , that occurs."""
     labels: str | None = None

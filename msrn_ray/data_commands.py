@@ -32,6 +32,7 @@ class Prepare:
 
     def run(self) -> None:
         """Writes, then says what is there and how to train on it."""
+        from .evidence import plural
         from .prepare import prepare
         from .storage import Location
 
@@ -46,10 +47,8 @@ class Prepare:
             for line in split.notes:
                 out.print(line, markup=False)
             left_out = f", {split.bad_images} left out (bad_images.csv)" if split.bad_images else ""
-            out.print(
-                f"{name}: {split.images} images{left_out}, {sum(split.shard_bytes) / 1e6:.1f} MB in {len(split.shard_bytes)} shards",
-                markup=False,
-            )
+            size = f"{sum(split.shard_bytes) / 1e6:.1f} MB in {plural(len(split.shard_bytes), 'shard')}"
+            out.print(f"{name}: {split.images} images{left_out}, {size}", markup=False)
         out.print(
             f"{len(info.label_names)} labels, content {info.content[:12]}, {time.monotonic() - start:.0f} s",
             markup=False,

@@ -123,16 +123,16 @@ def _labels_together(counts: LabelCounts) -> Iterator[Finding]:
 def _balance(evidence: Evidence) -> Iterator[Finding]:
     train = evidence.summaries[0]
     order = np.argsort(train.present, kind="stable")
-    few = [
+    rare = [
         f"{evidence.label_names[index]} ({train.present[index]})" for index in order if 0 < train.present[index] < _FEW
     ]
-    if few:
+    if rare:
         yield Finding(
             "info",
-            f"{plural(len(few), 'label')} with fewer than {_FEW} train images",
+            f"{plural(len(rare), 'label')} with fewer than {_FEW} train images",
             "add images, or merge with a kindred label; with few images in all, keep the backbone as it is "
             "(model.frozen_stages 5)",
-            listed(few),
+            listed(rare),
         )
     seen = train.present[train.present > 0]
     if len(seen) and seen.max() >= _UNEVEN * seen.min():

@@ -13,7 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from .errors import UserError
-from .label_graph import LabelCounts, attend_mask, conditional_probability
+from .label_graph import LabelCounts, attend_mask, conditional_probability, how_to_add_edges
 
 _SHOWN = 200  # edges listed on the screen
 
@@ -42,7 +42,7 @@ def describe_graph(counts: LabelCounts, tau: float) -> Iterator[str]:
     if isolated:
         yield f"{len(isolated)} labels without an edge: {', '.join(isolated)}"
     if not found:
-        yield "WARNING: the graph is empty, every label attends to itself alone; lower model.tau"
+        yield f"WARNING: the graph is empty, every label attends to itself alone; {how_to_add_edges(counts)}"
 
 
 def draw_graph(counts: LabelCounts, tau: float, target: Path | BinaryIO) -> None:

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 
 from .errors import UserError
+from .npz import read_arrays
 from .types import PRESENT
-from .word_vectors import read_arrays
 
 _BLOCK = 65_536  # rows counted at once: the floats of millions of rows would not fit into memory
 
@@ -133,6 +133,13 @@ def attend_mask(counts: LabelCounts, tau: float) -> torch.Tensor:
         raise UserError(f"tau is {tau}, but must be above 0 and at most 1; 0.4 is usual")
     given_column = conditional_probability(counts).T  # [i, j] = P(i | j)
     return torch.from_numpy((given_column >= tau) | np.eye(len(counts.names), dtype=bool))
+
+
+def how_to_add_edges(counts: LabelCounts) -> str:
+    """What to do about a graph without edges, if anything can be done."""
+    if counts.cooccurrence.any():
+        return "a lower model.tau, or auto, adds edges"
+    return "no two labels occur together, so no model.tau adds any"
 
 
 def save_counts(path: Path, counts: LabelCounts) -> None:

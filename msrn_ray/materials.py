@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import ExperimentConfig
-from .label_graph import LabelCounts, Provenance, attend_mask, choose_tau, count_labels, load_counts
+from .label_graph import LabelCounts, Provenance, attend_mask, choose_tau, count_labels, how_to_add_edges, load_counts
 from .model.backbone import build_resnet, read_pretrained
 from .splits import Splits, fingerprint, load_splits
 from .types import SampleTable
@@ -85,7 +85,7 @@ def describe(materials: Materials, config: ExperimentConfig) -> Iterator[str]:
     tau = choose_tau(materials.counts, config.model.tau, config.model.tau_degree)
     edges = int(attend_mask(materials.counts, tau).sum()) - len(materials.label_names)
     chosen = " (auto)" if config.model.tau == "auto" else ""
-    alone = "" if edges else " (labels only see themselves; a lower model.tau adds edges)"
+    alone = "" if edges else f" (labels only see themselves; {how_to_add_edges(materials.counts)})"
     yield f"label graph at tau {tau:.4g}{chosen}: {edges} edges{alone}"
     if config.data.word_vectors == LEARNED:
         yield f"word vectors: {materials.word_vectors.shape[1]} numbers a label, learnt from a random start"

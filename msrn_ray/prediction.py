@@ -13,11 +13,11 @@ import pyarrow.csv
 import pyarrow.parquet
 import torch
 
+from .datasets.image_uris import IMAGE_SUFFIXES, is_image
 from .errors import UserError
 from .predictor import Predictor
 from .storage import read_bytes
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 OUTPUTS = (".csv", ".json", ".parquet")
 
 
@@ -42,12 +42,12 @@ def expand_images(inputs: Sequence[str]) -> list[str]:
         if "://" in item or path.is_file():
             images = [item if "://" in item else str(path)]
         elif path.is_dir():
-            images = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            images = sorted(str(file) for file in path.rglob("*") if is_image(file.name) and file.is_file())
         else:
             images = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
         if not images:
             what = "holds no image" if path.is_dir() else "no such file, and no file matches it as a pattern"
-            raise UserError(f"{item}: {what} ({' '.join(sorted(SUFFIXES))})")
+            raise UserError(f"{item}: {what} ({' '.join(sorted(IMAGE_SUFFIXES))})")
         found.update(dict.fromkeys(images))
     return list(found)
 

@@ -13,16 +13,19 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 from urllib.parse import parse_qsl, unquote
 
 import fsspec
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
@@ -213,19 +216,35 @@ class Location:
             raise UserError(f"{self}: cannot be reached ({' '.join(str(error).split())[:300]})") from None
 
 
+_Numbers: TypeAlias = Sequence[int] | npt.NDArray[np.int64] | pa.ChunkedArray
 _PART = re.compile(
     r"#(?:bytes=(?P<offset>\d+)\+(?P<length>\d+)|parquet=(?P<group>\d+),(?P<row>\d+),(?P<column>[^#]+))$"
 )
 
 
-def range_uri(place: Location, offset: int, length: int) -> str:
-    """The address of a part of a file, for `read_bytes`."""
-    return f"{place}#bytes={offset}+{length}"
+def range_uris(files: Location | pa.ChunkedArray, offsets: _Numbers, lengths: _Numbers) -> pa.StringArray:
+    """The addresses of parts of files, for `read_bytes`.
+
+    Args:
+        files: one file for all of them, or [n] the location of each.
+        offsets: [n] first byte of each part, counted from 0.
+        lengths: [n] its bytes.
+
+    Returns:
+        [n] string; chunked where an argument is.
+    """
+    places = str(files) if isinstance(files, Location) else files
+    starts, sizes = (
+        (numbers if isinstance(numbers, pa.ChunkedArray) else pa.array(numbers, pa.int64())).cast(pa.string())
+        for numbers in (offsets, lengths)
+    )
+    return pc.binary_join_element_wise(places, pc.binary_join_element_wise(starts, sizes, "+"), "#bytes=")
 
 
-def parquet_uri(place: Location, group: int, row: int, column: str) -> str:
-    """The address of a value of a binary column, `row` counted within the row group, `column` dotted if nested."""
-    return f"{place}#parquet={group},{row},{column}"
+def parquet_uris(file: Location, group: int, num_rows: int, column: str) -> pa.StringArray:
+    """The addresses of all values of a binary column in a row group, [num_rows] string; `column` is dotted if nested."""
+    rows = pa.array(np.arange(num_rows)).cast(pa.string())
+    return pc.binary_join_element_wise(f"{file}#parquet={group}", rows, column, ",")
 
 
 def in_row_group(uri: str) -> bool:

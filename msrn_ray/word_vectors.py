@@ -6,11 +6,10 @@ Source: Pennington, Socher, Manning, "GloVe: Global Vectors for Word Representat
 from __future__ import annotations
 
 import re
-import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from .errors import UserError
+from .npz import read_arrays
 
 Vector = npt.NDArray[np.float32]
 
@@ -72,9 +72,9 @@ def load_word_vectors(
     if source is None:
         table, width = _read_package(wanted)
     elif source.endswith(".npz"):
-        table, width = _read_npz(Path(source))
+        table, width = _read_npz(Path(source).expanduser())
     else:
-        table, width = _read_text(Path(source), wanted)
+        table, width = _read_text(Path(source).expanduser(), wanted)
 
     found: dict[str, Vector] = {}
     for name in names:
@@ -99,28 +99,6 @@ def _draw(name: str, seed: int, scale: float, width: int) -> Vector:
     """A normal draw that depends on the name, not on its place among the labels."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     return rng.normal(0.0, scale, width).astype(np.float32)
-
-
-def read_arrays(path: Path, fields: Sequence[str]) -> list[npt.NDArray[Any]]:
-    """Reads the named arrays of an .npz file without unpickling anything.
-
-    Raises:
-        UserError: if the file is missing, is no .npz, lacks a field, or a field is a pickled object.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give an .npz file with {', '.join(fields)}")
-    arrays = []
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            for field in fields:
-                if field not in content:
-                    raise UserError(f'{path}: has no "{field}"; give an .npz file with {", ".join(fields)}')
-                arrays.append(content[field])
-    except UserError:
-        raise
-    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: not an .npz file of plain arrays ({error}); write it with numpy.savez") from error
-    return arrays
 
 
 def _spellings(name: str) -> Iterator[list[str]]:

@@ -227,6 +227,19 @@ def test_readers_and_networks_import_only_what_lies_below_them() -> None:
                 assert {other for other in wanted if not other.startswith(f"msrn_ray.{part}.")} <= allowed, name
 
 
+def test_addresses_of_parts_of_files_are_written_in_one_place() -> None:
+    marks = ("#bytes=", "#parquet=")
+    writing = {
+        path.name
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.Call, ast.JoinedStr))
+        for text in ast.iter_child_nodes(node)
+        if isinstance(text, ast.Constant) and isinstance(text.value, str) and text.value.startswith(marks)
+    }
+    assert writing == {"storage.py"}
+
+
 def test_the_top_level_holds_only_what_is_agreed() -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")

@@ -259,7 +259,7 @@ def test_huggingface_rows_of_arrow_files(tmp_path: Path) -> None:
         assert tables[split].label_names == ("owl", "cat", "dog")
         targets = np.array(TARGETS)[rows][:, [2, 0, 1]].tolist()
         assert targets_and_images(tables[split]) == (targets, [picture(row) for row in rows]), order
-    assert tables["train"].table["image_id"].to_pylist() == [f"{row:08}" for row in range(5)]
+    assert tables["train"].table["image_id"].to_pylist() == [f"train/{row:08}" for row in range(5)]
     assert "#bytes=" in tables["train"].table["uri"][0].as_py()
 
 
@@ -330,7 +330,7 @@ TWO_IMAGES = pa.table({"a": [b"x"], "b": [b"y"], "labels": [["cat"]]})
     [
         (arrow_table(numbers(), None), {}, r"labels holds numbers without names; .*data\.labels"),
         (arrow_table(numbers(), None), {"label_names": ("a",)}, r"labels holds 2, but there are 1 names \(0 to 0\)"),
-        (arrow_table(pa.array(LABELS), None), {"label_names": ("cat", "dog")}, r"image 00000002 has the label 'owl'.*data\.labels"),
+        (arrow_table(pa.array(LABELS), None), {"label_names": ("cat", "dog")}, r"image train/00000002 has the label 'owl'.*data\.labels"),
         (arrow_table(pa.array([1.5] * 5), None), {}, r"labels is double; a label or a list of labels is due"),
         (arrow_table(pa.array(LABELS), None, tags=["a"] * 5), {}, r"2 columns that may be the label's; name one of .*data\.label_column"),
         (arrow_table(pa.array(LABELS), None), {"label_column": "tag"}, r"no label column 'tag'; name one of image\.bytes, .*labels"),
@@ -344,6 +344,17 @@ def test_huggingface_columns_that_are_not_clear(
 ) -> None:
     with pytest.raises(UserError, match=match):
         read_huggingface(Location.of(save_to_disk(tmp_path / "saved", table)), **given)
+
+
+@pytest.mark.parametrize("given", [".", "saved/images"])
+def test_the_right_level_of_containers_is_named(tmp_path: Path, given: str) -> None:
+    (tmp_path / "saved/images").mkdir(parents=True)
+    save_dictionary(tmp_path / "saved", train=arrow_table(pa.array(LABELS), None))
+    with pytest.raises(UserError, match=rf"\(did you mean {tmp_path}/saved\?\)$"):
+        read_huggingface(Location.of(tmp_path / given))
+    write_tar(tmp_path / "saved/a.tar", {})
+    with pytest.raises(UserError, match=rf"holds no \.tar.*\(did you mean {tmp_path}/saved\?\)$"):
+        read_webdataset(Location.of(tmp_path / "saved/images"))
 
 
 def test_huggingface_folders_that_are_none(tmp_path: Path) -> None:

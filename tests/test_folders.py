@@ -15,6 +15,7 @@ from msrn_ray.config import ExperimentConfig
 from msrn_ray.datasets.apparel import read_apparel
 from msrn_ray.datasets.folders import read_folders
 from msrn_ray.errors import UserError
+from msrn_ray.prediction import expand_images
 from msrn_ray.splits import Splits, load_splits
 from msrn_ray.storage import Location
 
@@ -125,6 +126,19 @@ def test_another_layout(tmp_path: Path, files: tuple[str, ...], message: str) ->
     with pytest.raises(UserError, match=message) as error:
         splits_of(fill(tmp_path, *files))
     assert tmp_path.name in str(error.value)
+
+
+def test_training_reads_the_files_that_predict_finds(tmp_path: Path) -> None:
+    root = fill(tmp_path, *(f"{label}/one{suffix}" for label in ("cat", "dog") for suffix in (".tif", ".TIFF", ".txt")))
+    read = read_folders(root).samples.table["uri"].to_pylist()
+    assert read == expand_images([str(tmp_path)])
+    assert len(read) == 4
+
+
+def test_a_folder_of_one_label_is_the_wrong_level(tmp_path: Path) -> None:
+    root = fill(tmp_path / "set", "cat/a.jpg", "dog/b.jpg")
+    with pytest.raises(UserError, match=rf"holds no folder of images; give .*\(did you mean {tmp_path}/set\?\)$"):
+        read_folders(root / "cat")
 
 
 def test_no_such_folder(tmp_path: Path) -> None:

@@ -57,6 +57,11 @@ def test_a_label_that_is_only_attended_to_has_an_edge() -> None:
     assert lines[2:] == ["2 labels without an edge: dog, map"]
 
 
+def test_what_no_threshold_mends_is_said() -> None:
+    apart = count_labels(np.eye(3, dtype=np.int8), ("a", "b", "c"))
+    assert list(describe_graph(apart, 0.1))[-1].endswith("no two labels occur together, so no model.tau adds any")
+
+
 def test_an_empty_graph_is_warned_of() -> None:
     alone = LabelCounts(("a", "b"), np.zeros((2, 2), np.int64), np.array([3, 0], np.int64))
     lines = list(describe_graph(alone, 0.4))

@@ -434,7 +434,7 @@ def test_the_command_says_what_is_there_and_how_to_train(
         f"train: 6 images, {size / 1e6:.1f} MB in 2 shards",
         "val2014: 3 images, 0 without a label kept",
     ]
-    assert re.fullmatch(r"test: 3 images, 0\.0 MB in 1 shards", lines[-3])
+    assert re.fullmatch(r"test: 3 images, 0\.0 MB in 1 shard", lines[-3])
     assert re.fullmatch(r"3 labels, content [0-9a-f]{12}, \d+ s", lines[-2])
     assert lines[-1] == f"train on it with: msrn train coco2014 --data.root '{tmp_path}/my out'"
 

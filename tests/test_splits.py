@@ -334,7 +334,7 @@ def test_describe_says_what_is_about_to_happen(tmp_path: Path) -> None:
     settings = config(root, model__tau=0.7, protocol="paper")
     lines = list(describe(gather_materials(settings), settings))
     assert "coco: 3 labels, images: train 12, val 2" in lines
-    assert any("0 edges (labels only see themselves; a lower model.tau adds edges)" in line for line in lines)
+    assert any("0 edges (labels only see themselves; a lower model.tau, or auto, adds edges)" in line for line in lines)
     assert not any(line.startswith("test:") for line in lines)
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from msrn_ray.errors import UserError
-from msrn_ray.storage import Location, filesystem_of, parquet_uri, range_uri, read_bytes
+from msrn_ray.storage import Location, filesystem_of, parquet_uris, range_uris, read_bytes
 
 
 @pytest.fixture(params=["path", "file", "memory"])
@@ -35,21 +35,30 @@ def test_reading(folder: Location) -> None:
 
 def test_a_part_of_a_file(folder: Location) -> None:
     inner = folder / "inner" / "b c.txt"  # its content is "inner/b c.txt"
-    for offset, length in ((0, 13), (0, 1), (6, 3), (12, 1), (3, 0)):
-        assert read_bytes(range_uri(inner, offset, length)) == b"inner/b c.txt"[offset : offset + length]
-    for offset, length in ((0, 14), (12, 2), (13, 1), (99, 1)):
+    whole = b"inner/b c.txt"
+    inside = ((0, 13), (0, 1), (6, 3), (12, 1), (3, 0))
+    parts = [read_bytes(uri) for uri in range_uris(inner, *zip(*inside, strict=True)).to_pylist()]
+    assert parts == [whole[offset : offset + length] for offset, length in inside]
+    for uri in range_uris(inner, [0, 12, 13, 99], [14, 2, 1, 1]).to_pylist():
         with pytest.raises(OSError, match=r"b c\.txt: ends within the"):
-            read_bytes(range_uri(inner, offset, length))
+            read_bytes(uri)
     with pytest.raises(OSError, match="none"):
-        read_bytes(range_uri(folder / "none.txt", 0, 1))
-    assert range_uri(Location.of("s3://b/a.tar?region=x"), 5, 7) == "s3://b/a.tar?region=x#bytes=5+7"
+        read_bytes(range_uris(folder / "none.txt", [0], [1])[0].as_py())
+    assert range_uris(Location.of("s3://b/a.tar?region=x"), [], []).to_pylist() == []
+    assert range_uris(Location.of("s3://b/a.tar?region=x"), [5], [7]).to_pylist() == ["s3://b/a.tar?region=x#bytes=5+7"]
+
+
+def test_parts_of_several_files() -> None:
+    index = pa.table({"file": ["/a", "/b"], "offset": [1, 2], "length": [3, 4]})
+    uris = range_uris(index["file"], index["offset"], index["length"])
+    assert uris.to_pylist() == ["/a#bytes=1+3", "/b#bytes=2+4"]
 
 
 def test_a_mark_in_a_name_is_no_part(tmp_path: Path) -> None:
     for name in ("a#b.jpg", "a#bytes=1.jpg", "a#bytes=1+2.jpg"):
         (tmp_path / name).write_bytes(b"whole")
         assert read_bytes(str(tmp_path / name)) == b"whole"
-        assert read_bytes(range_uri(Location.of(tmp_path / name), 1, 2)) == b"ho"
+        assert read_bytes(range_uris(Location.of(tmp_path / name), [1], [2])[0].as_py()) == b"ho"
 
 
 def test_a_value_of_a_parquet_file(folder: Location) -> None:
@@ -58,11 +67,12 @@ def test_a_value_of_a_parquet_file(folder: Location) -> None:
     pq.write_table(pa.table({"image": images, "plain": [b"x", b"y", b"z", None]}), sink, row_group_size=2)
     place = folder / "rows.parquet"
     place.write_bytes(sink.getvalue())
-    assert read_bytes(parquet_uri(place, 0, 1, "image.bytes")) == b"two"
-    assert read_bytes(parquet_uri(place, 1, 0, "image.bytes")) == b"three"
-    assert read_bytes(parquet_uri(place, 1, 0, "plain")) == b"z"
+    first, second = (parquet_uris(place, group, 2, "image.bytes").to_pylist() for group in (0, 1))
+    assert [read_bytes(uri) for uri in (*first, second[0])] == [b"one", b"two", b"three"]
+    there, empty = parquet_uris(place, 1, 2, "plain").to_pylist()
+    assert read_bytes(there) == b"z"
     with pytest.raises(OSError, match=r"parquet=1,1,plain: holds no bytes"):
-        read_bytes(parquet_uri(place, 1, 1, "plain"))
+        read_bytes(empty)
 
 
 def test_writing_makes_folders_replaces_and_leaves_no_trace(folder: Location) -> None:

@@ -53,6 +53,13 @@ def test_text_file(glove: Path) -> None:
     assert vectors.tolist() == [[2, 0.5, -0.5], [1, 2, 3], [2, 0.5, -0.5], [2, 2, 2]]
 
 
+def test_the_home_folder_may_be_short(glove: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(glove.parent))
+    assert load_word_vectors(["dog"], f"~/{glove.name}").tolist() == [[1, 2, 3]]
+    pairs(glove.parent / "pairs.npz")
+    assert load_word_vectors(["dog"], "~/pairs.npz").tolist() == [[0, 1]]
+
+
 def test_whole_name_comes_before_its_words(tmp_path: Path, glove: Path) -> None:
     glove.write_text(GLOVE + "t-shirt 7 7 7\n")
     assert load_word_vectors(["T-shirt"], str(glove)).tolist() == [[7, 7, 7]]

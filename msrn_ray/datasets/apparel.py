@@ -10,11 +10,10 @@ from ..errors import UserError
 from ..storage import Location
 from ..types import PRESENT, SampleTable
 from .files import first_few, hint
-from .image_uris import uris_below
+from .image_uris import IMAGE_SUFFIXES, is_image, uris_below
 
 # The order of the authors' release: colours, then garments.
 APPAREL_LABELS = ("black", "blue", "brown", "green", "red", "white", "dress", "pants", "shirt", "shoes", "shorts")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 
 def read_apparel(root: str | Path | Location, *, single_labels: bool = False) -> SampleTable:
@@ -49,7 +48,7 @@ def read_apparel(root: str | Path | Location, *, single_labels: bool = False) ->
     num_other = 0
     for folder in folders:
         files = [name for name in (root / folder).names() if not name.endswith("/")]
-        images = [name for name in files if _is_image(name)]
+        images = [name for name in files if is_image(name)]
         image_ids += [f"{folder}/{name}" for name in images]
         num_other += len(files) - len(images)
         if not images:
@@ -88,11 +87,7 @@ def _holds_images(root: Location) -> bool:
     named_so = (
         root / name for name in root.names() if name.endswith("/") and _labels(name.rstrip("/"), single_labels=False)
     )
-    return any(_is_image(name) for folder in named_so for name in folder.names())
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES)
+    return any(is_image(name) for folder in named_so for name in folder.names())
 
 
 def _is_utf8(name: str) -> bool:

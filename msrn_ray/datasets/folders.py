@@ -10,8 +10,7 @@ import pyarrow as pa
 from ..errors import UserError
 from ..storage import Location
 from ..types import PRESENT, SampleTable
-from .apparel import IMAGE_SUFFIXES
-from .image_uris import uris_below
+from .image_uris import IMAGE_SUFFIXES, is_image, uris_below
 from .manifest import OwnImages
 from .split import SPLIT_WORDS, SPLITS
 
@@ -56,13 +55,13 @@ def read_folders(root: Location, *, label_names: Sequence[str] | None = None) ->
     found: list[tuple[int, str, int]] = []
     notes: list[str] = []
     around = [root, *(root / top for top in tops if are_splits)]
-    num_stray = sum(name.lower().endswith(IMAGE_SUFFIXES) for folder in around for name in folder.names())
+    num_stray = sum(is_image(name) for folder in around for name in folder.names())
     if num_stray:
         notes.append(f"{root.name}: {num_stray} images left out that are in no label's folder")
     num_other = 0
     for split, folder, label in sorted(labelled):
         names = [name for name in (root / folder).names(recursive=True) if not name.endswith("/")]
-        images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+        images = [name for name in names if is_image(name)]
         num_other += len(names) - len(images)
         if images:
             image_ids.append(pa.array([f"{folder}/{name}" for name in images]))
@@ -72,6 +71,8 @@ def read_folders(root: Location, *, label_names: Sequence[str] | None = None) ->
     labels = sorted({label for _, label, _ in found})
     if len(labels) < 2:
         inside = [f"{root / top}" for top in tops if not are_splits and len(_folders(root / top)) > 1]
+        if not inside and any(is_image(name) for name in root.names()) and len(_folders(root.parent)) > 1:
+            inside = [f"{root.parent}"]  # one label's folder was given
         hint = f" (did you mean {inside[0]}?)" if inside else ""
         what = f"holds one folder of images only ({labels[0]}/)" if labels else "holds no folder of images"
         raise UserError(f"{root}: {what}; give the folder that holds {_LAYOUT}{hint}")

@@ -18,10 +18,10 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from ..errors import UserError
-from ..storage import Location
+from ..storage import Location, parquet_uris, range_uris
 from ..types import SampleTable
 from .containers import LABEL_FIELDS, build_tables, by_split, split_of
-from .files import read_json
+from .files import hint, read_json
 
 _ID_FIELDS = ("image_id", "id")
 _END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of a stream that was written to its end
@@ -65,7 +65,8 @@ def read_huggingface(
             (`objects.category`); None: labels, label, tags, classes or categories.
 
     Returns:
-        split -> n rows in the order of the files; image_id is the column `image_id` or `id`, else the number of the row; targets in {1, 0}.
+        split -> n rows in the order of the files; image_id is the column `image_id` or `id`, else `<split>/<number of the row>`; targets
+        in {1, 0}.
 
     Raises:
         UserError: if this is no such folder, a file is damaged, or columns are not there or not clear.
@@ -92,12 +93,18 @@ def read_huggingface(
         image_ids = (
             pa.chunked_array(ids, pa.string()).combine_chunks()
             if len(ids) == len(rows)
-            else pc.utf8_lpad(pc.cast(pa.array(np.arange(len(uris))), pa.string()), 8, "0")
+            else _numbered(split, len(uris))
         )
         num_labels = np.concatenate([part.num_labels for part in rows])
         parts[split] = (image_ids, uris.combine_chunks(), num_labels, labels.combine_chunks())
     names = orders[0] if label_names is None and len(set(orders)) == 1 else label_names
     return build_tables(parts, names, root)
+
+
+def _numbered(split: str, num_rows: int) -> pa.StringArray:
+    """[num_rows] ids that no other split has."""
+    rows = pc.utf8_lpad(pa.array(np.arange(num_rows)).cast(pa.string()), 8, "0")
+    return pc.binary_join_element_wise(split, rows, "/")
 
 
 def _files(root: Location) -> dict[str, list[Location]]:
@@ -116,8 +123,14 @@ def _files(root: Location) -> dict[str, list[Location]]:
     files = [name for name in root.names(recursive=True, missing_ok=True) if name.endswith(".parquet")]
     if not files:
         what = "holds no dataset_dict.json, state.json or .parquet" if root.is_dir() else "no such folder"
-        raise UserError(f"{root}: {what}; give the folder that `save_to_disk` wrote, or one of Parquet files")
+        raise UserError(
+            f"{root}: {what}; give the folder that `save_to_disk` wrote, or one of Parquet files{hint(root, _is_saved)}"
+        )
     return {split: [root / name for name in names] for split, names in by_split(root, files).items()}
+
+
+def _is_saved(folder: Location) -> bool:
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def _saved(folder: Location) -> list[Location]:
@@ -158,9 +171,8 @@ def _arrow_rows(
         first = stream.tell() - message.body.size + inside
         kind = np.int64 if pa.types.is_large_binary(images.type) else np.int32
         offsets = np.frombuffer(ends, kind)[images.offset : images.offset + len(images) + 1].astype(np.int64)
-        starts, lengths = (pa.array(numbers).cast(pa.string()) for numbers in (first + offsets[:-1], np.diff(offsets)))
-        ranges = pc.binary_join_element_wise(starts, lengths, "+")
-        yield columns, _rows(file, table, columns, pc.binary_join_element_wise(f"{file}#bytes=", ranges, ""), given)
+        uris = range_uris(file, first + offsets[:-1], np.diff(offsets))
+        yield columns, _rows(file, table, columns, uris, given)
 
 
 def _next(messages: pa.ipc.MessageReader) -> pa.ipc.Message | None:
@@ -182,8 +194,7 @@ def _parquet_rows(
             first = _flat(parquet.read_row_group(group, columns=[columns.image]))
             _require_bytes(file, columns.image, first[columns.image])
         table = _flat(parquet.read_row_group(group, columns=wanted))
-        numbers = pa.array(np.arange(table.num_rows)).cast(pa.string())
-        uris = pc.binary_join_element_wise(f"{file}#parquet={group}", numbers, columns.image, ",")
+        uris = parquet_uris(file, group, table.num_rows, columns.image)
         yield columns, _rows(file, table, columns, uris, given)
 
 

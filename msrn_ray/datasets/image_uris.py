@@ -18,8 +18,14 @@ from ..storage import Location, filesystem_of
 from .files import first_few
 
 MissingImages = Literal["error", "skip"]
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 _LISTED_AT_ONCE = 65_536
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its suffix."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def uris_below(folder: Location, names: Sequence[str] | pa.ChunkedArray) -> pa.ChunkedArray:

@@ -16,12 +16,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import UserError
-from ..storage import Location
+from ..storage import Location, range_uris
 from ..types import SampleTable
 from .files import read_json
 
@@ -150,7 +149,6 @@ def _read_split(root: Location, info: PreparedInfo, split: SplitName) -> SampleT
     if not fits or not (((shard >= 0) & (shard < len(sizes))).all() and (offset + length <= sizes[shard]).all()):
         raise UserError(f"{place}: does not fit {INFO_FILE}; copy both again, or {AGAIN}")
     shards = pa.array([str(shard_place(root, split, number)) for number in range(len(sizes))], pa.string())
-    range_texts = pc.binary_join_element_wise(index["offset"].cast(pa.string()), index["length"].cast(pa.string()), "+")
-    uris = pc.binary_join_element_wise(shards.take(index["shard"]), range_texts, "#bytes=")
+    uris = range_uris(shards.take(index["shard"]), index["offset"], index["length"])
     table = pa.table({"image_id": index["image_id"], "uri": uris, "target": index["target"]})
     return SampleTable(table, info.label_names, told.source, told.notes)

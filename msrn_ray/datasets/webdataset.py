@@ -17,11 +17,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ..errors import UserError
-from ..storage import Location, range_uri
+from ..storage import Location, range_uris
 from ..types import SampleTable
 from .containers import LABEL_FIELDS, build_tables, by_split
+from .files import hint
+from .image_uris import IMAGE_SUFFIXES
 
-_IMAGES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
+_IMAGES = {suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES}
 
 
 @dataclass
@@ -57,7 +59,7 @@ def read_webdataset(
     if not tars:
         packed = ".tar.gz and .tgz have to be unpacked to .tar: images are read from within"
         what = "holds no .tar" if root.is_dir() else "no such folder"
-        raise UserError(f"{root}: {what}; give the folder of WebDataset tars ({packed})")
+        raise UserError(f"{root}: {what}; give the folder of WebDataset tars ({packed}){hint(root, _holds_tars)}")
     parts = {}
     for split, names in by_split(root, tars).items():
         read = [_read_tar(root / name if name else root, name, label_names, label_field) for name in names]
@@ -67,13 +69,17 @@ def read_webdataset(
     return build_tables(parts, label_names, root)
 
 
+def _holds_tars(folder: Location) -> bool:
+    return any(name.endswith(".tar") for name in folder.names(missing_ok=True))
+
+
 def _read_tar(
     tar: Location, name: str, label_names: tuple[str, ...] | None, label_field: str | None
 ) -> tuple[pa.StringArray, pa.StringArray, npt.NDArray[np.int64], pa.StringArray]:
     """Ids, uris, number of labels of each sample, and all labels one behind the other; name: the tar's, below the root."""
     prefix = (name or tar.name).removesuffix(".tar")
     ids: list[str] = []
-    uris: list[str] = []
+    places: list[tuple[int, int]] = []
     num_labels: list[int] = []
     labels: list[str] = []
     for sample in _samples(tar):
@@ -82,11 +88,12 @@ def _read_tar(
             raise UserError(f"{where} holds no image ({', '.join(sorted(_IMAGES))}); take it out")
         own = _labels(sample, label_names, label_field, where)
         ids.append(f"{prefix}/{sample.key}")
-        uris.append(range_uri(tar, *sample.image))
+        places.append(sample.image)
         num_labels.append(len(own))
         labels += own
-    image_ids, addresses, flat = (pa.array(column, pa.string()) for column in (ids, uris, labels))
-    return image_ids, addresses, np.array(num_labels, np.int64), flat
+    offsets, lengths = np.array(places, np.int64).reshape(-1, 2).T
+    image_ids, flat = (pa.array(column, pa.string()) for column in (ids, labels))
+    return image_ids, range_uris(tar, offsets, lengths), np.array(num_labels, np.int64), flat
 
 
 def _samples(tar: Location) -> Iterator[_Sample]:
