@@ -101,6 +101,12 @@ def prepare(
         ("test", published.held_out),
     )
     tables = {name: table for name, table in named if table is not None}
+    for name, table in tables.items():
+        if not len(table):
+            raise UserError(
+                f"{name} split ({table.source}): holds no image; add images with labels, or keep those without any"
+                " (--data.keep-unlabelled-train, --data.keep-unlabelled-eval)"
+            )
     asked = {
         "version": VERSION,
         "dataset": settings.dataset,

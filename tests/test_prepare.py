@@ -329,6 +329,27 @@ def test_what_was_fixed_then_is_told(copy: Path, raw: Path) -> None:
     assert line == "data.keep_unlabelled_train was False when the data was prepared and stays so; True has no effect"
 
 
+def test_splits_of_other_labels_are_refused(tmp_path: Path) -> None:
+    root = make_coco(tmp_path / "set", {"train": ROWS["train"]})
+    shutil.copytree(
+        make_coco(tmp_path / "other", {"val": ROWS["val"]}, ("apple", "bench", "dog")), root, dirs_exist_ok=True
+    )
+    with pytest.raises(UserError, match=r"test split .*: its labels are not those of train .*: only one has cat, dog;"):
+        prepare(raw_settings(root), Location.of(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_split_without_an_image_is_refused(tmp_path: Path) -> None:
+    make_photo(tmp_path / "set/red_dress/a.jpg", 0)
+    one = DataSettings(dataset="apparel", root=str(tmp_path / "set"), image_size=64)
+    with pytest.raises(UserError, match=r"test split .*: holds no image; add images"):
+        prepare(one, Location.of(tmp_path / "out"))
+    unlabelled = raw_settings(make_coco(tmp_path / "coco", {"train": ROWS["train"], "val": [[], []]}))
+    with pytest.raises(UserError, match="no image is left to use"):
+        prepare(unlabelled.model_copy(update={"keep_unlabelled_eval": False}), Location.of(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_few_bad_images_are_listed_and_many_stop_it(local_ray: None, raw: Path, tmp_path: Path) -> None:
