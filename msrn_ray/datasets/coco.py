@@ -116,7 +116,7 @@ def _index(path: Location, crowd: bool) -> COCO:
     data = read_data(path, "unpack COCO's annotations again")
     try:
         dataset = json.loads(data, object_hook=_without_shapes)
-    except ValueError as error:  # neither UTF-8 nor JSON
+    except (ValueError, RecursionError) as error:  # neither UTF-8 nor JSON, or lists within lists without end
         raise UserError(f"{path}: not a JSON file ({error}); download or unpack it again") from error
     for section in FIELDS:
         if not isinstance(dataset, dict) or not isinstance(dataset.get(section), list):

@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..storage import Location
 from ..types import PRESENT, SampleTable
 from .apparel import IMAGE_SUFFIXES
+from .files import require_utf8
 from .image_uris import uris_below
 from .manifest import OwnImages
 from .split import SPLIT_WORDS, SPLITS
@@ -65,6 +66,7 @@ def read_folders(root: Location, *, label_names: Sequence[str] | None = None) ->
         images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
         num_other += len(names) - len(images)
         if images:
+            require_utf8(root, (f"{folder}/{name}" for name in images))
             image_ids.append(pa.array([f"{folder}/{name}" for name in images]))
             found.append((split, label, len(images)))
         else:

@@ -126,7 +126,7 @@ def _labels(sample: _Sample, names: tuple[str, ...] | None, label_field: str | N
     if "json" in sample.labels:
         try:
             content = json.loads(sample.labels["json"])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: its .json is not JSON ({error}); correct it") from None
         fields = content if isinstance(content, dict) else {}
         chosen = label_field or next((name for name in LABEL_FIELDS if name in fields), None)
