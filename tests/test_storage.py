@@ -158,7 +158,8 @@ def web(tmp_path: Path) -> Iterator[str]:
             else:
                 super().do_GET()
 
-        do_HEAD = do_GET
+        def do_HEAD(self) -> None:
+            self.do_GET()
 
         def log_message(self, format: str, *args: object) -> None:
             pass
