@@ -262,3 +262,5 @@ def _write_bad(out: Location, tables: dict[SplitName, SampleTable], written: dic
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([["split", "image_id", "reason"], *lines])
         (out / BAD_FILE).write_bytes(text.getvalue().encode())
+    else:  # of an earlier run, before they were mended
+        (out / BAD_FILE).remove()

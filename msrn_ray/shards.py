@@ -78,12 +78,13 @@ class ShardWriter:
     max_pixels: int
 
     def finish(self, samples: pa.Table, number: int) -> ShardRecord:
-        """Writes shard `number` of a `SampleTable.table` unless it is there already.
+        """Writes shard `number` of a `SampleTable.table` unless it is there already, without a bad image: that may be mended by now.
 
         Raises:
             UserError: if it cannot be written, or an image that is there cannot be read.
         """
-        return self._find(number) or self._write(samples, number)
+        there = self._find(number)
+        return self._write(samples, number) if there is None or there.bad else there
 
     def _find(self, number: int) -> ShardRecord | None:
         """The record of a whole shard of this plan; None where there is none."""

@@ -133,6 +133,17 @@ class Location:
                 filesystem.delete_file(partial)
             raise UserError(f"{self}: cannot be written ({' '.join(str(error).split())[:300]})") from None
 
+    def remove(self) -> None:
+        """Takes the file away, if there is one.
+
+        Raises:
+            UserError: if that is not allowed.
+        """
+        if self.is_file():
+            filesystem, path = self._opened()
+            with self._told():
+                filesystem.delete_file(path)
+
     def sizes(self) -> dict[str, int]:
         """Name -> bytes of the files in this folder, with one listing; {} where there is no folder. Hidden ones are left out.
 

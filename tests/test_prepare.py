@@ -186,6 +186,18 @@ def test_bad_images_are_left_out_with_their_reason_and_no_path(shared: Path, tmp
     assert pq.read_table(tmp_path / "none/train/train-00000.parquet").num_rows == 0
 
 
+def test_a_bad_image_that_was_mended_is_taken_in(samples: SampleTable, tmp_path: Path) -> None:
+    image = Path(samples.table["uri"][1].as_py())
+    whole = image.read_bytes()
+    image.write_bytes(whole[:40])
+    assert [row for row, _ in writer(tmp_path / "out").finish(samples.table, 0).bad] == [1]
+    image.write_bytes(whole)
+    record = writer(tmp_path / "out").finish(samples.table, 0)
+    assert (record.rows, record.bad) == ((0, 1, 2), ())
+    assert files(tmp_path / "out") != {}
+    assert record == writer(tmp_path / "out").finish(samples.table, 0)
+
+
 def test_an_image_that_may_be_read_another_time_is_not_left_out(samples: SampleTable, tmp_path: Path) -> None:
     (tmp_path / "photos/1.jpg").unlink()
     (tmp_path / "photos/1.jpg").mkdir()  # stands for a disk or a network that fails
@@ -375,6 +387,11 @@ def test_few_bad_images_are_listed_and_many_stop_it(local_ray: None, raw: Path, 
     assert published.train.table["image_id"].to_pylist() == ["1000", "1003", "1005", "1006"]
     assert published.train.notes[1] == "train: 2 images that could not be read are not in the shards (bad_images.csv)"
     assert info.label_count == (2, 1, 3)
+
+    for victim in victims:  # mended: the same command takes them in
+        shutil.copyfile(raw / "train2014" / victim.name, victim)
+    assert prepare(raw_settings(root), out, rows_per_shard=2, console=quiet).splits["train"].images == 6
+    assert not (tmp_path / "out/bad_images.csv").exists()
 
 
 @pytest.mark.ray

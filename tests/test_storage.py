@@ -80,6 +80,12 @@ def test_writing_makes_folders_replaces_and_leaves_no_trace(folder: Location) ->
     assert [name for name in folder.names(recursive=True) if "file" in name] == ["new/deep/file.bin"]
 
 
+def test_removing(folder: Location) -> None:
+    (folder / "a.txt").remove()
+    (folder / "none.txt").remove()
+    assert folder.names() == ["inner/"]
+
+
 def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for place in (tmp_path / "file" / "below", Path("/proc/none/file")):
