@@ -27,6 +27,7 @@ from .transforms import decode
 from .types import PRESENT
 
 JPEG_QUALITY = 95  # of re-encoded images: losses of a second encoding are not seen
+_JPEG_SIDE = 65_500  # pixels of the longest side that libjpeg writes
 _RECORD_KEY = "msrn_ray.shard"
 
 
@@ -154,6 +155,8 @@ class ShardWriter:
         image = decode(data, max_pixels=self.max_pixels)
         if self.short_side is None or min(image.shape[-2:]) <= self.short_side:
             return data
+        if max(image.shape[-2:]) * self.short_side > _JPEG_SIDE * min(image.shape[-2:]):
+            return data  # so long that JPEG cannot hold even the smaller one
         smaller = transform.resize(image, [self.short_side], antialias=True)
         encoded = io.BytesIO()
         Image.fromarray(smaller.permute(1, 2, 0).numpy()).save(encoded, "JPEG", quality=JPEG_QUALITY)

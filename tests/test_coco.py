@@ -318,3 +318,14 @@ def test_lists_within_lists_without_end(tmp_path: Path) -> None:
     (root / "annotations/instances_train2014.json").write_text("[" * 200_000)
     with pytest.raises(UserError, match=r"instances_train2014\.json: not a JSON file \(maximum recursion depth"):
         read_coco(root, "train", keep_unlabelled=True)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [("images", "file_name", "\ud800.jpg"), ("categories", "name", "\ud800"), ("images", "id", 2**70)],
+)
+def test_halves_of_characters_and_numbers_too_large(tmp_path: Path, section: str, field: str, value: object) -> None:
+    content = small_json()
+    content[section][0][field] = value
+    with pytest.raises(UserError, match=f'entry 0 of "{section}" needs a field "{field}" with'):
+        read_coco(write(tmp_path, content), "train", keep_unlabelled=True)

@@ -418,3 +418,28 @@ def test_huggingface_lists_that_end_outside_of_the_file(tmp_path: Path) -> None:
     save_to_disk(tmp_path / "saved", pa.table({"image": [picture(0), picture(1)], "labels": labels}))
     with pytest.raises(UserError, match=r"\.arrow: cannot be read"):
         read_huggingface(Location.of(tmp_path / "saved"))
+
+
+def test_huggingface_labels_with_blanks_around_and_nothing_inside(tmp_path: Path) -> None:
+    labels = [["cat", " cat", ""], ["owl "], [None, " "]]
+    pq.write_table(pa.table({"image": [picture(row) for row in range(3)], "labels": labels}), tmp_path / "a.parquet")
+    (table,) = read_huggingface(Location.of(tmp_path)).values()
+    assert table.label_names == ("cat", "owl")
+    assert table.targets.tolist() == [[1, 0], [0, 1], [0, 0]]
+
+
+def test_webdataset_names_with_blanks(tmp_path: Path) -> None:
+    contents = {"a.cls": b"traffic light, cat\n", "b.json": as_json([" cat", "cat "]), "c.cls": b"dog\ncat"}
+    write_tar(
+        tmp_path / "a.tar",
+        {name: content for key in contents for name, content in ((f"{key[0]}.jpg", picture(0)), (key, contents[key]))},
+    )
+    (table,) = read_webdataset(Location.of(tmp_path)).values()
+    assert table.label_names == ("cat", "dog", "traffic light")
+    assert table.targets.tolist() == [[1, 0, 1], [1, 0, 0], [1, 1, 0]]
+
+
+def test_webdataset_halves_of_characters(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"a.jpg": picture(0), "a.json": as_json(["a\ud800"])})
+    with pytest.raises(UserError, match=r"sample a: 'a\\ud800' is not a label"):
+        read_webdataset(Location.of(tmp_path))

@@ -168,6 +168,19 @@ def test_larger_images_are_reduced_and_smaller_ones_kept(tmp_path: Path) -> None
     )
 
 
+def test_an_image_too_long_for_jpeg_keeps_its_bytes(samples: SampleTable, tmp_path: Path) -> None:
+    path = Path(samples.table["uri"][0].as_py())
+    Image.new("L", (90_000, 4)).save(path, "PNG")
+    out = writer(tmp_path / "out", short_side=3, rows_per_shard=1)
+    record = out.finish(samples.table, 0)
+    assert (record.rows, record.lengths) == ((0,), (path.stat().st_size,))
+    Image.new("L", (60_000, 4)).save(path, "PNG")
+    assert (
+        writer(tmp_path / "less", short_side=3, rows_per_shard=1).finish(samples.table, 0).lengths[0]
+        != path.stat().st_size
+    )
+
+
 def test_bad_images_are_left_out_with_their_reason_and_no_path(shared: Path, tmp_path: Path) -> None:
     hostile = shared / "data/hostile"
     names = ["zero_byte.jpg", "truncated.jpg", "png_named.jpg", "gone.jpg", "text_named.jpg", "photo.webp"]

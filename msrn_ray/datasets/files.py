@@ -126,12 +126,13 @@ def require_utf8(root: Location, names: Iterable[str]) -> None:
     Raises:
         UserError: with the first ones.
     """
-    unreadable = [name for name in names if not _is_utf8(name)]
+    unreadable = [name for name in names if not is_utf8(name)]
     if unreadable:
         raise UserError(f"{root}: {first_few(map(ascii, unreadable))}: the name is not UTF-8; rename the file")
 
 
-def _is_utf8(name: str) -> bool:
+def is_utf8(name: str) -> bool:
+    """Whether it is text: names of files need not be, and JSON can write halves of characters."""
     try:
         name.encode()
     except UnicodeEncodeError:

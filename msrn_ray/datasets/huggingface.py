@@ -232,6 +232,9 @@ def _rows(file: Location, table: pa.Table, columns: _Columns, uris: pa.Array, gi
         raise UserError(
             f"{file}: {columns.label} is {column.type}; a label or a list of labels is due, as text or whole numbers"
         )
+    else:
+        flat = pc.utf8_trim_whitespace(flat)
+        known = pc.fill_null(pc.not_equal(flat, ""), False)
     rows = np.repeat(np.arange(len(num_labels)), num_labels)[known.to_numpy(zero_copy_only=False)]
     image_ids = None if columns.image_id is None else table[columns.image_id].cast(pa.string()).combine_chunks()
     if image_ids is not None and image_ids.null_count:

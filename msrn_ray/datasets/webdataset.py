@@ -20,6 +20,7 @@ from ..errors import UserError
 from ..storage import Location, range_uri
 from ..types import SampleTable
 from .containers import LABEL_FIELDS, build_tables, by_split
+from .files import is_utf8
 
 _IMAGES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
 
@@ -138,7 +139,10 @@ def _labels(sample: _Sample, names: tuple[str, ...] | None, label_field: str | N
             )
         value = fields[chosen]
     elif "cls" in sample.labels:
-        words = sample.labels["cls"].decode("utf-8", "replace").replace(",", " ").split()
+        text = sample.labels["cls"].decode("utf-8", "replace").replace(",", "\n")
+        words = text.split()
+        if not all(word.isdecimal() for word in words):  # names may have blanks inside
+            words = [word for line in text.splitlines() if (word := line.strip())]
         value = [int(word) if word.isdecimal() else word for word in words]
     else:
         raise UserError(
@@ -154,8 +158,8 @@ def _labels(sample: _Sample, names: tuple[str, ...] | None, label_field: str | N
 
 
 def _name(label: Any, names: tuple[str, ...] | None, where: str) -> str:
-    if isinstance(label, str) and label:
-        return label
+    if isinstance(label, str) and label.strip() and is_utf8(label):
+        return label.strip()
     if not isinstance(label, int) or isinstance(label, bool):
         raise UserError(f"{where}: {label!r} is not a label; write a name, or the number of one in data.labels")
     if names is None:
