@@ -101,6 +101,12 @@ def prepare(
         ("test", published.held_out),
     )
     tables = {name: table for name, table in named if table is not None}
+    for name, table in tables.items():
+        if not len(table):
+            raise UserError(
+                f"{name} split ({table.source}): holds no image; add images with labels, or keep those without any"
+                " (--data.keep-unlabelled-train, --data.keep-unlabelled-eval)"
+            )
     asked = {
         "version": VERSION,
         "dataset": settings.dataset,
@@ -256,3 +262,5 @@ def _write_bad(out: Location, tables: dict[SplitName, SampleTable], written: dic
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([["split", "image_id", "reason"], *lines])
         (out / BAD_FILE).write_bytes(text.getvalue().encode())
+    else:  # of an earlier run, before they were mended
+        (out / BAD_FILE).remove()

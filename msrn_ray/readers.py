@@ -60,12 +60,25 @@ def read_published(settings: DataSettings) -> Published:
         info = read_info(root)
         if info is not None:
             return _prepared(root, info, settings)
-    return READERS[settings.dataset](settings)
+    published = READERS[settings.dataset](settings)
+    _require_same_labels(published)
+    return published
 
 
 def reader_settings(settings: DataSettings) -> dict[str, Any]:
     """The settings that decide what a reader gives, by name; the others count when a prepared data set is read, too."""
     return settings.model_dump(mode="json", exclude=_NOT_OF_READERS)
+
+
+def _require_same_labels(published: Published) -> None:
+    train = published.train
+    for name, table in (("val", published.val), ("test", published.held_out)):
+        if table is not None and table.label_names != train.label_names:
+            differ = sorted(set(table.label_names) ^ set(train.label_names))
+            raise UserError(
+                f"{name} split ({table.source}): its labels are not those of train ({train.source}): only one has"
+                f" {', '.join(differ[:5])}; use files of the same labels"
+            )
 
 
 def _prepared(root: Location, info: PreparedInfo, settings: DataSettings) -> Published:
@@ -224,6 +237,11 @@ def _own_data(tables: dict[str, SampleTable], settings: DataSettings) -> Publish
     if len(tables) == 1 and settings.test_fraction:
         whole = tables["train"]
         rest, part = stratified_split(whole.targets, settings.test_fraction, settings.split_seed)
+        if not len(rest):
+            raise UserError(
+                f"{source}: data.test_fraction={settings.test_fraction} of {len(whole)} images leaves none to learn from;"
+                " add images or lower it"
+            )
         tables = {"train": whole.take(rest), "test": whole.take(part)}
         drawn = f"data.test_fraction={settings.test_fraction}, data.split_seed={settings.split_seed}"
         notes += (f"no splits are named: test is drawn ({drawn})",)

@@ -27,6 +27,7 @@ from .transforms import decode
 from .types import PRESENT
 
 JPEG_QUALITY = 95  # of re-encoded images: losses of a second encoding are not seen
+_JPEG_SIDE = 65_500  # pixels of the longest side that libjpeg writes
 _RECORD_KEY = "msrn_ray.shard"
 
 
@@ -78,12 +79,13 @@ class ShardWriter:
     max_pixels: int
 
     def finish(self, samples: pa.Table, number: int) -> ShardRecord:
-        """Writes shard `number` of a `SampleTable.table` unless it is there already.
+        """Writes shard `number` of a `SampleTable.table` unless it is there already, without a bad image: that may be mended by now.
 
         Raises:
             UserError: if it cannot be written, or an image that is there cannot be read.
         """
-        return self._find(number) or self._write(samples, number)
+        there = self._find(number)
+        return self._write(samples, number) if there is None or there.bad else there
 
     def _find(self, number: int) -> ShardRecord | None:
         """The record of a whole shard of this plan; None where there is none."""
@@ -153,6 +155,8 @@ class ShardWriter:
         image = decode(data, max_pixels=self.max_pixels)
         if self.short_side is None or min(image.shape[-2:]) <= self.short_side:
             return data
+        if max(image.shape[-2:]) * self.short_side > _JPEG_SIDE * min(image.shape[-2:]):
+            return data  # so long that JPEG cannot hold even the smaller one
         smaller = transform.resize(image, [self.short_side], antialias=True)
         encoded = io.BytesIO()
         Image.fromarray(smaller.permute(1, 2, 0).numpy()).save(encoded, "JPEG", quality=JPEG_QUALITY)

@@ -89,12 +89,6 @@ def load_splits(config: ExperimentConfig) -> Splits:
         )
         splits = Splits(train.take(rest), train.take(part), held_out, tuple(notes))
     for name, table in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
-        if table is not None and table.label_names != splits.train.label_names:
-            differ = sorted(set(table.label_names) ^ set(splits.train.label_names))
-            raise UserError(
-                f"{name} split ({table.source}): its labels are not those of train ({splits.train.source}): only one has"
-                f" {', '.join(differ[:5])}; use files of the same labels"
-            )
         if table is not None and not (table.targets == 1).any():
             raise UserError(f"{name} split ({table.source}): no image has a label, nothing to learn or to score")
     return splits

@@ -13,12 +13,13 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 from urllib.parse import parse_qsl, unquote
 
 import fsspec
@@ -44,8 +45,10 @@ class Location:
 
     @classmethod
     def of(cls, place: str | Path | Location) -> Location:
-        """From what a user wrote; local paths become absolute, `~` is the home folder."""
+        """From what a user wrote; local paths become absolute, `~` is the home folder, file:// becomes a path."""
         text = str(place)
+        if text.startswith("file://"):  # decoded once and for all: a name below it must not climb out as %2e%2e
+            text = filesystem_of(text)[1]
         if "://" in text:
             head, mark, options = cls(text)._split()
             return cls(head.rstrip("/") + mark + options)
@@ -133,6 +136,17 @@ class Location:
                 filesystem.delete_file(partial)
             raise UserError(f"{self}: cannot be written ({' '.join(str(error).split())[:300]})") from None
 
+    def remove(self) -> None:
+        """Takes the file away, if there is one.
+
+        Raises:
+            UserError: if that is not allowed.
+        """
+        if self.is_file():
+            filesystem, path = self._opened()
+            with self._told():
+                filesystem.delete_file(path)
+
     def sizes(self) -> dict[str, int]:
         """Name -> bytes of the files in this folder, with one listing; {} where there is no folder. Hidden ones are left out.
 
@@ -170,8 +184,8 @@ class Location:
             UserError: if it cannot be listed.
         """
         filesystem, path = self._opened()
-        if isinstance(filesystem, pafs.LocalFileSystem) and not recursive:
-            return self._names_on_disk(path, missing_ok)
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            return sorted(self._names_on_disk(path, missing_ok, recursive, frozenset()))
         with self._told():
             entries = filesystem.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=missing_ok))
         start = len(path.strip("/")) + 1
@@ -180,16 +194,28 @@ class Location:
         ]
         return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
 
-    def _names_on_disk(self, path: str, missing_ok: bool) -> list[str]:
-        """As `names`; pyarrow would look at each file of the folder, on a mounted one a round trip each."""
+    def _names_on_disk(self, path: str, missing_ok: bool, recursive: bool, above: frozenset[str]) -> list[str]:
+        """As `names`; pyarrow would look at each file of the folder, on a mounted one a round trip each.
+
+        Links to folders are followed, but not to one of those that they lie in (`above`, real paths): that has no end.
+        """
         try:
             with os.scandir(path) as entries:
                 visible = [entry for entry in entries if not entry.name.startswith(".")]
-                return sorted(entry.name + ("/" if entry.is_dir() else "") for entry in visible)
+                names = [entry.name + ("/" if entry.is_dir() else "") for entry in visible]
+            if not recursive:
+                return names
+            above |= {os.path.realpath(path)}
+            for folder in [name for name in names if name.endswith("/")]:
+                inner = os.path.join(path, folder)
+                if os.path.realpath(inner) not in above:
+                    names += [folder + name for name in self._names_on_disk(inner, False, True, above)]
+            return names
         except OSError as error:
             if missing_ok and isinstance(error, (FileNotFoundError, NotADirectoryError)):
                 return []
-            raise UserError(f"{self}: cannot be reached ({error.strerror})") from None
+            where = f" in {path}" if above else ""
+            raise UserError(f"{self}: cannot be reached ({error.strerror}{where})") from None
 
     @property
     def is_on_disk(self) -> bool:
@@ -212,7 +238,7 @@ class Location:
     def _told(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException, *_web_errors()) as error:
             raise UserError(f"{self}: cannot be reached ({' '.join(str(error).split())[:300]})") from None
 
 
@@ -290,10 +316,18 @@ def _column(place: str, group: int, column: str) -> pa.ChunkedArray:
 def _as_os_error(place: Location) -> Iterator[None]:
     try:
         yield
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, *_web_errors()) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
         raise OSError(f"{place}: {error}") from None
 
 
+def _web_errors() -> tuple[type[Exception], ...]:
+    """What fsspec's http:// raises beside OSError, where it is in use."""
+    return (sys.modules["aiohttp"].ClientError,) if "aiohttp" in sys.modules else ()
+
+
+_WEB = ("http", "https")
 _GOOGLE = ("gs", "gcs")
 _S3_OPTIONS = ("region", "scheme", "endpoint_override", "anonymous")
 _CONNECT_SECONDS, _REQUEST_SECONDS = 5, 20  # a bucket that does not answer is an error soon, not a hang
@@ -314,7 +348,12 @@ def filesystem_of(place: str) -> tuple[pafs.FileSystem, str]:
     bucket, _, _ = path.partition("/")
     if scheme in _GOOGLE:  # a public bucket is written gs://anonymous@bucket
         path = path.removeprefix("anonymous@")
-    return _connect(scheme, bucket, options), path
+    if scheme in _WEB:  # "?" and what follows is the server's
+        return _connect(scheme, bucket, ""), place
+    filesystem = _connect(scheme, bucket, options)
+    if isinstance(filesystem, pafs.PyFileSystem):  # each has its own idea of what of a URI is the path
+        path = filesystem.handler.fs._strip_protocol(f"{scheme}://{path}")
+    return filesystem, path
 
 
 @lru_cache(maxsize=32)
@@ -331,9 +370,16 @@ def _connect(scheme: str, bucket: str, options: str) -> pafs.FileSystem:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         pass  # not one of pyarrow's own
     try:
-        return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.core.url_to_fs(uri)[0]))
+        limits = {"client_kwargs": {"timeout": _web_timeout()}} if scheme in _WEB else {}
+        return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.core.url_to_fs(uri, **limits)[0]))
     except (ValueError, ImportError) as error:
         raise UserError(f"{uri}: neither pyarrow nor fsspec reads this kind of URI ({error})") from None
+
+
+def _web_timeout() -> Any:
+    import aiohttp  # comes with fsspec[http]
+
+    return aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_REQUEST_SECONDS)
 
 
 def _connect_s3(options: str) -> pafs.S3FileSystem:

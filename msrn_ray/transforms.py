@@ -20,6 +20,9 @@ from torchvision.transforms.v2 import functional as transform
 
 from .errors import UserError
 
+# Not all that Pillow knows: its readers of EPS and the like start other programs, and none is needed for photographs.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -47,7 +50,7 @@ def decode(data: bytes, *, max_pixels: int, short_side: int | None = None) -> Te
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of broken EXIF; the pixels are sound
-            header = Image.open(io.BytesIO(data))
+            header = Image.open(io.BytesIO(data), formats=_FORMATS)
             if header.width * header.height > max_pixels:
                 raise UserError(f"{header.width} x {header.height} pixels are more than data.max_pixels={max_pixels}")
             if header.format == "JPEG" and short_side is not None and min(header.size) >= 4 * short_side:

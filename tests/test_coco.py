@@ -295,3 +295,37 @@ def test_no_labelled_image(tmp_path: Path) -> None:
     ):
         read_coco(root, "train", keep_unlabelled=False)
     assert len(read_coco(root, "train", keep_unlabelled=True)) == 4
+
+
+def test_a_file_uri_hides_no_way_out(tmp_path: Path) -> None:
+    content = small_json()
+    content["images"][0]["file_name"] = "%2e%2e/secret.jpg"
+    root = write(tmp_path, content)
+    (tmp_path / "secret.jpg").touch()
+    with pytest.raises(UserError, match=r"1 of its 4 images are not there \(.*train2014/%2e%2e/secret\.jpg\)"):
+        read_coco(f"file://{root}", "train", keep_unlabelled=True)
+
+
+def test_names_that_no_file_can_have(tmp_path: Path) -> None:
+    content = small_json()
+    content["images"][0]["file_name"] = "a\0b/c.jpg"
+    with pytest.raises(UserError, match="1 of its 4 images are not there"):
+        read_coco(write(tmp_path, content), "train", keep_unlabelled=True)
+
+
+def test_lists_within_lists_without_end(tmp_path: Path) -> None:
+    root = write(tmp_path, small_json())
+    (root / "annotations/instances_train2014.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match=r"instances_train2014\.json: not a JSON file \(maximum recursion depth"):
+        read_coco(root, "train", keep_unlabelled=True)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [("images", "file_name", "\ud800.jpg"), ("categories", "name", "\ud800"), ("images", "id", 2**70)],
+)
+def test_halves_of_characters_and_numbers_too_large(tmp_path: Path, section: str, field: str, value: object) -> None:
+    content = small_json()
+    content[section][0][field] = value
+    with pytest.raises(UserError, match=f'entry 0 of "{section}" needs a field "{field}" with'):
+        read_coco(write(tmp_path, content), "train", keep_unlabelled=True)

@@ -407,3 +407,50 @@ def test_huggingface_images_that_are_not_in_the_file(tmp_path: Path) -> None:
             stream.write_table(table)
     with pytest.raises(UserError, match="buffers are compressed"):
         read_huggingface(Location.of(root))
+
+
+def test_huggingface_ids_that_lack(tmp_path: Path) -> None:
+    table = pa.table({"image": [picture(0), picture(1)], "label": ["a", "b"], "image_id": ["x", None]})
+    pq.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="row 1 of a batch has no image_id; fill it in"):
+        read_huggingface(Location.of(tmp_path))
+
+
+def test_huggingface_text_that_is_none(tmp_path: Path) -> None:
+    labels = pa.array([b"\xff", b"b"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"image": [picture(0), picture(1)], "label": labels}), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=r"train\.parquet: cannot be read \(.*UTF8"):
+        read_huggingface(Location.of(tmp_path))
+
+
+def test_huggingface_lists_that_end_outside_of_the_file(tmp_path: Path) -> None:
+    ends = pa.py_buffer(np.array([0, 2**30, 2], np.int32))
+    labels = pa.Array.from_buffers(pa.list_(pa.string()), 2, [None, ends], children=[pa.array(["a", "b"])])
+    save_to_disk(tmp_path / "saved", pa.table({"image": [picture(0), picture(1)], "labels": labels}))
+    with pytest.raises(UserError, match=r"\.arrow: cannot be read"):
+        read_huggingface(Location.of(tmp_path / "saved"))
+
+
+def test_huggingface_labels_with_blanks_around_and_nothing_inside(tmp_path: Path) -> None:
+    labels = [["cat", " cat", ""], ["owl "], [None, " "]]
+    pq.write_table(pa.table({"image": [picture(row) for row in range(3)], "labels": labels}), tmp_path / "a.parquet")
+    (table,) = read_huggingface(Location.of(tmp_path)).values()
+    assert table.label_names == ("cat", "owl")
+    assert table.targets.tolist() == [[1, 0], [0, 1], [0, 0]]
+
+
+def test_webdataset_names_with_blanks(tmp_path: Path) -> None:
+    contents = {"a.cls": b"traffic light, cat\n", "b.json": as_json([" cat", "cat "]), "c.cls": b"dog\ncat"}
+    write_tar(
+        tmp_path / "a.tar",
+        {name: content for key in contents for name, content in ((f"{key[0]}.jpg", picture(0)), (key, contents[key]))},
+    )
+    (table,) = read_webdataset(Location.of(tmp_path)).values()
+    assert table.label_names == ("cat", "dog", "traffic light")
+    assert table.targets.tolist() == [[1, 0, 1], [1, 0, 0], [1, 1, 0]]
+
+
+def test_webdataset_halves_of_characters(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"a.jpg": picture(0), "a.json": as_json(["a\ud800"])})
+    with pytest.raises(UserError, match=r"sample a: 'a\\ud800' is not a label"):
+        read_webdataset(Location.of(tmp_path))

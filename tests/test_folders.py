@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -168,3 +169,24 @@ def test_what_is_written_is_read(images: dict[str, set[int]]) -> None:
     np.testing.assert_array_equal(
         samples.targets, np.repeat(np.eye(len(labels)), [len(images[one]) for one in labels], 0)
     )
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    root = fill(tmp_path / "set", "dog/a.jpg", "cat/b.jpg")
+    fill(tmp_path / "elsewhere", "c.jpg", "deep/d.jpg")
+    (tmp_path / "set/dog/loop").symlink_to(tmp_path / "set/dog")
+    (tmp_path / "set/dog/up").symlink_to("..")
+    (tmp_path / "set/cat/more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/cat/gone").symlink_to(tmp_path / "nothing")
+    samples, _ = read_folders(root)
+    ids = samples.table["image_id"].to_pylist()
+    assert [one for one in ids if one.startswith("cat")] == ["cat/b.jpg", "cat/more/c.jpg", "cat/more/deep/d.jpg"]
+    assert not [one for one in ids if "loop" in one]
+    assert len(ids) < 10
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    root = fill(tmp_path, "dog/a.jpg", "cat/b.jpg")
+    Path(os.fsdecode(os.fsencode(tmp_path / "dog") + b"/\xff.jpg")).touch()
+    with pytest.raises(UserError, match=r"'dog/\\udcff\.jpg': the name is not UTF-8; rename the file"):
+        read_folders(root)

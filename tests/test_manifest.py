@@ -600,3 +600,34 @@ def test_many_rows_in_many_blocks(tmp_path: Path) -> None:
     rows[190_000] = "x"
     with pytest.raises(UserError, match="row 190001: has 1 cells"):
         read_manifest(make(tmp_path, "\n".join(["image,cat,dog", *rows])))
+
+
+@pytest.mark.parametrize("column", ["image", "labels"])
+def test_parquet_with_text_that_is_none(tmp_path: Path, column: str) -> None:
+    place = make(tmp_path, b"", "labels.parquet")
+    broken = pa.array([b"\xff.jpg", b"b.jpg"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"image": ["a.jpg", "b.jpg"], "labels": ["dog", "cat"]} | {column: broken}), place.text)
+    with pytest.raises(UserError, match=r"labels\.parquet: cannot be read \(.*UTF8.*\); write it again"):
+        read_manifest(place)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "where"),
+    [
+        (
+            "labels.jsonl",
+            '{"image": "a.jpg", "labels": ["a"]}\n{"image": "b.jpg", "labels": ' + "[" * 100_000,
+            "line 2",
+        ),
+        ("labels.csv", "image,labels\na.jpg,[]\nb.jpg," + "[" * 100_000, "row 2"),
+    ],
+)
+def test_lists_within_lists_without_end(tmp_path: Path, name: str, text: str, where: str) -> None:
+    with pytest.raises(UserError, match=where):
+        read_manifest(make(tmp_path, text, name))
+
+
+def test_too_few_images_for_a_test_split(tmp_path: Path) -> None:
+    place = make(tmp_path, "image,labels\na.jpg,dog\n")
+    with pytest.raises(UserError, match=r"data\.test_fraction=0\.9 of 1 images leaves none to learn from"):
+        splits_of(place, test_fraction=0.9)

@@ -168,6 +168,19 @@ def test_larger_images_are_reduced_and_smaller_ones_kept(tmp_path: Path) -> None
     )
 
 
+def test_an_image_too_long_for_jpeg_keeps_its_bytes(samples: SampleTable, tmp_path: Path) -> None:
+    path = Path(samples.table["uri"][0].as_py())
+    Image.new("L", (90_000, 4)).save(path, "PNG")
+    out = writer(tmp_path / "out", short_side=3, rows_per_shard=1)
+    record = out.finish(samples.table, 0)
+    assert (record.rows, record.lengths) == ((0,), (path.stat().st_size,))
+    Image.new("L", (60_000, 4)).save(path, "PNG")
+    assert (
+        writer(tmp_path / "less", short_side=3, rows_per_shard=1).finish(samples.table, 0).lengths[0]
+        != path.stat().st_size
+    )
+
+
 def test_bad_images_are_left_out_with_their_reason_and_no_path(shared: Path, tmp_path: Path) -> None:
     hostile = shared / "data/hostile"
     names = ["zero_byte.jpg", "truncated.jpg", "png_named.jpg", "gone.jpg", "text_named.jpg", "photo.webp"]
@@ -184,6 +197,18 @@ def test_bad_images_are_left_out_with_their_reason_and_no_path(shared: Path, tmp
     every = writer(tmp_path / "none", rows_per_shard=2, max_pixels=10**7).finish(table.table, 0)
     assert (every.rows, len(every.bad)) == ((), 2)
     assert pq.read_table(tmp_path / "none/train/train-00000.parquet").num_rows == 0
+
+
+def test_a_bad_image_that_was_mended_is_taken_in(samples: SampleTable, tmp_path: Path) -> None:
+    image = Path(samples.table["uri"][1].as_py())
+    whole = image.read_bytes()
+    image.write_bytes(whole[:40])
+    assert [row for row, _ in writer(tmp_path / "out").finish(samples.table, 0).bad] == [1]
+    image.write_bytes(whole)
+    record = writer(tmp_path / "out").finish(samples.table, 0)
+    assert (record.rows, record.bad) == ((0, 1, 2), ())
+    assert files(tmp_path / "out") != {}
+    assert record == writer(tmp_path / "out").finish(samples.table, 0)
 
 
 def test_an_image_that_may_be_read_another_time_is_not_left_out(samples: SampleTable, tmp_path: Path) -> None:
@@ -329,6 +354,27 @@ def test_what_was_fixed_then_is_told(copy: Path, raw: Path) -> None:
     assert line == "data.keep_unlabelled_train was False when the data was prepared and stays so; True has no effect"
 
 
+def test_splits_of_other_labels_are_refused(tmp_path: Path) -> None:
+    root = make_coco(tmp_path / "set", {"train": ROWS["train"]})
+    shutil.copytree(
+        make_coco(tmp_path / "other", {"val": ROWS["val"]}, ("apple", "bench", "dog")), root, dirs_exist_ok=True
+    )
+    with pytest.raises(UserError, match=r"test split .*: its labels are not those of train .*: only one has cat, dog;"):
+        prepare(raw_settings(root), Location.of(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_split_without_an_image_is_refused(tmp_path: Path) -> None:
+    make_photo(tmp_path / "set/red_dress/a.jpg", 0)
+    one = DataSettings(dataset="apparel", root=str(tmp_path / "set"), image_size=64)
+    with pytest.raises(UserError, match=r"test split .*: holds no image; add images"):
+        prepare(one, Location.of(tmp_path / "out"))
+    unlabelled = raw_settings(make_coco(tmp_path / "coco", {"train": ROWS["train"], "val": [[], []]}))
+    with pytest.raises(UserError, match="no image is left to use"):
+        prepare(unlabelled.model_copy(update={"keep_unlabelled_eval": False}), Location.of(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_few_bad_images_are_listed_and_many_stop_it(local_ray: None, raw: Path, tmp_path: Path) -> None:
@@ -354,6 +400,11 @@ def test_few_bad_images_are_listed_and_many_stop_it(local_ray: None, raw: Path, 
     assert published.train.table["image_id"].to_pylist() == ["1000", "1003", "1005", "1006"]
     assert published.train.notes[1] == "train: 2 images that could not be read are not in the shards (bad_images.csv)"
     assert info.label_count == (2, 1, 3)
+
+    for victim in victims:  # mended: the same command takes them in
+        shutil.copyfile(raw / "train2014" / victim.name, victim)
+    assert prepare(raw_settings(root), out, rows_per_shard=2, console=quiet).splits["train"].images == 6
+    assert not (tmp_path / "out/bad_images.csv").exists()
 
 
 @pytest.mark.ray

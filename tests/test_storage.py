@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import fsspec
 import pyarrow as pa
@@ -86,6 +90,12 @@ def test_writing_makes_folders_replaces_and_leaves_no_trace(folder: Location) ->
     assert [name for name in folder.names(recursive=True) if "file" in name] == ["new/deep/file.bin"]
 
 
+def test_removing(folder: Location) -> None:
+    (folder / "a.txt").remove()
+    (folder / "none.txt").remove()
+    assert folder.names() == ["inner/"]
+
+
 def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for place in (tmp_path / "file" / "below", Path("/proc/none/file")):
@@ -151,3 +161,57 @@ def test_a_bucket_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, place: s
     with pytest.raises(UserError, match=r"bucket/a.*cannot be reached .*[Cc]ould not connect to server"):
         Location.of(f"{place}endpoint_override=127.0.0.1:9&scheme=http").is_dir()
     assert time.monotonic() - start < 60, "an error, not a hang"
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    """A web server of two files; the one under /closed answers 403."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path.startswith("/closed"):
+                self.send_error(403)
+            else:
+                super().do_GET()
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/a b.jpg").write_bytes(b"0123456789")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_the_web(web: str) -> None:
+    place = Location.of(f"{web}/set") / "a%20b.jpg"
+    assert read_bytes(str(place)) == b"0123456789"
+    assert place.is_file()
+    assert read_bytes(f"{web}/set/a%20b.jpg?token=1") == b"0123456789", "the options of an address are the server's"
+    for missing, error in (("set/none.jpg", FileNotFoundError), ("closed/a.jpg", OSError)):
+        with pytest.raises(error):
+            read_bytes(f"{web}/{missing}")
+    with pytest.raises(UserError, match="closed: cannot be reached"):
+        Location.of(f"{web}/closed").names()
+
+
+def test_a_web_server_that_is_not_there() -> None:
+    with pytest.raises(OSError, match=r"127\.0\.0\.1"):
+        read_bytes("http://127.0.0.1:9/a.jpg")
+
+
+def test_each_file_system_of_fsspec_gets_its_own_path() -> None:
+    class Odd(fsspec.implementations.memory.MemoryFileSystem):
+        protocol = "odd"
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return "/at" + path.removeprefix("odd:/")
+
+    fsspec.register_implementation("odd", Odd)
+    assert filesystem_of("odd://host/a/b.jpg")[1] == "/at/host/a/b.jpg"

@@ -214,6 +214,14 @@ def test_not_an_image() -> None:
             decode(data, max_pixels=PLENTY)
 
 
+def test_formats_that_are_no_photographs_are_not_opened() -> None:
+    for kind in ("EPS", "ICO", "PCX", "TGA"):  # Pillow has Ghostscript, a program of its own, read the first of them
+        with pytest.raises(UserError, match="not an image of a known format"):
+            decode(encoded(Image.fromarray(photo()), kind), max_pixels=PLENTY)
+    for kind in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
+        assert decode(encoded(Image.fromarray(photo()), kind), max_pixels=PLENTY).shape == (3, 48, 32)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_too_large_is_refused_from_the_header(kind: str) -> None:
     data = encoded(Image.fromarray(photo(200, 200)), kind)

@@ -219,6 +219,25 @@ def test_damaged_xml(tmp_path: Path) -> None:
         read_voc(tmp_path, "train")
 
 
+@pytest.mark.parametrize("encoding", ["gb2312", "nothing-known"])
+def test_xml_of_an_unknown_encoding(tmp_path: Path, encoding: str) -> None:
+    base = write_agreeing(write(tmp_path))
+    path = base / "Annotations/000005.xml"
+    path.write_text(f'<?xml version="1.0" encoding="{encoding}"?><annotation/>')
+    with pytest.raises(UserError, match=r"000005\.xml: not an XML file \(.*encoding.*\); unpack it again"):
+        read_voc(tmp_path, "train")
+
+
+def test_xml_that_grows_and_xml_that_reads_other_files(tmp_path: Path) -> None:
+    base = write_agreeing(write(tmp_path))
+    tens = "".join(f'<!ENTITY a{n} "{f"&a{n - 1};" * 10}">' for n in range(1, 10))
+    for entities, name in ((f'<!ENTITY a0 "0123456789">{tens}', "a9"), ('<!ENTITY e SYSTEM "/etc/passwd">', "e")):
+        text = f"<!DOCTYPE annotation [{entities}]><annotation><object><name>&{name};</name></object></annotation>"
+        (base / "Annotations/000005.xml").write_text(text)
+        with pytest.raises(UserError, match=r"000005\.xml: not an XML file"):
+            read_voc(tmp_path, "train")
+
+
 def test_years(tmp_path: Path) -> None:
     base = write(tmp_path)
     later = shutil.copytree(base, base.parent / "VOC2012")

@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import UserError
 from ..storage import Location
 from ..types import PRESENT, SampleTable
-from .files import first_few, hint
+from .files import hint, require_utf8
 from .image_uris import IMAGE_SUFFIXES, is_image, uris_below
 
 # The order of the authors' release: colours, then garments.
@@ -58,9 +58,7 @@ def read_apparel(root: str | Path | Location, *, single_labels: bool = False) ->
             f"{root}: no image in its {len(folders)} folders; add files with {', '.join(IMAGE_SUFFIXES)}"
             f"{hint(root, _holds_images)}"
         )
-    unreadable = [image_id for image_id in image_ids if not _is_utf8(image_id)]
-    if unreadable:
-        raise UserError(f"{root}: {first_few(map(ascii, unreadable))}: the name is not UTF-8; rename the file")
+    require_utf8(root, image_ids)
     if num_other:
         notes.append(f"{root.name}: {num_other} files skipped that are not images ({', '.join(IMAGE_SUFFIXES)})")
     ignored = [name for name in inside if name not in folders]
@@ -88,12 +86,3 @@ def _holds_images(root: Location) -> bool:
         root / name for name in root.names() if name.endswith("/") and _labels(name.rstrip("/"), single_labels=False)
     )
     return any(is_image(name) for folder in named_so for name in folder.names())
-
-
-def _is_utf8(name: str) -> bool:
-    """Whether a name is text; the operating system allows names that are not."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from ..errors import UserError
 from ..storage import Location
 from ..types import PRESENT, SampleTable
-from .files import first_few, hint, read_data, require_unique, unlabelled_note
+from .files import first_few, hint, is_utf8, read_data, require_unique, unlabelled_note
 from .image_uris import MissingImages, find_images, missing_notes, uris_below
 
 YEARS = (2014, 2017)
@@ -116,7 +116,7 @@ def _index(path: Location, crowd: bool) -> COCO:
     data = read_data(path, "unpack COCO's annotations again")
     try:
         dataset = json.loads(data, object_hook=_without_shapes)
-    except ValueError as error:  # neither UTF-8 nor JSON
+    except (ValueError, RecursionError) as error:  # neither UTF-8 nor JSON, or lists within lists without end
         raise UserError(f"{path}: not a JSON file ({error}); download or unpack it again") from error
     for section in FIELDS:
         if not isinstance(dataset, dict) or not isinstance(dataset.get(section), list):
@@ -158,8 +158,15 @@ def _without_shapes(entry: dict[str, Any]) -> dict[str, Any]:
 def _check_entries(path: Location, section: str, entries: list[Any]) -> None:
     for position, entry in enumerate(entries):
         for field, kind in FIELDS[section].items():
-            if not isinstance(entry, dict) or not isinstance(entry.get(field), kind):
+            if not isinstance(entry, dict) or not _fits(entry.get(field), kind):
                 what = "a whole number" if kind is int else "a text"
                 raise UserError(
                     f'{path}: entry {position} of "{section}" needs a field "{field}" with {what}; correct it'
                 )
+
+
+def _fits(value: Any, kind: type) -> bool:
+    """Whether it is a text without halves of characters, or a whole number of 64 bits."""
+    if isinstance(value, str):
+        return kind is str and is_utf8(value)
+    return kind is int and isinstance(value, int) and abs(value) < 1 << 63

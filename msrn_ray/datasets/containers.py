@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from ..errors import UserError
 from ..storage import Location
 from ..types import PRESENT, SampleTable
+from .files import require_utf8
 from .split import SPLIT_WORDS
 
 LABEL_FIELDS = ("labels", "label", "tags", "classes", "categories")
@@ -31,8 +32,9 @@ def by_split(root: Location, paths: Sequence[str]) -> dict[str, list[str]]:
     """Files by split, in the order given; all of them train where no name tells a split.
 
     Raises:
-        UserError: if some names tell a split and others do not, or no file is train.
+        UserError: if a name is not UTF-8, some names tell a split and others do not, or no file is train.
     """
+    require_utf8(root, paths)
     found = [split_of(path) for path in paths]
     if not any(found):
         return {"train": list(paths)}

@@ -94,7 +94,7 @@ def read_json(place: Location, mend: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(place.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{place}: damaged ({' '.join(str(error).split())[:200]}); {mend}") from None
     return content if isinstance(content, dict) else {}
 
@@ -118,6 +118,26 @@ def require_unique(place: Location, what: str, values: Iterable[int | str]) -> N
         raise UserError(
             f"{place}: {len(twice)} values of {what} occur more than once ({first_few(twice)}); make them unique"
         )
+
+
+def require_utf8(root: Location, names: Iterable[str]) -> None:
+    """Refuses names of files that are no text; the operating system allows them.
+
+    Raises:
+        UserError: with the first ones.
+    """
+    unreadable = [name for name in names if not is_utf8(name)]
+    if unreadable:
+        raise UserError(f"{root}: {first_few(map(ascii, unreadable))}: the name is not UTF-8; rename the file")
+
+
+def is_utf8(name: str) -> bool:
+    """Whether it is text: names of files need not be, and JSON can write halves of characters."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def first_few(items: Iterable[object], limit: int = 3) -> str:

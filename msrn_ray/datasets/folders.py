@@ -10,6 +10,7 @@ import pyarrow as pa
 from ..errors import UserError
 from ..storage import Location
 from ..types import PRESENT, SampleTable
+from .files import require_utf8
 from .image_uris import IMAGE_SUFFIXES, is_image, uris_below
 from .manifest import OwnImages
 from .split import SPLIT_WORDS, SPLITS
@@ -64,6 +65,7 @@ def read_folders(root: Location, *, label_names: Sequence[str] | None = None) ->
         images = [name for name in names if is_image(name)]
         num_other += len(names) - len(images)
         if images:
+            require_utf8(root, (f"{folder}/{name}" for name in images))
             image_ids.append(pa.array([f"{folder}/{name}" for name in images]))
             found.append((split, label, len(images)))
         else:

@@ -159,7 +159,9 @@ def _arrow_rows(
     schema = pa.ipc.read_schema(messages.read_next_message())
     columns = _choose_columns(file, schema, image, label)
     for message in iter(lambda: _next(messages), None):
-        table = _flat(pa.Table.from_batches([pa.ipc.read_record_batch(message, schema)]))
+        batch = pa.ipc.read_record_batch(message, schema)
+        batch.validate(full=True)  # of a stranger's file: lists that end outside of it are read as they are otherwise
+        table = _flat(pa.Table.from_batches([batch]))
         if table.num_rows == 0:
             continue
         images = table[columns.image].chunk(0)  # where it lies in the message; other ways to an array may copy
@@ -194,6 +196,7 @@ def _parquet_rows(
             first = _flat(parquet.read_row_group(group, columns=[columns.image]))
             _require_bytes(file, columns.image, first[columns.image])
         table = _flat(parquet.read_row_group(group, columns=wanted))
+        table.validate(full=True)  # Parquet takes any bytes for text
         uris = parquet_uris(file, group, table.num_rows, columns.image)
         yield columns, _rows(file, table, columns, uris, given)
 
@@ -240,8 +243,14 @@ def _rows(file: Location, table: pa.Table, columns: _Columns, uris: pa.Array, gi
         raise UserError(
             f"{file}: {columns.label} is {column.type}; a label or a list of labels is due, as text or whole numbers"
         )
+    else:
+        flat = pc.utf8_trim_whitespace(flat)
+        known = pc.fill_null(pc.not_equal(flat, ""), False)
     rows = np.repeat(np.arange(len(num_labels)), num_labels)[known.to_numpy(zero_copy_only=False)]
     image_ids = None if columns.image_id is None else table[columns.image_id].cast(pa.string()).combine_chunks()
+    if image_ids is not None and image_ids.null_count:
+        row = pc.index(image_ids.is_null(), True).as_py()
+        raise UserError(f"{file}: row {row} of a batch has no {columns.image_id}; fill it in, or take the column away")
     return _Rows(uris, np.bincount(rows, minlength=len(num_labels)), flat.filter(known).cast(pa.string()), image_ids)
 
 

@@ -162,7 +162,7 @@ def _list_folder(folder: Location) -> Iterator[pa.Array]:
         with os.scandir(os.fsencode(path)) as entries:
             while names := [entry.name for entry in islice(entries, _LISTED_AT_ONCE)]:
                 yield pa.array(names, pa.binary())
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name, which no folder has
         pass  # shows up as missing images
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed ({error.strerror}); make it readable") from None

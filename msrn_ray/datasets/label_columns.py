@@ -198,7 +198,7 @@ def _first_wrong_list(texts: pa.ChunkedArray, first_row: int) -> str:
     for row, text in enumerate(texts.to_pylist(), first_row):
         try:
             whole = not text.strip() or isinstance(json.loads(text), list)
-        except ValueError:
+        except (ValueError, RecursionError):
             whole = False
         if not whole:
             return f', row {row}: {text[:80]!r} is not a JSON list; write it as ["dog", "person"]'

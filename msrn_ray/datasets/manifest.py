@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import UserError
-from ..storage import Location, filesystem_of
+from ..storage import Location
 from ..types import SampleTable
 from .image_uris import MissingImages, absolute_uris, find_local, missing_notes, require_images
 from .label_columns import as_text, encode_lists, label_values, split_lists
@@ -80,8 +80,6 @@ def read_manifest(
     Raises:
         UserError: if the file, a column or a row is not as it must be, with the row, counted from 1 after the names of columns.
     """
-    if str(place).startswith("file://"):
-        place = Location(filesystem_of(str(place))[1])
     file = open_table(place)
     columns = _choose_columns(place, file.names, image_column, label_column, label_names)
     texts: dict[str, list[pa.Array]] = {name: [] for name in columns.texts}

@@ -204,7 +204,7 @@ def _first_wrong_line(text: str) -> str:
             continue
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return f", line {number}: is not JSON ({error}); write one object a line, nothing else"
         if not isinstance(entry, dict):
             return (
@@ -236,7 +236,9 @@ def _open_parquet(place: Location) -> TableFile:
     def read(columns: Sequence[str]) -> Iterator[pa.Table]:
         try:
             for batch in file.iter_batches(_BLOCK_ROWS, columns=list(columns), use_threads=False):
-                yield pa.Table.from_batches([batch]).select(list(columns))
+                table = pa.Table.from_batches([batch]).select(list(columns))
+                table.validate(full=True)  # Parquet takes any bytes for text
+                yield table
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{place}: cannot be read ({' '.join(str(error).split())[:300]}); write it again") from None
 

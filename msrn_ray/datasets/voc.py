@@ -188,7 +188,7 @@ def _read_objects(path: Location) -> set[tuple[str, bool]]:
     """The classes of an image's objects, and whether the object is difficult."""
     try:
         root = ET.fromstring(read_data(path, "unpack Annotations/ again"))
-    except ET.ParseError as error:
+    except (ET.ParseError, ValueError, LookupError) as error:  # the latter two for encodings that it does not know
         raise UserError(f"{path}: not an XML file ({error}); unpack it again") from None
     objects = set()
     for entry in root.findall("object"):

@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..storage import Location, range_uris
 from ..types import SampleTable
 from .containers import LABEL_FIELDS, build_tables, by_split
-from .files import hint
+from .files import hint, is_utf8
 from .image_uris import IMAGE_SUFFIXES
 
 _IMAGES = {suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES}
@@ -133,7 +133,7 @@ def _labels(sample: _Sample, names: tuple[str, ...] | None, label_field: str | N
     if "json" in sample.labels:
         try:
             content = json.loads(sample.labels["json"])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: its .json is not JSON ({error}); correct it") from None
         fields = content if isinstance(content, dict) else {}
         chosen = label_field or next((name for name in LABEL_FIELDS if name in fields), None)
@@ -145,7 +145,10 @@ def _labels(sample: _Sample, names: tuple[str, ...] | None, label_field: str | N
             )
         value = fields[chosen]
     elif "cls" in sample.labels:
-        words = sample.labels["cls"].decode("utf-8", "replace").replace(",", " ").split()
+        text = sample.labels["cls"].decode("utf-8", "replace").replace(",", "\n")
+        words = text.split()
+        if not all(word.isdecimal() for word in words):  # names may have blanks inside
+            words = [word for line in text.splitlines() if (word := line.strip())]
         value = [int(word) if word.isdecimal() else word for word in words]
     else:
         raise UserError(
@@ -161,8 +164,8 @@ def _labels(sample: _Sample, names: tuple[str, ...] | None, label_field: str | N
 
 
 def _name(label: Any, names: tuple[str, ...] | None, where: str) -> str:
-    if isinstance(label, str) and label:
-        return label
+    if isinstance(label, str) and label.strip() and is_utf8(label):
+        return label.strip()
     if not isinstance(label, int) or isinstance(label, bool):
         raise UserError(f"{where}: {label!r} is not a label; write a name, or the number of one in data.labels")
     if names is None:
