@@ -34,7 +34,7 @@ _TENSORS = ("image", "target", "row")
 _EXECUTION_BLOCKS = 512  # Ray Data looks at all blocks of an execution before the first one starts, about 1 ms each
 _LEAD_BLOCKS = 16  # left of an execution when the next one is started
 _BLOCKS_A_TASK = (
-    3  # room in the object store for each task: the block it writes, one that is finished, one that is being consumed
+    3  # room in the object store for each: the block it writes, one that is finished, one that is being consumed
 )
 
 
@@ -49,17 +49,32 @@ class BadImage:
 
 @dataclass
 class BadImages:
-    """The bad images that a reader met, each row once."""
+    """The bad images that a reader met, each row once.
+
+    Attributes:
+        seen: the first report of each row; the same file is met again in each epoch.
+        in_epoch: rows met since `begin_epoch`.
+    """
 
     seen: dict[int, BadImage] = field(default_factory=dict)
+    in_epoch: set[int] = field(default_factory=set)
+
+    def begin_epoch(self) -> None:
+        """Forgets which rows were met in the epoch before."""
+        self.in_epoch.clear()
 
     def add(self, image: BadImage) -> None:
-        """Keeps the first report of a row; the same file is met again in each epoch."""
+        """Notes a row that is met."""
         self.seen.setdefault(image.row, image)
+        self.in_epoch.add(image.row)
 
     def gather(self) -> dict[int, BadImage]:
         """Those of all ranks by row, on every rank."""
         return {image.row: image for part in distributed.all_gather(self.seen) for image in part.values()}
+
+    def gather_epoch(self) -> set[int]:
+        """Rows that any rank met in this epoch, on every rank."""
+        return set().union(*distributed.all_gather(self.in_epoch))
 
 
 def limit_ray_data(num_cpus: float) -> None:
@@ -153,6 +168,7 @@ def _started(
     decoded = blocks.map_batches(
         _block_decoder(table, plan, settings, start), batch_size=None, batch_format="numpy", num_cpus=1
     )
+    decoded.context.target_max_block_size = None  # a task's output stays one block, however large the images are
     options = decoded.context.execution_options
     block_bytes = plan.block_size * 3 * settings.image_size**2
     options.resource_limits = options.resource_limits.copy(

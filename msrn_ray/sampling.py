@@ -89,7 +89,15 @@ class TrainPlan:
         return 0 if later < 0 else self._blocks_of(self.first_epoch) + later * self._blocks_of(self.first_epoch + 1)
 
     def _blocks_of(self, epoch: int) -> int:
-        return -(-len(self.epoch(epoch)[0]) // self.block_size)
+        steps = range(self.first_step if epoch == self.first_epoch else 0, self.num_steps)
+        if not steps:
+            return 0
+        whole, last = (self._share(self.step_rows(step)) for step in (0, steps[-1]))
+        return -(-(whole * (len(steps) - 1) + last) // self.block_size)
+
+    def _share(self, rows: int) -> int:
+        """Rows of a step that are this rank's, a filler for none."""
+        return max(1, len(range(self.rank, rows, self.world_size)))
 
     def epoch(self, epoch: int) -> tuple[Rows, npt.NDArray[np.bool_], Rows]:
         """This rank's share of one epoch; of `first_epoch` what comes from `first_step` on.

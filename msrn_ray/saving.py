@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -25,9 +26,8 @@ from .resuming import LIST_COPY, LIST_FILE
 
 SCORE = "checkpoint_score"  # Ray Train keeps the checkpoint with the largest, the later of equals, and the latest
 NO_SCORE, WITHIN_EPOCH = -1.0, -2.0  # where val/mAP is nan, and where there is none: below any val/mAP
-_ROOM = (
-    2**20
-)  # bytes that a checkpoint must leave free: Ray's own list of checkpoints is written after it, and must not be cut off
+_ROOM = 2**20  # bytes that a checkpoint must leave free: Ray Train's list is written after it, and must not be cut off
+_NAME = re.compile(r"\.?epoch_\d{4,}(_step_\d{6,})?_[0-9a-f]+")  # of a checkpoint; with a dot while it is written
 
 
 def capture(trainee: Trainee, device: torch.device, *, epoch: int, data: str, **within: Any) -> TrainState:
@@ -119,8 +119,10 @@ def report_checkpoint(run: Path, metrics: Mapping[str, Any], checkpoint: Checkpo
         return name
     partial = run / f".{name}"
     try:
+        ray.train.get_all_reported_checkpoints()  # waits until Ray Train has listed the checkpoint before
         if (run / LIST_FILE).is_file():
-            shutil.copyfile(run / LIST_FILE, run / LIST_COPY)
+            shutil.copyfile(run / LIST_FILE, run / f".{LIST_COPY}")
+            os.replace(run / f".{LIST_COPY}", run / LIST_COPY)
         if checkpoint is None:
             save_train_state(partial, state)
         else:
@@ -154,8 +156,9 @@ def clear_leftovers(run: Path) -> None:
             f"train.storage: {run} is not there on a worker's node; give a folder that every node has mounted"
         )
     known = {Path(one.checkpoint.path).name for one in ray.train.get_all_reported_checkpoints()}
-    for folder in run.glob("*epoch_*" if known else ".epoch_*"):
-        if folder.name not in known:
+    for folder in run.iterdir():
+        cut_off = folder.name.startswith(".")  # the only ones to go where the list of Ray Train may be lost
+        if _NAME.fullmatch(folder.name) and folder.is_dir() and folder.name not in known and (known or cut_off):
             shutil.rmtree(folder)
 
 

@@ -23,7 +23,6 @@ _STORE_SECONDS = 1.0  # between two looks at the object store; a block stays the
 
 GAUGES = {  # metric of a run -> name and description of its gauge
     "loss": ("msrn_train_loss", "Training loss since the last report, mean over ranks"),
-    "val/mAP": ("msrn_val_map", "Mean average precision on val after the last epoch"),
     "images_per_second": ("msrn_images_per_second", "Training images a second over all ranks"),
     "data_wait_fraction": (
         "msrn_data_wait_fraction",
@@ -32,6 +31,13 @@ GAUGES = {  # metric of a run -> name and description of its gauge
     "epoch": ("msrn_epoch", "Epoch that is trained, from 1"),
     "bad_images": ("msrn_bad_images", "Images that this rank could not decode"),
     "gpu_memory_bytes": ("msrn_gpu_memory_bytes", "Most memory that tensors of this rank held on its GPU"),
+}
+EPOCH_GAUGES = {  # the same, of what is known at an epoch's end
+    "val/mAP": ("msrn_val_map", "Mean average precision on val after the last epoch"),
+    "train/first_batch_seconds": ("msrn_first_batch_seconds", "Wait for the first batch of the last epoch"),
+    "train/epoch_gap_seconds": ("msrn_epoch_gap_seconds", "From an epoch's last step to the next one's first batch"),
+    "train/object_store_peak_bytes": ("msrn_object_store_peak_bytes", "Most that all object stores held"),
+    "train/object_store_spilled_bytes": ("msrn_object_store_spilled_bytes", "What all object stores wrote to disk"),
 }
 
 
@@ -48,10 +54,10 @@ class Gauges:
         self._gauges: dict[str, Gauge] = {}
 
     def set(self, values: Mapping[str, float]) -> None:
-        """Sets some of `GAUGES`; a gauge appears when it is first set."""
+        """Sets some of `GAUGES` and `EPOCH_GAUGES`; a gauge appears when it is first set."""
         for metric, value in values.items():
             if metric not in self._gauges:
-                name, description = GAUGES[metric]
+                name, description = (GAUGES | EPOCH_GAUGES)[metric]
                 self._gauges[metric] = Gauge(name, description, tag_keys=("run", "rank"))
             self._gauges[metric].set(value, self._tags)
 
@@ -135,8 +141,8 @@ class StoreMeter:
         self._seconds = seconds
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="store-meter", daemon=True)
-        used, self._spilled_before = self._read()
-        self._peak, self._spilled = used, self._spilled_before
+        self._peak = 0
+        self._spilled: list[int] = []  # at the first and the last look
 
     def __enter__(self) -> StoreMeter:
         self._thread.start()
@@ -155,7 +161,7 @@ class StoreMeter:
     @property
     def spilled_bytes(self) -> int:
         """Bytes written to disk since this meter was made, because the stores were full."""
-        return self._spilled - self._spilled_before
+        return self._spilled[-1] - self._spilled[0] if self._spilled else 0
 
     def _read(self) -> tuple[int, int]:
         messages: Any = node_manager_pb2
@@ -164,11 +170,12 @@ class StoreMeter:
         return int(stats.object_store_bytes_used), int(stats.spilled_bytes_total)
 
     def _run(self) -> None:
-        while not self._stop.wait(self._seconds):
+        while True:
             try:
-                used, self._spilled = self._read()
-            except (
-                grpc.RpcError
-            ):  # a node is being lost; the run goes on or ends by other means, and the next look counts again
-                continue
-            self._peak = max(self._peak, used)
+                used, spilled = self._read()
+                self._peak = max(self._peak, used)
+                self._spilled = [*self._spilled[:1], spilled]
+            except grpc.RpcError:
+                pass  # a node is being lost; the run goes on or ends by other means, and the next look counts again
+            if self._stop.wait(self._seconds):
+                return

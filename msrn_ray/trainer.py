@@ -164,13 +164,23 @@ def listening(events: Queue, log: RunLog, watchdog: Watchdog) -> Iterator[None]:
                 for event in events.get_nowait_batch(min(events.qsize(), 64)):
                     if event["kind"] == "start":
                         watchdog.restart()
-                    (watchdog.hear if event["kind"] == "beat" else log.handle)(event)
+                    if event["kind"] == "beat":
+                        watchdog.hear(event)
+                    elif not failure:
+                        write(event)
                 watchdog.look()
                 if last and events.empty():
                     return
                 stop.wait(0.1)
         except Exception as error:  # whatever it is, it is raised again in the main thread
             failure.append(error)
+
+    def write(event: dict[str, Any]) -> None:
+        try:
+            log.handle(event)
+        except Exception as error:  # raised again when the training ends; the watchdog goes on until then
+            failure.append(error)
+            print(f"{log.folder}: the log stops here ({error}); the training goes on", file=sys.stderr, flush=True)
 
     thread = threading.Thread(target=pump, name="run-log", daemon=True)
     thread.start()
@@ -244,7 +254,8 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
         folder.mkdir(parents=True, exist_ok=True)
         config.save(folder / f".{CONFIG_FILE}")
         os.replace(folder / f".{CONFIG_FILE}", folder / CONFIG_FILE)
-        (folder / DATA_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        (folder / f".{DATA_FILE}").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        os.replace(folder / f".{DATA_FILE}", folder / DATA_FILE)
         (folder / FAILURE_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"train.storage {folder}: cannot be written ({error.strerror})") from None

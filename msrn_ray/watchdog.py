@@ -58,8 +58,9 @@ class Watchdog:
         self._warned = False
 
     def restart(self) -> None:
-        """Forgets the verdict: new workers have started in place of those with a hung one."""
-        self.verdict = None
+        """Forgets verdict, warning and ranks: new workers have started, perhaps fewer."""
+        self.verdict, self._warned = None, False
+        self._heard.clear()
 
     def hear(self, beat: Mapping[str, Any]) -> None:
         """Takes in one beat."""
@@ -80,13 +81,14 @@ class Watchdog:
             return
         rank = min(late, key=lambda rank: self._guilt(rank, now))
         if not self._warned:
-            self._say(f"{self._describe(rank, now)}; the run ends if that lasts {self._hang_minutes:g} minutes")
+            self._say(f"{self._describe(rank, now)}; its process is ended if that lasts {self._hang_minutes:g} minutes")
             self._warned = True
         if self._heard[rank].idle(now) <= self._limit:
             return
         described = self._describe(rank, now)
-        self._ended |= {_process(heard.beat) for heard in self._heard.values()}
-        if self._end(self._heard.pop(rank).beat):
+        processes = {_process(heard.beat) for heard in self._heard.values()}
+        if self._end(self._heard[rank].beat):
+            self._ended |= processes
             self.verdict = (
                 f"{described}: longer than train.hang_minutes={self._hang_minutes:g}; look at that process's node and log, then go on"
                 " with --resume"

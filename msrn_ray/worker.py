@@ -44,7 +44,7 @@ from .saving import (
     scored_checkpoints,
 )
 from .scoring import score_split, split_metrics
-from .telemetry import Gauges, Pulse, StoreMeter
+from .telemetry import EPOCH_GAUGES, Gauges, Pulse, StoreMeter
 from .trainee import build_network, build_trainee
 from .types import Batch
 from .watchdog import beat_seconds
@@ -202,6 +202,9 @@ class Worker:
             self.epoch = epoch
             self.ledger = Ledger(plan, epoch, start.account if resumed else Account.empty(plan.num_rows))
             stats = start.stats if resumed else EpochStats()
+            before = stats.seconds
+            if not resumed:
+                self.bad["train"].begin_epoch()
             train_one_epoch(
                 self.trainee,
                 self.watch(batches, epoch + 1, "in a step", stats.steps + 1),
@@ -217,7 +220,7 @@ class Worker:
                 name_rows=self.image_ids,
             )
             trained = time.perf_counter()
-            self.ledger.balance(stats.steps, self.bad["train"].gather())
+            self.ledger.balance(stats.steps, self.bad["train"].gather_epoch())
             distributed.average_buffers(self.trainee.network)
             if self.trainee.ema is not None:
                 copy_buffers(self.trainee.ema, self.trainee.network)
@@ -238,8 +241,8 @@ class Worker:
                 metrics["train/epoch_gap_seconds"] = began + stats.first_batch_seconds - left
             left, paused = trained, time.perf_counter()
             metrics |= self.score("val", self.evaluated, epoch + 1) | self.store_figures()
-            metrics["epoch_seconds"] = time.perf_counter() - began
-            self.gauges.set({"val/mAP": metrics["val/mAP"]})
+            metrics["epoch_seconds"] = before + time.perf_counter() - began
+            self.gauges.set({name: metrics[name] for name in EPOCH_GAUGES if name in metrics})
             self.note("saving the checkpoint")
             self.save_epoch(metrics, epoch + 1)
             left += time.perf_counter() - paused
@@ -254,7 +257,7 @@ class Worker:
             self.pulse.note(doing)
 
     def store_figures(self) -> dict[str, int]:
-        """Object store use of the run so far, over all nodes; on rank 0, whose metrics are kept."""
+        """Object store use since the workers started, over all nodes; on rank 0, whose metrics are kept."""
         if self.store is None:
             return {}
         return {
@@ -338,7 +341,7 @@ class Worker:
         BatchNorm statistics become the mean over ranks, so that all go on with what is saved. Each is a running mean, so this is the
         same as the mean at the epoch's end, but for rounding.
         """
-        account = self.ledger.balance(stats.steps, self.bad["train"].gather())
+        account = self.ledger.balance(stats.steps, self.bad["train"].gather_epoch())
         distributed.average_buffers(self.trainee.network)
         within = {"step": stats.steps, "account": account.pack(), "stats": asdict(stats)}
         state = capture(self.trainee, self.device, epoch=self.epoch, data=self.loop["fingerprint"], **within)

@@ -36,8 +36,9 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> SampleTable:
 
 @pytest.mark.ray
 def test_train_epochs_follow_the_plan(local_ray: None, table: SampleTable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 in one execution of Ray Data, rank 1 in executions that end within epochs."""
+    """Rank 0 in one execution of Ray Data, rank 1 in executions that end within epochs; blocks are larger than Ray Data likes them."""
     limit_ray_data(2)
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "target_max_block_size", 10_000)
     reference = ray.put(table.table)
     for rank in range(2):
         if rank == 1:

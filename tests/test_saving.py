@@ -30,6 +30,7 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> Reports:
     """What Ray Train would be handed."""
     calls: Reports = []
     monkeypatch.setattr(ray.train, "report", lambda metrics, **more: calls.append({"metrics": metrics, **more}))
+    monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", list)
     return calls
 
 
@@ -107,13 +108,18 @@ def test_room_is_left_for_the_list_of_checkpoints(
 
 
 def test_what_an_interruption_left_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (".epoch_0002_5f", "epoch_0001_5e", "epoch_0002_5f", "tensorboard"):
+    for name in (".epoch_0002_5f", "epoch_0001_5e", "epoch_0002_5f", "epoch_0002_step_000004_5f", "tensorboard"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
     known = [SimpleNamespace(checkpoint=SimpleNamespace(path=str(tmp_path / "epoch_0001_5e")), metrics={})]
     monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", lambda: known)
+    theirs = ["best_epoch_0001_5e", "notes_epoch_3.txt"]
+    (tmp_path / theirs[0]).mkdir()
+    (tmp_path / theirs[1]).touch()
     clear_leftovers(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch_0001_5e", "tensorboard"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [theirs[0], "epoch_0001_5e", theirs[1], "tensorboard"]
+    (tmp_path / theirs[0]).rmdir()
+    (tmp_path / theirs[1]).unlink()
     known.clear()
     (tmp_path / ".epoch_0002_5f").mkdir()
     clear_leftovers(tmp_path)

@@ -13,7 +13,7 @@ import ray
 from ray.util.queue import Queue
 
 from msrn_ray import telemetry
-from msrn_ray.telemetry import DONE, GAUGES, WAITING, Gauges, Pulse, StoreMeter
+from msrn_ray.telemetry import DONE, EPOCH_GAUGES, GAUGES, WAITING, Gauges, Pulse, StoreMeter
 
 
 def wait_until(true: Callable[[], bool]) -> None:
@@ -84,4 +84,5 @@ def test_gauges_carry_run_and_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     gauges.set({"loss": 0.25})
     tags = {"run": "my-run", "rank": "1"}
     assert made == {"msrn_train_loss": [(0.5, tags), (0.25, tags)], "msrn_epoch": [(2, tags)]}
-    assert len({name for name, _ in GAUGES.values()}) == len(GAUGES)
+    every = GAUGES | EPOCH_GAUGES
+    assert len({name for name, _ in every.values()}) == len(GAUGES) + len(EPOCH_GAUGES)

@@ -135,6 +135,23 @@ def test_new_workers_start_without_the_old_ones_beats_and_verdict(scene: Scene) 
     assert (len(scene.ended), scene.watchdog.verdict) == (1, None)
 
 
+def test_a_rank_that_new_workers_do_not_have_is_forgotten(scene: Scene) -> None:
+    for rank in range(3):
+        scene.beat(rank, "in a step", idle=0.0)
+    scene.watchdog.restart()
+    for _ in range(200):
+        scene.now += 5
+        for rank in range(2):
+            scene.beat(rank, "in a step", idle=1.0)
+        scene.watchdog.look()
+    assert (scene.said, scene.ended) == ([], [])
+    for _ in range(13):
+        scene.now += 5
+        scene.beat(0, "in a step", idle=1.0)
+        scene.watchdog.look()
+    assert scene.ended == [1001]
+
+
 def test_signs_of_life_come_often_enough() -> None:
     assert [beat_seconds(minutes) for minutes in (0.1, 0.5, 10, 600)] == [pytest.approx(1.0), 5.0, 5.0, 5.0]
 

@@ -37,7 +37,7 @@ from torchvision.transforms import functional as classic
 from msrn_ray.config import DataSettings, ResourceSettings
 from msrn_ray.pipeline import BadImages, decode_rows, limit_ray_data, train_epochs
 from msrn_ray.prepare import prepare
-from msrn_ray.resources import allocate, connect, usable_cores
+from msrn_ray.resources import connect, decode_cpus, usable_cores
 from msrn_ray.sampling import TrainPlan
 from msrn_ray.splits import read_published
 from msrn_ray.storage import Location
@@ -232,7 +232,7 @@ def main() -> None:
         shards = Location(f"{temporary}/prepared")
         prepare(settings, shards)
         prepared = read_published(settings.model_copy(update={"root": str(shards)})).train
-        limit_ray_data(allocate(resources).data_cpus)
+        limit_ray_data(decode_cpus(1, resources.cpus_per_worker))
         ray.get(placement_group([{"CPU": 1}]).ready())  # what a training worker reserves
         all_forms: dict[str, Callable[[int], Epochs]] = {
             "raw": partial(raw, table, settings),
