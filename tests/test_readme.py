@@ -54,7 +54,8 @@ def test_options_exist_with_the_defaults_that_are_named() -> None:
     options = set(re.findall(r"--(data|model|loss|optim|train|resources)\.([a-z-]+)", README))
     assert {("train", "checkpoint-every"), ("train", "max-failures"), ("resources", "num-workers")} <= options
     for group, name in options:
-        assert hasattr(getattr(config, group), name.replace("-", "_")), f"--{group}.{name}"
+        field = name.removeprefix("no-").replace("-", "_")
+        assert hasattr(getattr(config, group), field), f"--{group}.{name}"
     assert f"`--train.max-failures` times ({config.train.max_failures})" in README
     assert f'`--train.checkpoint-every "{config.train.checkpoint_every}"`' in README
 
