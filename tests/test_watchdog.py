@@ -63,7 +63,7 @@ def test_a_silent_rank_is_named_warned_of_once_and_ended(scene: Scene) -> None:
         scene.now += 5
     assert scene.said[0] == (
         "rank 1 (node 10.0.0.1, process 1001) has done nothing for 15 s, no sign of life, last seen in epoch 2, step 7, in a step;"
-        " the run ends if that lasts 1 minutes"
+        " its process is ended if that lasts 1 minutes"
     )
     assert len(scene.said) == 1
     scene.watchdog.look()
