@@ -106,16 +106,10 @@ def check_data(folder: Path, data: Mapping[str, str]) -> None:
 def check_list(folder: Path) -> None:
     """Mends Ray Train's list of checkpoints where an interruption cut it off; without it a run would begin anew.
 
-    A run interrupted while it made its first checkpoint has no copy of the list yet, and does begin anew.
-
     Raises:
-        UserError: if there are several checkpoints, but neither the list nor its copy can be read.
+        UserError: if there are checkpoints, but neither the list nor its copy can be read.
     """
-    checkpoints = list(folder.glob("epoch_*"))
-    if not checkpoints or _is_whole(folder / LIST_FILE):
-        return
-    if not (folder / LIST_COPY).exists() and len(checkpoints) == 1:
-        (folder / LIST_FILE).unlink(missing_ok=True)
+    if not any(folder.glob("epoch_*")) or _is_whole(folder / LIST_FILE):
         return
     if not _is_whole(folder / LIST_COPY):
         raise UserError(

@@ -367,8 +367,8 @@ def _connect(scheme: str, bucket: str, options: str) -> pafs.FileSystem:
         if scheme == "s3":
             return _connect_s3(options)
         return pafs.FileSystem.from_uri(uri)[0]
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        pass  # not one of pyarrow's own
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # not one of pyarrow's own: fsspec may know it
+        pass
     try:
         limits = {"client_kwargs": {"timeout": _web_timeout()}} if scheme in _WEB else {}
         return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.core.url_to_fs(uri, **limits)[0]))

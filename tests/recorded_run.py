@@ -109,7 +109,7 @@ def main() -> None:
     from msrn_ray import trainer
     from msrn_ray.config import load_config
 
-    trainer.train_loop_per_worker = recording(Path(sys.argv[2]))  # type: ignore[assignment]
+    trainer.train_loop_per_worker = recording(Path(sys.argv[2]))  # type: ignore[assignment]  # of this process alone
     trainer.train(load_config(Path(sys.argv[1])))
 
 

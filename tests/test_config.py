@@ -185,9 +185,9 @@ def test_every_wrong_field_is_named() -> None:
 def test_frozen() -> None:
     config = ExperimentConfig()
     with pytest.raises(ValidationError, match="frozen"):
-        config.protocol = "paper"  # type: ignore[misc]
+        config.protocol = "paper"  # type: ignore[misc]  # what mypy refuses is refused at run time, too
     with pytest.raises(ValidationError, match="frozen"):
-        config.optim.lr = 1.0  # type: ignore[misc]
+        config.optim.lr = 1.0  # type: ignore[misc]  # the same
 
 
 def test_an_unknown_field_is_refused() -> None:

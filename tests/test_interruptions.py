@@ -11,10 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from msrn_ray import trainer
-from msrn_ray.checkpoint import load_checkpoint, load_train_state
+from msrn_ray.checkpoint import load_checkpoint
 from msrn_ray.config import ExperimentConfig
 from msrn_ray.datasets.scenes import generate_scenes
 from msrn_ray.materials import Materials
@@ -22,7 +21,7 @@ from msrn_ray.resuming import resume_config
 from msrn_ray.trainer import TrainResult, train
 
 from .recorded_run import Kill, Record, read_record, recording
-from .test_train import coco_copy, small_config
+from .test_train import assert_same_weights, coco_copy, small_config
 from .tiny import make_coco
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -72,18 +71,6 @@ def lines_of(result: TrainResult) -> list[dict[str, object]]:
     return [{name: value for name, value in line.items() if not name.endswith(differ)} for line in lines]
 
 
-def assert_same_weights(one: Path, other: Path) -> None:
-    ours, theirs = (load_train_state(max(run.glob("epoch_0002*"))) for run in (one, other))
-    assert ours.epoch == theirs.epoch == 2
-    for name, tensor in theirs.model.items():
-        assert torch.equal(ours.model[name], tensor), name
-    assert ours.ema is not None
-    assert theirs.ema is not None
-    for name, tensor in theirs.ema.items():
-        assert torch.equal(ours.ema[name], tensor), name
-    assert ours.scheduler["last_epoch"] == theirs.scheduler["last_epoch"] == 2 * NUM_STEPS
-
-
 def test_a_killed_rank_costs_only_the_steps_since_the_last_checkpoint(
     local_ray: None, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,7 +93,7 @@ def test_a_killed_rank_costs_only_the_steps_since_the_last_checkpoint(
     assert again[0] in {(1, 2), (1, 4)}, "the run went on within the epoch"
     assert (1, 4) in record.repeated
     assert all(again[0] <= place <= (1, 5) for place in record.repeated)
-    assert_same_weights(killed.run_folder, quiet.run_folder)
+    assert_same_weights(killed.run_folder, quiet.run_folder, num_steps=2 * NUM_STEPS)
     assert lines_of(killed) == lines_of(quiet)
     kept = {line["checkpoint"] for line in map(json.loads, (killed.run_folder / "metrics.jsonl").open())}
     assert {path.name for path in killed.run_folder.glob("*epoch_*")} <= kept, "nothing saved within an epoch is left"

@@ -128,6 +128,19 @@ def test_evaluation_does_not_depend_on_the_number_of_workers(finished: TrainResu
         assert metrics[name] == pytest.approx(finished.metrics[name], abs=1e-6), name
 
 
+def assert_same_weights(one: Path, other: Path, num_steps: int) -> None:
+    """Two runs of two epochs, `num_steps` in all, ended in the same weights and averages to the last bit."""
+    ours, theirs = (load_train_state(max(run.glob("epoch_0002*"))) for run in (one, other))
+    assert ours.epoch == theirs.epoch == 2
+    for name, tensor in theirs.model.items():
+        assert torch.equal(ours.model[name], tensor), name
+    assert ours.ema is not None
+    assert theirs.ema is not None
+    for name, tensor in theirs.ema.items():
+        assert torch.equal(ours.ema[name], tensor), name
+    assert ours.scheduler["last_epoch"] == theirs.scheduler["last_epoch"] == num_steps
+
+
 def test_interrupted_and_resumed_equals_uninterrupted(finished: TrainResult, scenes: Path, tmp_path: Path) -> None:
     """Ctrl-C after the first epoch's checkpoint, then --resume: the same weights to the last bit."""
     config = small_config(scenes, tmp_path, **{"train.run_name": "stopped"})
@@ -156,15 +169,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished: TrainResult, sce
     resumed = train(resume_config(tmp_path / "stopped"), resume=True)
     lines = (resumed.run_folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
-    ours, theirs = (load_train_state(max(run.glob("epoch_0002*"))) for run in (resumed.run_folder, finished.run_folder))
-    assert ours.epoch == theirs.epoch == 2
-    for name, tensor in theirs.model.items():
-        assert torch.equal(ours.model[name], tensor), name
-    assert ours.ema is not None
-    assert theirs.ema is not None
-    for name, tensor in theirs.ema.items():
-        assert torch.equal(ours.ema[name], tensor), name
-    assert ours.scheduler["last_epoch"] == theirs.scheduler["last_epoch"] == 8
+    assert_same_weights(resumed.run_folder, finished.run_folder, num_steps=8)
 
 
 def test_kernels_are_chosen_and_said(
