@@ -159,7 +159,12 @@ def clear_leftovers(run: Path) -> None:
     known = {Path(one.checkpoint.path).name for one in ray.train.get_all_reported_checkpoints()}
     for folder in run.iterdir():
         cut_off = folder.name.startswith(".")  # the only ones to go where the list of Ray Train may be lost
-        if CHECKPOINT_NAME.fullmatch(folder.name) and folder.is_dir() and folder.name not in known and (known or cut_off):
+        if (
+            CHECKPOINT_NAME.fullmatch(folder.name)
+            and folder.is_dir()
+            and folder.name not in known
+            and (known or cut_off)
+        ):
             shutil.rmtree(folder)
 
 

@@ -27,6 +27,7 @@ from ray.util.queue import Queue
 from .checkpoint import find_model_file, load_checkpoint
 from .config import ExperimentConfig
 from .errors import AccountingError, UserError
+from .failures import Failures
 from .materials import Materials, describe, gather_materials
 from .resources import Allocation, allocate, connect
 from .resuming import CONFIG_FILE, DATA_FILE, check_batch, check_data, check_list, check_resumable, describe_data
@@ -74,6 +75,8 @@ def build_trainer(
         events: gets rank 0's progress events and the signs of life of all ranks.
         callbacks: passed to Ray Train (Tune's reporting, for one).
     """
+    # how long until a checkpoint is listed, a lost worker or the end is seen; Ray Train's own is 2 s
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     splits = materials.splits
     tables = {
         name: ray.put(table.table)
@@ -125,30 +128,6 @@ def scaling(allocation: Allocation) -> ray.train.ScalingConfig:
         use_gpu=allocation.use_gpu,
         resources_per_worker={"CPU": allocation.cpus_per_worker} | ({"GPU": 1} if allocation.use_gpu else {}),
     )
-
-
-class Failures(ray.train.UserCallback):
-    """Tells the user of a worker that failed, and ends the run at an error that starting again would only repeat.
-
-    Args:
-        events: gets a line for each failure.
-    """
-
-    def __init__(self, events: Queue | None) -> None:
-        self._events = events
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raises what is not to be tried again, whatever `train.max_failures` allows: Ray Train stops at an error of its callbacks, and
-        `run_trainer` hands it on."""
-        for error in worker_exceptions.values():
-            if isinstance(error, (UserError, AccountingError)):
-                raise error
-        if self._events is not None:
-            # where a rank is lost the others fail too, and may be seen first
-            rank, error = min(worker_exceptions.items(), key=lambda item: not hasattr(item[1], "health_check_failure"))
-            reason = str(getattr(error, "health_check_failure", error)).strip() or type(error).__name__
-            event = {"kind": "failure", "text": f"worker {rank} failed: {reason.splitlines()[0]}"}
-            self._events.actor.put.remote(event)  # type: ignore[attr-defined]  # without waiting: Ray Train's own loop calls this
 
 
 @contextmanager

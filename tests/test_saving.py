@@ -17,7 +17,7 @@ from msrn_ray import saving
 from msrn_ray.checkpoint import load_checkpoint, load_train_state
 from msrn_ray.errors import UserError
 from msrn_ray.resuming import LIST_COPY, LIST_FILE, NO_LIST, check_list
-from msrn_ray.saving import NO_SCORE, SCORE, WITHIN_EPOCH, clear_leftovers, report_checkpoint
+from msrn_ray.saving import NO_SCORE, SCORE, WITHIN_EPOCH, clear_leftovers, report_checkpoint, restore
 
 from .test_checkpoint import state_of
 from .tiny import make_tiny_checkpoint
@@ -83,6 +83,14 @@ def test_a_first_checkpoint_that_ray_train_had_not_listed(tmp_path: Path, report
         (tmp_path / LIST_FILE).write_text(cut)
     check_list(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [LIST_COPY, "epoch_notes"]
+
+
+def test_another_label_graph_is_refused_before_anything_is_taken_up() -> None:
+    mask = "label_semantics.attend_mask"
+    network = SimpleNamespace(state_dict=lambda: {mask: torch.eye(3) > 0})
+    other = state_of(0, 5, model={mask: torch.ones(3, 3) > 0})
+    with pytest.raises(UserError, match=r"data\.label_counts: gives another label graph than the run was trained with"):
+        restore(SimpleNamespace(network=network), other, 0, torch.device("cpu"))  # type: ignore[arg-type]  # no more is looked at
 
 
 def test_scores_keep_finished_epochs_before_all_others() -> None:
