@@ -23,19 +23,25 @@ class Allocation:
         use_gpu: one GPU a worker.
         cpus_per_worker: logical CPUs a worker reserves.
         data_cpus: logical CPUs left for each worker's decode tasks.
+        gpus_per_worker: part of a GPU that a worker reserves where it has one.
     """
 
     num_workers: int
     use_gpu: bool
     cpus_per_worker: int
     data_cpus: float
+    gpus_per_worker: float = 1.0
 
 
-def connect(settings: ResourceSettings) -> None:
+def connect(settings: ResourceSettings, *, runs: int = 1) -> None:
     """Joins the cluster that RAY_ADDRESS names, or starts one on this machine; does nothing where Ray is already up.
 
     A machine's own cluster has more logical CPUs than cores, since workers reserve some that decode tasks must not lack: a core for each
     decode task where workers train on the CPU too, two where GPUs train and decode tasks wait for files half of the time.
+
+    Args:
+        settings: what one training run takes.
+        runs: training runs at the same time.
 
     Raises:
         UserError: if the machine has fewer cores than the workers need.
@@ -50,14 +56,15 @@ def connect(settings: ResourceSettings) -> None:
     cores = usable_cores()
     gpus = 0 if settings.use_gpu is False else torch.cuda.device_count()
     workers = settings.num_workers or default_workers(gpus)
-    if workers * settings.cpus_per_worker > cores:
+    if runs * workers * settings.cpus_per_worker > cores:
+        at_once = f" in {runs} trials at a time" if runs > 1 else ""
         raise UserError(
-            f"resources.num_workers={workers} x {settings.cpus_per_worker} CPUs are more than this machine's {cores} cores;"
+            f"resources.num_workers={workers} x {settings.cpus_per_worker} CPUs{at_once} are more than this machine's {cores} cores;"
             " lower them, or join a cluster (RAY_ADDRESS)"
         )
     ray.init(
         address="local",
-        num_cpus=(2 if gpus else 1) * cores + workers * settings.cpus_per_worker,
+        num_cpus=(2 if gpus else 1) * cores + runs * workers * settings.cpus_per_worker,
         include_dashboard=settings.dashboard,
         _node_ip_address="127.0.0.1",
         **quiet,
@@ -96,4 +103,6 @@ def allocate(settings: ResourceSettings) -> Allocation:
             f"resources.num_workers={num_workers} x {settings.cpus_per_worker} CPUs, and one for decoding, are more than the cluster's"
             f" {cpus:g} CPUs; lower resources.num_workers or resources.cpus_per_worker"
         )
-    return Allocation(num_workers, use_gpu, settings.cpus_per_worker, max(1.0, free // num_workers))
+    return Allocation(
+        num_workers, use_gpu, settings.cpus_per_worker, max(1.0, free // num_workers), settings.gpus_per_worker
+    )

@@ -117,7 +117,8 @@ def scaling(allocation: Allocation) -> ray.train.ScalingConfig:
     return ray.train.ScalingConfig(
         num_workers=allocation.num_workers,
         use_gpu=allocation.use_gpu,
-        resources_per_worker={"CPU": allocation.cpus_per_worker} | ({"GPU": 1} if allocation.use_gpu else {}),
+        resources_per_worker={"CPU": allocation.cpus_per_worker}
+        | ({"GPU": allocation.gpus_per_worker} if allocation.use_gpu else {}),
     )
 
 

@@ -26,6 +26,7 @@ from .ema import build_ema, copy_buffers
 from .engine import Progress, Scores, Trainee, evaluate, gather_scores, train_one_epoch
 from .errors import BadImagesError, UserError
 from .label_graph import LabelCounts, attend_mask, choose_tau
+from .losses import build_loss
 from .metrics import MultiLabelMetrics
 from .model import build_model, choose_attention_kernels, set_prior_bias
 from .optim import build_optimizer, build_scheduler
@@ -82,6 +83,7 @@ class Worker:
             config.optim.clip_norm,
             config.optim.accumulation,
             config.loss.group_weight,
+            build_loss(config.loss),
         )
 
     def plan(self, first_epoch: int) -> TrainPlan:

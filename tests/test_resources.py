@@ -111,6 +111,13 @@ def test_more_workers_than_cores_are_refused_before_ray_starts(
     assert started == []
 
 
+def test_a_cluster_for_several_runs_at_a_time(started: list[dict[str, Any]]) -> None:
+    with pytest.raises(UserError, match=r"num_workers=2 x 1 CPUs in 3 trials at a time .* 4 cores"):
+        connect(ResourceSettings(num_workers=2), runs=3)
+    connect(ResourceSettings(num_workers=2), runs=2)
+    assert [call["num_cpus"] for call in started] == [4 + 4]
+
+
 @pytest.mark.parametrize(
     ("gpus", "settings", "num_cpus"),
     [
