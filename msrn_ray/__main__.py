@@ -13,6 +13,8 @@ from typing import Annotated, Any, NoReturn, get_args
 import tyro
 from pydantic import ValidationError
 
+from tuning.options import Search, default_search
+
 from .commands import (
     Doctor,
     Evaluate,
@@ -33,6 +35,7 @@ from .errors import UserError
 _ABOUT = "MSRN (arXiv 2106.11596): multi-label image classification with label graphs and semantic attention, on Ray."
 _COMMANDS = {
     "train": Train,
+    "search": Search,
     "evaluate": Evaluate,
     "predict": Predict,
     "prepare": Prepare,
@@ -96,7 +99,7 @@ def _check_order(command: Any, argv: list[str]) -> Any:
     seen = first_positional(argv[1:])
     if isinstance(command, Evaluate):
         named, used = command.checkpoint, Path(seen or "")
-    elif isinstance(command, (Train, Graph, Doctor)):
+    elif isinstance(command, (Train, Search, Graph, Doctor)):
         named, used = Path(command.preset), Path(seen or "scenes")
     elif isinstance(command, Prepare):
         named, used = Path(command.source), Path(seen or "")
@@ -111,6 +114,8 @@ def _with_defaults(argv: list[str]) -> Any:
     """The subcommand's options start from the preset, saved config, run or checkpoint that the command line names."""
     if argv[0] == "train":
         return Train(experiment=starting_config(argv))
+    if argv[0] == "search":
+        return default_search(argv)
     if argv[0] == "evaluate":
         config = starting_config(argv)
         return Evaluate(
