@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import ray
 import ray.tune
 from rich.console import Console
@@ -50,6 +52,8 @@ def search(options: Search) -> Path:
             trials in a row failed alike.
     """
     _check(options)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would tell of every trial beside our table
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # as Tune would; its new output cannot be silenced
     config = absolute_paths(options.experiment)
     name = config.train.run_name or f"search-{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.train.storage) / name
@@ -96,7 +100,6 @@ def search(options: Search) -> Path:
             scheduler=StudyScheduler(study),
             num_samples=-1,  # the study says when it is over
             max_concurrent_trials=concurrent,
-            reuse_actors=True,  # the next trial finds torch imported
         ),
         run_config=ray.tune.RunConfig(
             name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}",
@@ -118,7 +121,11 @@ def search(options: Search) -> Path:
         raise UserError(
             f"the search stopped: {study.stopped_because}; mend it and go on with: msrn search --resume {folder}"
         )
-    if stopper.time_is_up and study.unfinished:
+    if study.unfinished and not stopper.time_is_up:
+        raise UserError(
+            f"Tune gave up {study.unfinished} trials, see {folder}/tune-*; go on with: msrn search --resume {folder}"
+        )
+    if study.unfinished:
         console.print(f"the time is up, {study.unfinished} trials are left; go on with: msrn search --resume {folder}")
     elif study.best() is None:
         raise UserError(f"none of the {study.trials} trials was scored; see {folder}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -207,7 +207,7 @@ class SearchStudy:
         trial, epoch = self._open.get(number), int(metrics["epoch"])
         if trial is None or _attribute(epoch) in trial.user_attrs:
             return False
-        if len(self.plan.objectives) == 1:
+        if len(self.plan.objectives) == 1 and epoch not in self._reported(number):
             trial.report(float(metrics[self.plan.objectives[0]]), epoch)
         trial.set_user_attr(_attribute(epoch), {name: metrics[name] for name in _KEPT_METRICS if name in metrics})
         if epoch >= self.epochs:
@@ -218,6 +218,10 @@ class SearchStudy:
             self.study.tell(number, state=TrialState.PRUNED)
             return True
         return False
+
+    def _reported(self, number: int) -> Collection[int]:
+        """Epochs whose score Optuna has; a kill may have come between that and our own note."""
+        return self.study.get_trials(deepcopy=False)[number].intermediate_values
 
     def _complete(self, trial: optuna.Trial) -> None:
         best = best_epoch(trial.user_attrs, self.plan.objectives[0])

@@ -21,7 +21,14 @@ from .trial import describe_failure
 from .view import SearchView
 
 
-class StudySearcher(Searcher):
+class _Live:
+    """Tune pickles what it is given for `Tuner.restore`; of these, which hold the study and the terminal, it gets nothing."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class StudySearcher(_Live, Searcher):
     """Gives Tune the trials of a study."""
 
     def __init__(self, study: SearchStudy) -> None:
@@ -46,7 +53,7 @@ class StudySearcher(Searcher):
         """Nothing, see `save`."""
 
 
-class StudyScheduler(FIFOScheduler):
+class StudyScheduler(_Live, FIFOScheduler):
     """Hands results and failures to the study, which decides whether a trial goes on."""
 
     def __init__(self, study: SearchStudy) -> None:
@@ -63,7 +70,7 @@ class StudyScheduler(FIFOScheduler):
         self._study.fail(trial.config["number"], *describe_failure(error))
 
 
-class StudyStopper(Stopper):
+class StudyStopper(_Live, Stopper):
     """Stops all trials once the study has stopped or the time is up; those that were running go on when the search is resumed.
 
     Args:
@@ -89,7 +96,7 @@ class StudyStopper(Stopper):
         return self._study.stopped_because is not None or self.time_is_up
 
 
-class StudyProgress(Callback):
+class StudyProgress(_Live, Callback):
     """Shows what becomes of the trials."""
 
     def __init__(self, view: SearchView) -> None:

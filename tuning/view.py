@@ -16,7 +16,7 @@ from .study import SearchStudy, best_epoch, epochs_of
 STATES = {
     TrialState.RUNNING: "running",
     TrialState.COMPLETE: "done",
-    TrialState.PRUNED: "stopped early",
+    TrialState.PRUNED: "stopped",
     TrialState.FAIL: "failed",
 }
 _SHOWN = {"model.levels": "levels", "model.tau": "tau", "optim.lr": "lr"}  # the other parameters are in trials.csv
@@ -57,9 +57,11 @@ class SearchView:
 
 
 def shown_parameters(params: Mapping[str, Any]) -> dict[str, str]:
-    """Levels, tau and learning rate as a table shows them."""
+    """Levels (layer2 is 2), tau and learning rate as a table shows them."""
     return {
-        path: f"{params[path]:.3g}" if isinstance(params.get(path), float) else str(params.get(path, ""))
+        path: f"{params[path]:.3g}"
+        if isinstance(params.get(path), float)
+        else str(params.get(path, "")).replace("layer", "")
         for path in _SHOWN
     }
 
