@@ -115,7 +115,7 @@ def _with_defaults(argv: list[str]) -> Any:
     if argv[0] == "train":
         return Train(experiment=starting_config(argv))
     if argv[0] == "search":
-        return default_search(argv)
+        return default_search(starting_config(argv), argv)
     if argv[0] == "evaluate":
         config = starting_config(argv)
         return Evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -228,3 +229,14 @@ def test_a_file_that_is_no_space(tmp_path: Path, text: str, words: str) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--space .*none\.yaml: cannot be read \(No such file"):
         read_space(tmp_path / "none.yaml")
+
+
+def test_the_readmes_space_is_one(tmp_path: Path) -> None:
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    (text,) = [block for block in re.findall(r"```yaml\n(.*?)```", readme, re.S) if "extends: default" in block]
+    base = PRESETS["voc2007"].config
+    space = build_space(read_space(write(tmp_path, text)), base, "my_space.yaml")
+    paths = {parameter.path for parameter in space.parameters}
+    assert {"model.tau", "optim.momentum", "model.levels"} <= paths
+    assert "model.head" not in paths
+    assert space.point_of(base)[1] == []

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from msrn_ray.commands import PresetName, starting_config
+from msrn_ray.commands import PresetName
 from msrn_ray.config import ExperimentConfig
 
 from .plan import Objective, SamplerName
@@ -55,11 +55,13 @@ class Search:
         search(self)
 
 
-def default_search(argv: list[str]) -> Search:
-    """The options' defaults for the preset, config or search folder that a command line names."""
-    config = starting_config(argv)
-    if "--resume" not in argv and config.resources.num_workers is None:
+def default_search(config: ExperimentConfig, argv: list[str]) -> Search:
+    """The options' defaults for the command line `argv`, which starts from `config`: that of a preset, a file or a search folder."""
+    given = {word.split("=")[0] for word in argv}
+    if "--resume" in given:
+        return Search(experiment=config)
+    if config.resources.num_workers is None:
         config = config.with_overrides({"resources.num_workers": 1})  # trials side by side need no gradient exchange
-    if config.preset == "scenes" and not {"--config", "--resume"} & set(argv):
+    if config.preset == "scenes" and "--config" not in given:
         config = config.with_overrides(_SMALL)
     return Search(experiment=config)
