@@ -175,7 +175,7 @@ def test_the_page_stands_alone_and_runs_nothing(searched: tuple[SearchStudy, Pat
     assert "&lt;b&gt;5 GB&lt;/b&gt;" in text
     assert "<script" not in text
     assert not re.findall(r'(?:src|href)="(?!data:)', text)
-    for title in ("History", "What matters", "tau x learning rate", "All parameters", "by levels", "All trials"):
+    for title in ("History", "What matters", "tau x learning rate", "All trials at once", "by levels", "All trials<"):
         assert title in text
     assert text.count("data:image/svg+xml;base64,") == 4
 

@@ -252,6 +252,15 @@ def test_three_failures_of_a_kind_in_a_row_stop_the_search_with_the_cause(url: s
     assert open_study(url, "s").next_trial() is not None, "the cause may be mended"
 
 
+def test_a_report_within_an_epoch_is_no_score(url: str) -> None:
+    study = create_study(url, "s", plan_of(sampler="random"), 2)
+    for number, score in ((0, 0.9), (1, 0.1)):
+        assert study.next_trial() is not None
+        assert not study.record(number, {"epoch": 1, "loss": 3.0})
+        assert study.record(number, {"epoch": 1, "val/mAP": score}) == (number == 1)
+    assert [len(epochs_of(trial.user_attrs)) for trial in study.frozen()] == [1, 1]
+
+
 def test_a_failure_after_the_last_epoch_changes_nothing(url: str) -> None:
     study = create_study(url, "s", plan_of(), 1)
     run(study)

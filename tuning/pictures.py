@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from .study import SearchStudy
 from .view import score_of
 
 _FEWEST_TRIALS = 4  # fewer say nothing about importance
+_MOST_AXES = 8  # of the picture with a line for each trial
 
 
 class Picture(NamedTuple):
@@ -31,7 +33,7 @@ class Picture(NamedTuple):
 def draw_all(study: SearchStudy) -> list[Picture]:
     """The pictures that the study has enough trials and parameters for."""
     scored = scored_study(study)
-    trials = scored.get_trials(deepcopy=False)
+    trials = scored.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     drawn = {path for trial in trials for path in trial.params}
     objective = study.plan.objectives[0]
     varied = [
@@ -41,6 +43,8 @@ def draw_all(study: SearchStudy) -> list[Picture]:
     why = "" if enough else f"It needs at least {_FEWEST_TRIALS} trials with a score. "
     tau_lr = ["model.tau", "optim.lr"]
     common = [path for path in varied if all(path in trial.params for trial in trials)]
+    if enough:
+        common.sort(key=list(optuna.importance.get_param_importances(scored, params=varied)).index)
     pictures = [
         _picture(
             "History",
@@ -63,9 +67,9 @@ def draw_all(study: SearchStudy) -> list[Picture]:
         )
     pictures.append(
         _picture(
-            "All parameters",
-            why + "A line for each trial.",
-            (lambda: draw.plot_parallel_coordinate(scored, params=common, target_name=objective))
+            "All trials at once",
+            why + "A line for each trial, over the parameters that matter most.",
+            (lambda: draw.plot_parallel_coordinate(scored, params=common[:_MOST_AXES], target_name=objective))
             if enough and common
             else None,
         )
@@ -90,10 +94,11 @@ def scored_study(study: SearchStudy) -> optuna.Study:
         direction="minimize" if study.plan.objectives[0] in MINIMIZED else "maximize",
         storage=optuna.storages.InMemoryStorage(),
     )
-    for trial in study.frozen(TrialState.COMPLETE, TrialState.PRUNED):
+    for trial in study.frozen():  # those without a score too, so that the others keep their numbers
         value = score_of(study, trial)
-        if value == value:  # not nan
-            scored.add_trial(create_trial(params=trial.params, distributions=trial.distributions, value=value))
+        ended = trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and not math.isnan(value)
+        point: dict[str, Any] = {"params": trial.params, "distributions": trial.distributions}
+        scored.add_trial(create_trial(**point, value=value) if ended else create_trial(**point, state=TrialState.FAIL))
     return scored
 
 
@@ -107,7 +112,7 @@ def _picture(title: str, about: str, plot: Callable[[], Any] | None) -> Picture:
         warnings.simplefilter("ignore")  # its matplotlib pictures are called experimental, each time
         axes = plot()
         figure = (axes.flat[0] if hasattr(axes, "flat") else axes).figure
-        figure.set_size_inches(9, 5)
+        figure.set_size_inches(11, 5.5)
         figure.tight_layout()
         stream = io.BytesIO()
         figure.savefig(stream, format="svg")

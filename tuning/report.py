@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,7 +114,7 @@ def level_rows(study: SearchStudy) -> list[LevelRow]:
     """What each set of levels reached, best median first; nothing where levels are not searched."""
     groups: dict[str, list[FrozenTrial]] = {}
     for trial in study.frozen(TrialState.COMPLETE, TrialState.PRUNED):
-        if "model.levels" in trial.params and score_of(study, trial) == score_of(study, trial):  # not nan
+        if "model.levels" in trial.params and not math.isnan(score_of(study, trial)):
             groups.setdefault(trial.params["model.levels"], []).append(trial)
     lower = study.plan.objectives[0] in MINIMIZED
     rows = []

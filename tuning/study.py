@@ -195,17 +195,18 @@ class SearchStudy:
             )
 
     def record(self, number: int, metrics: Mapping[str, Any]) -> bool:
-        """Takes an epoch's metrics; an epoch that is known, or of a trial that has ended, changes nothing.
+        """Takes an epoch's metrics. Nothing changes with an epoch that is known, a trial that has ended, or a report without a score,
+        which comes with a checkpoint within an epoch.
 
         Args:
             number: of the trial.
-            metrics: with `epoch` (from 1) and the objectives.
+            metrics: `epoch` (from 1) and the objectives.
 
         Returns:
             Whether the trial is to be stopped early.
         """
         trial, epoch = self._open.get(number), int(metrics["epoch"])
-        if trial is None or _attribute(epoch) in trial.user_attrs:
+        if trial is None or self.plan.objectives[0] not in metrics or _attribute(epoch) in trial.user_attrs:
             return False
         if len(self.plan.objectives) == 1 and epoch not in self._reported(number):
             trial.report(float(metrics[self.plan.objectives[0]]), epoch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ class SearchView:
         self._study = study
         self._console = console
         self._live = Live(console=console, refresh_per_second=2, transient=True)
+        self._last: dict[int, str] = {}
 
     def start(self) -> None:
         """Begins to follow."""
@@ -45,7 +47,10 @@ class SearchView:
         if self._console.is_terminal:
             self._live.update(study_table(self._study, _ROWS))
         else:
-            self.say(trial_line(self._study, self._study.study.get_trials(deepcopy=False)[number]))
+            line = trial_line(self._study, self._study.study.get_trials(deepcopy=False)[number])
+            if self._last.get(number) != line:  # a trial tells its best and last epochs again when it ends
+                self.say(line)
+                self._last[number] = line
 
     def say(self, line: str) -> None:
         """A line for the user, above the table."""
@@ -87,7 +92,7 @@ def trial_line(study: SearchStudy, trial: FrozenTrial) -> str:
 def score_of(study: SearchStudy, trial: FrozenTrial) -> float:
     """The first objective of a trial's best epoch; nan where it has none."""
     best = best_epoch(trial.user_attrs, study.plan.objectives[0])
-    return best[study.plan.objectives[0]] if best else float("nan")
+    return best[study.plan.objectives[0]] if best else math.nan
 
 
 def ranked(study: SearchStudy) -> list[FrozenTrial]:
@@ -96,7 +101,7 @@ def ranked(study: SearchStudy) -> list[FrozenTrial]:
     scores = {trial.number: score_of(study, trial) for trial in study.frozen()}
     return sorted(
         study.frozen(),
-        key=lambda trial: (scores[trial.number] != scores[trial.number], sign * scores[trial.number], trial.number),
+        key=lambda trial: (math.isnan(scores[trial.number]), sign * scores[trial.number], trial.number),
     )
 
 
