@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -30,7 +31,7 @@ from msrn_ray.presets import PRESETS
 from msrn_ray.resources import Allocation
 from tuning.options import Search
 from tuning.report import cost, level_rows, page, write_results
-from tuning.search import search, share
+from tuning.search import mlflow_callbacks, search, share
 from tuning.study import SearchStudy, create_study
 from tuning.trial import describe_failure
 from tuning.tune import StudyScheduler, StudySearcher, StudyStopper
@@ -71,6 +72,12 @@ def test_no_room_says_what_a_trial_takes_and_what_there_is() -> None:
         share(Allocation(2, False, 1, 1), 3, {"CPU": 8})
     with pytest.raises(UserError, match=r"--max-concurrent 3 .*1 GPUs; the cluster has 64 CPUs and 2 GPUs"):
         share(Allocation(1, True, 1, 1), 3, {"CPU": 64, "GPU": 2})
+
+
+def test_mlflow_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs the package mlflow; install it with: pip install 'msrn-ray\[mlflow\]'"):
+        mlflow_callbacks("http://127.0.0.1:5000", "my-search")
 
 
 def parse(*argv: str) -> Search:

@@ -59,6 +59,7 @@ def search(options: Search) -> Path:
     folder = Path(config.train.storage) / name
     if options.resume is None and folder.exists():
         raise UserError(f"{folder} exists already; give another --train.run-name, or --resume {folder}")
+    loggers = mlflow_callbacks(options.mlflow, name)
     space_source = str(options.space or DEFAULT_SPACE.name)
     entries = read_space(options.space)
     if options.resume is None:
@@ -105,7 +106,7 @@ def search(options: Search) -> Path:
             name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}",
             storage_path=str(folder),
             stop=stopper,
-            callbacks=[StudyProgress(view), *_mlflow(options.mlflow, name)],
+            callbacks=[StudyProgress(view), *loggers],
             verbose=0,
         ),
     )
@@ -239,15 +240,27 @@ def _announce(console: Console, study: SearchStudy, concurrent: int, allocation:
     console.print(f"folder {folder}", markup=False)
 
 
-def _mlflow(uri: str | None, name: str) -> list[Any]:
-    """Tune's own callback for MLflow, if it is asked for."""
+def mlflow_callbacks(uri: str | None, experiment: str) -> list[Any]:
+    """Tune's own callback for MLflow, if it is asked for: an experiment for the search, a run for each trial.
+
+    Raises:
+        UserError: if the package is missing or nothing answers at the address.
+    """
     if uri is None:
         return []
     if importlib.util.find_spec("mlflow") is None:
         raise UserError("--mlflow needs the package mlflow; install it with: pip install 'msrn-ray[mlflow]'")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # its own 7 make a wrong address a wait of minutes
+    import mlflow
+    from mlflow.exceptions import MlflowException
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
-    return [MLflowLoggerCallback(tracking_uri=uri, experiment_name=name)]
+    try:
+        mlflow.MlflowClient(uri).search_experiments(max_results=1)
+    except MlflowException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--mlflow {uri}: cannot be reached ({reason}); start it with: mlflow server") from None
+    return [MLflowLoggerCallback(tracking_uri=uri, experiment_name=experiment)]
 
 
 def main() -> None:
