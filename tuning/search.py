@@ -22,7 +22,7 @@ from rich.console import Console
 
 from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
-from msrn_ray.materials import gather_materials
+from msrn_ray.materials import Materials, gather_materials
 from msrn_ray.resources import Allocation, allocate, connect, usable_cores
 from msrn_ray.splits import fingerprint
 from msrn_ray.trainer import CONFIG_FILE, absolute_paths, flatten
@@ -53,7 +53,8 @@ def search(options: Search) -> Path:
     """
     _check(options)
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would tell of every trial beside our table
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # as Tune would; its new output cannot be silenced
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's new output cannot be silenced
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # with its own, Ctrl-C looks like the end of the search
     config = absolute_paths(options.experiment)
     name = config.train.run_name or f"search-{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.train.storage) / name
@@ -64,17 +65,15 @@ def search(options: Search) -> Path:
     entries = read_space(options.space)
     if options.resume is None:
         build_space(entries, config, space_source)  # before the data are read
-    gathered = gather_materials(config)
-    splits = gathered.splits
-    materials = replace(gathered, splits=replace(splits, test=None))  # test is scored by whoever trains the best config
-    data = fingerprint(splits.train, splits.val)
-    source = f"{splits.train.source} with {len(splits.train)} + {len(splits.val)} images"
+    materials, data, source = _gather(config)
     url = options.study_storage or f"sqlite:///{folder / STUDY_FILE}"
     if options.resume is not None:
         study = _reopen(options, config, folder, url, name)
         study.check_data(data, source)
-    connect(config.resources, runs=options.max_concurrent or _own_machine_runs(config))
-    allocation, concurrent = share(allocate(config.resources), options.max_concurrent, ray.cluster_resources())
+    # Tune's trials that are stopped only free their CPUs where a dashboard can be asked for the state of their workers
+    resources = config.resources.model_copy(update={"dashboard": True})
+    connect(resources, runs=options.max_concurrent or _own_machine_runs(config))
+    allocation, concurrent = share(allocate(resources), options.max_concurrent, ray.cluster_resources())
     if options.resume is None:
         plan = Plan(
             config=config,
@@ -89,10 +88,10 @@ def search(options: Search) -> Path:
         study = create_study(url, name, plan, options.trials or (None if options.sampler == "grid" else _TRIALS))
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     _announce(console, study, concurrent, allocation, folder)
-    view = SearchView(study, console)
     stopper = StudyStopper(study, None if options.time_budget is None else 60 * options.time_budget)
     trial_config = config.with_overrides({"train.storage": str(folder)})
     trainable = ray.tune.with_parameters(run_trial, config=trial_config, materials=materials, allocation=allocation)
+    view = SearchView(study, console)
     tuner = ray.tune.Tuner(
         # it only waits for its workers, so it takes no CPU; Tune refuses an empty request
         ray.tune.with_resources(trainable, {"CPU": 0, "memory": 1}),
@@ -113,24 +112,42 @@ def search(options: Search) -> Path:
     view.start()
     try:
         tuner.fit()
+    except KeyboardInterrupt:
+        print(f"interrupted; go on with: msrn search --resume {folder}", file=sys.stderr)
+        raise
     finally:
         view.stop()
         if study.best() is not None:
             view.show()
             write_results(study, folder, console)
-    if study.stopped_because is not None:
-        raise UserError(
-            f"the search stopped: {study.stopped_because}; mend it and go on with: msrn search --resume {folder}"
-        )
-    if study.unfinished and not stopper.time_is_up:
-        raise UserError(
-            f"Tune gave up {study.unfinished} trials, see {folder}/tune-*; go on with: msrn search --resume {folder}"
-        )
-    if study.unfinished:
-        console.print(f"the time is up, {study.unfinished} trials are left; go on with: msrn search --resume {folder}")
-    elif study.best() is None:
-        raise UserError(f"none of the {study.trials} trials was scored; see {folder}")
+    _conclude(study, stopper, folder)
     return folder
+
+
+def _gather(config: ExperimentConfig) -> tuple[Materials, str, str]:
+    """What all trials share, without the test split; the fingerprint of train and val, and the data set in words."""
+    materials = gather_materials(config)
+    splits = materials.splits
+    source = f"{splits.train.source} with {len(splits.train)} + {len(splits.val)} images"
+    # test is scored by whoever trains the best config
+    return replace(materials, splits=replace(splits, test=None)), fingerprint(splits.train, splits.val), source
+
+
+def _conclude(study: SearchStudy, stopper: StudyStopper, folder: Path) -> None:
+    """Says how the search ended where it did not end well.
+
+    Raises:
+        UserError: if trials are left for another reason than the time, or none was scored.
+    """
+    go_on = f"go on with: msrn search --resume {folder}"
+    if study.stopped_because is not None:
+        raise UserError(f"the search stopped: {study.stopped_because}; mend it and {go_on}")
+    if study.unfinished and not stopper.time_is_up:
+        raise UserError(f"Tune gave up {study.unfinished} trials, see {folder}/tune-*; {go_on}")
+    if study.unfinished:
+        print(f"the time is up, {study.unfinished} trials are left; {go_on}")
+    elif study.best() is None:
+        raise UserError(f"none of the {study.trials} trials was scored; see {folder / 'tune-*'}")
 
 
 def _check(options: Search) -> None:
