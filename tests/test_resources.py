@@ -12,6 +12,7 @@ import torch
 from msrn_ray.config import ResourceSettings
 from msrn_ray.errors import UserError
 from msrn_ray.resources import Allocation, allocate, connect, default_workers
+from msrn_ray.trainer import scaling
 
 
 def cluster(monkeypatch: pytest.MonkeyPatch, *, cpus: float, gpus: float | None = None, cores: int = 16) -> None:
@@ -73,6 +74,14 @@ def test_more_than_there_is_is_refused_with_both_numbers(
     with pytest.raises(UserError) as caught:
         allocate(ResourceSettings(**settings))
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_a_worker_may_take_a_part_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster(monkeypatch, cpus=36, gpus=4)
+    allocation = allocate(ResourceSettings(num_workers=1, gpus_per_worker=0.25))
+    assert scaling(allocation).resources_per_worker == {"CPU": 1, "GPU": 0.25}
+    whole = allocate(ResourceSettings(num_workers=1))
+    assert scaling(whole).resources_per_worker == {"CPU": 1, "GPU": 1}
 
 
 def test_default_workers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ class SearchView:
         self._study = study
         self._console = console
         self._live = Live(console=console, refresh_per_second=2, transient=True)
-        self._last: dict[int, str] = {}
+        self._said: set[tuple[int, TrialState, int]] = set()
 
     def start(self) -> None:
         """Begins to follow."""
@@ -47,10 +47,11 @@ class SearchView:
         if self._console.is_terminal:
             self._live.update(study_table(self._study, _ROWS))
         else:
-            line = trial_line(self._study, self._study.study.get_trials(deepcopy=False)[number])
-            if self._last.get(number) != line:  # a trial tells its best and last epochs again when it ends
-                self.say(line)
-                self._last[number] = line
+            trial = self._study.study.get_trials(deepcopy=False)[number]
+            news = (number, trial.state, len(epochs_of(trial.user_attrs)))
+            if news not in self._said:  # a trial tells its best and last epochs again when it ends
+                self._said.add(news)
+                self.say(trial_line(self._study, trial))
 
     def say(self, line: str) -> None:
         """A line for the user, above the table."""
