@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -30,12 +32,13 @@ from msrn_ray.config import load_config
 from msrn_ray.errors import NonFiniteLossError, UserError
 from msrn_ray.presets import PRESETS
 from msrn_ray.resources import Allocation
+from tuning.desk import DeskClient
 from tuning.options import Search
 from tuning.report import cost, level_rows, page, write_results
 from tuning.search import mlflow_callbacks, search, share
 from tuning.study import SearchStudy, create_study
-from tuning.trial import describe_failure
-from tuning.tune import StudyScheduler, StudySearcher, StudyStopper
+from tuning.trial import EpochReports, StoppedEarlyError, describe_failure
+from tuning.tune import SearchProgress, SearchStopper, StudySearcher
 from tuning.view import SearchView, study_table, trial_line
 
 from .test_study import plan_of, quality, run
@@ -258,39 +261,54 @@ class FakeTrial:
         return None
 
 
-def test_tune_gets_its_trials_from_the_study_and_tells_it_everything(tmp_path: Path) -> None:
-    study = create_study(f"sqlite:///{tmp_path}/study.db", "s", plan_of(sampler="random"), 3)
-    searcher, scheduler = StudySearcher(study), StudyScheduler(study)
-    decisions = []
-    for score in (0.9, 0.1):
+class LocalDesk(DeskClient):
+    """A desk in this process."""
+
+    def __init__(self, study: SearchStudy) -> None:
+        super().__init__(SimpleNamespace())
+        for name in ("next_trial", "record", "fail"):
+            setattr(self._actor, name, getattr(study, name))
+        self._actor.stopped_because = lambda: study.stopped_because
+
+    @staticmethod
+    def _ask(method: Any, *arguments: Any) -> Any:
+        return method(*arguments)
+
+
+def test_tune_gets_its_trials_from_the_study_and_tells_it_of_failures(tmp_path: Path) -> None:
+    study = create_study(f"sqlite:///{tmp_path}/study.db", "s", plan_of(sampler="random"), 5)
+    desk, stopper = LocalDesk(study), SearchStopper(None)
+    searcher = StudySearcher(desk)
+    progress = SearchProgress(desk, SearchView(study, Console(file=StringIO())), stopper)
+    for number in range(3):
+        assert not stopper.stop_all()
         point = searcher.suggest("id")
         assert isinstance(point, dict)
-        trial: Any = FakeTrial(point)
-        decisions.append(
-            [scheduler.on_trial_result(None, trial, {"epoch": epoch, "val/mAP": score}) for epoch in (1, 2)]
-        )
-    assert decisions[0] == ["CONTINUE", "CONTINUE"]
-    assert decisions[1][0] == "STOP"
-    point = searcher.suggest("id")
-    assert isinstance(point, dict)
-    failed: Any = FakeTrial(point, NonFiniteLossError("the loss is not finite at step 3"))
-    scheduler.on_trial_error(None, failed)
-    assert searcher.suggest("id") == "FINISHED"
-    assert [trial.state for trial in study.study.get_trials()] == [
-        TrialState.RUNNING,
-        TrialState.PRUNED,
-        TrialState.FAIL,
+        assert point["number"] == number
+        failed: Any = FakeTrial(point, NonFiniteLossError(f"the loss is not finite at step {number}"))
+        progress.on_trial_error(1, [], failed)
+    assert [trial.user_attrs["failure"] for trial in study.frozen(TrialState.FAIL)] == [
+        f"NonFiniteLossError: the loss is not finite at step {number}" for number in range(3)
     ]
-    assert study.study.get_trials()[2].user_attrs["failure"] == "NonFiniteLossError: the loss is not finite at step 3"
+    assert stopper.stop_all()
+    assert searcher.suggest("id") == "FINISHED"
 
 
-def test_the_search_stops_when_its_time_is_up_or_the_study_has_stopped(tmp_path: Path) -> None:
-    study = create_study(f"sqlite:///{tmp_path}/study.db", "s", plan_of(), 3)
-    assert not StudyStopper(study, None).stop_all()
-    assert not StudyStopper(study, 1000).stop_all()
-    assert StudyStopper(study, 0).stop_all()
-    study.stopped_because = "all alike"
-    assert StudyStopper(study, None).stop_all()
+def test_a_trial_ends_itself_where_the_study_says_so(tmp_path: Path) -> None:
+    study = create_study(f"sqlite:///{tmp_path}/study.db", "s", plan_of(sampler="random"), 2)
+    for number, score in ((0, 0.9), (1, 0.1)):
+        study.next_trial()
+        reports = EpochReports(LocalDesk(study), number)
+        reports.after_report(None, [{"epoch": 1, "loss": 1.0}], None)
+        with pytest.raises(StoppedEarlyError) if number else nullcontext():
+            reports.after_report(None, [{"epoch": 1, "val/mAP": score}, {"val/mAP": 1.0}], None)
+    assert [trial.state for trial in study.study.get_trials()] == [TrialState.RUNNING, TrialState.PRUNED]
+
+
+def test_the_search_stops_when_its_time_is_up() -> None:
+    assert not SearchStopper(None).stop_all()
+    assert not SearchStopper(1000).stop_all()
+    assert SearchStopper(0).stop_all()
 
 
 def wrapped(cause: Exception) -> BaseException:
@@ -364,6 +382,7 @@ def test_a_search_that_is_killed_goes_on_and_repeats_nothing(tmp_path: Path) -> 
     told = {}  # trial -> epochs that the second process heard of
     (_, again) = sorted(folder.glob("tune-*"))
     for results in again.glob("*/result.json"):
+        assert '"test/' not in results.read_text(), "test is no trial's business"
         lines = [json.loads(line) for line in results.read_text().splitlines()]
         told[lines[0]["config"]["number"]] = [line["epoch"] for line in lines]
     assert set(told) == {1}

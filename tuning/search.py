@@ -26,13 +26,14 @@ from msrn_ray.materials import Materials, gather_materials
 from msrn_ray.resources import Allocation, allocate, connect, usable_cores
 from msrn_ray.splits import fingerprint
 from msrn_ray.trainer import CONFIG_FILE, absolute_paths, flatten
+from tuning.desk import open_desk
 from tuning.options import Search
 from tuning.plan import Plan
 from tuning.report import write_results
 from tuning.space import DEFAULT_SPACE, build_space, read_space
 from tuning.study import SearchStudy, create_study, open_study
 from tuning.trial import run_trial
-from tuning.tune import StudyProgress, StudyScheduler, StudySearcher, StudyStopper
+from tuning.tune import SearchProgress, SearchStopper, StudySearcher
 from tuning.view import SearchView
 
 STUDY_FILE = "study.db"
@@ -70,10 +71,8 @@ def search(options: Search) -> Path:
     if options.resume is not None:
         study = _reopen(options, config, folder, url, name)
         study.check_data(data, source)
-    # Tune's trials that are stopped only free their CPUs where a dashboard can be asked for the state of their workers
-    resources = config.resources.model_copy(update={"dashboard": True})
-    connect(resources, runs=options.max_concurrent or _own_machine_runs(config))
-    allocation, concurrent = share(allocate(resources), options.max_concurrent, ray.cluster_resources())
+    connect(config.resources, runs=options.max_concurrent or _own_machine_runs(config))
+    allocation, concurrent = share(allocate(config.resources), options.max_concurrent, ray.cluster_resources())
     if options.resume is None:
         plan = Plan(
             config=config,
@@ -88,24 +87,27 @@ def search(options: Search) -> Path:
         study = create_study(url, name, plan, options.trials or (None if options.sampler == "grid" else _TRIALS))
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     _announce(console, study, concurrent, allocation, folder)
-    stopper = StudyStopper(study, None if options.time_budget is None else 60 * options.time_budget)
+    desk = open_desk(url, name)
+    stopper = SearchStopper(None if options.time_budget is None else 60 * options.time_budget)
     trial_config = config.with_overrides({"train.storage": str(folder)})
-    trainable = ray.tune.with_parameters(run_trial, config=trial_config, materials=materials, allocation=allocation)
+    trainable = ray.tune.with_parameters(
+        run_trial, config=trial_config, materials=materials, allocation=allocation, desk=desk
+    )
     view = SearchView(study, console)
     tuner = ray.tune.Tuner(
         # it only waits for its workers, so it takes no CPU; Tune refuses an empty request
         ray.tune.with_resources(trainable, {"CPU": 0, "memory": 1}),
         tune_config=ray.tune.TuneConfig(
-            search_alg=StudySearcher(study),
-            scheduler=StudyScheduler(study),
+            search_alg=StudySearcher(desk),
             num_samples=-1,  # the study says when it is over
             max_concurrent_trials=concurrent,
+            reuse_actors=True,  # the next trial finds all imported
         ),
         run_config=ray.tune.RunConfig(
             name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}",
             storage_path=str(folder),
             stop=stopper,
-            callbacks=[StudyProgress(view), *loggers],
+            callbacks=[SearchProgress(desk, view, stopper), *loggers],
             verbose=0,
         ),
     )
@@ -120,7 +122,7 @@ def search(options: Search) -> Path:
         if study.best() is not None:
             view.show()
             write_results(study, folder, console)
-    _conclude(study, stopper, folder)
+    _conclude(study, desk.stopped_because(), stopper, folder)
     return folder
 
 
@@ -133,15 +135,15 @@ def _gather(config: ExperimentConfig) -> tuple[Materials, str, str]:
     return replace(materials, splits=replace(splits, test=None)), fingerprint(splits.train, splits.val), source
 
 
-def _conclude(study: SearchStudy, stopper: StudyStopper, folder: Path) -> None:
+def _conclude(study: SearchStudy, because: str | None, stopper: SearchStopper, folder: Path) -> None:
     """Says how the search ended where it did not end well.
 
     Raises:
         UserError: if trials are left for another reason than the time, or none was scored.
     """
     go_on = f"go on with: msrn search --resume {folder}"
-    if study.stopped_because is not None:
-        raise UserError(f"the search stopped: {study.stopped_because}; mend it and {go_on}")
+    if because is not None:
+        raise UserError(f"the search stopped: {because}; mend it and {go_on}")
     if study.unfinished and not stopper.time_is_up:
         raise UserError(f"Tune gave up {study.unfinished} trials, see {folder}/tune-*; {go_on}")
     if study.unfinished:

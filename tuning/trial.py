@@ -7,7 +7,6 @@ from typing import Any
 
 import ray.exceptions
 import ray.train
-import ray.tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from msrn_ray.config import ExperimentConfig
@@ -15,33 +14,67 @@ from msrn_ray.materials import Materials
 from msrn_ray.resources import Allocation
 from msrn_ray.trainer import build_trainer, run_trainer
 
+from .desk import DeskClient
+
 
 def trial_name(number: int) -> str:
     """The run folder of a trial; the same name again goes on from its last checkpoint."""
     return f"trial_{number:04d}"
 
 
-def run_trial(point: Mapping[str, Any], config: ExperimentConfig, materials: Materials, allocation: Allocation) -> None:
-    """Trains and reports each epoch to Tune; a trial that was killed goes on from its last checkpoint.
+class StoppedEarlyError(Exception):
+    """Ends a training run from inside Ray Train's controller, which then frees its workers."""
+
+
+class EpochReports(ray.train.UserCallback):
+    """Tells the desk of each epoch, and ends the run where the desk says so.
+
+    Ray Train stops at an error of its callbacks and ends its workers in order. Were Tune to stop the trial, it would kill the process
+    that drives the run, whose imports the next trial can use, and leave the workers to be found by others.
+    """
+
+    def __init__(self, desk: DeskClient, number: int) -> None:
+        self._desk = desk
+        self._number = number
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """An epoch's checkpoint is stored; `metrics` has those of each rank."""
+        if self._desk.record(self._number, metrics[0]):
+            raise StoppedEarlyError
+
+
+def run_trial(
+    point: Mapping[str, Any],
+    config: ExperimentConfig,
+    materials: Materials,
+    allocation: Allocation,
+    desk: DeskClient,
+) -> None:
+    """Trains, and reports each epoch to the desk and to Tune; a trial that was killed goes on from its last checkpoint.
 
     Args:
         point: `number` of the trial and its config `overrides`.
         config: what every trial starts from; `train.storage` holds the trials' run folders.
         materials: gathered once for all trials.
         allocation: of one trial.
+        desk: decides whether it is stopped early.
     """
     trainer = build_trainer(
         config.with_overrides(point["overrides"]),
         materials,
         allocation,
         run_name=trial_name(point["number"]),
-        callbacks=[TuneReportCallback()],
+        callbacks=[TuneReportCallback(), EpochReports(desk, point["number"])],
     )
-    result = run_trainer(trainer)
+    try:
+        result = run_trainer(trainer)
+    except ray.train.TrainingFailedError as failure:
+        if isinstance(getattr(failure, "controller_failure", None), StoppedEarlyError):
+            return
+        raise
     # a kill may have come after a checkpoint and before its report; one that is known already changes nothing
     for _, metrics in result.best_checkpoints or []:
-        if "val/mAP" in metrics:
-            ray.tune.report(dict(metrics))
+        desk.record(point["number"], metrics)
 
 
 def describe_failure(error: BaseException) -> tuple[str, str]:
