@@ -22,20 +22,22 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import ray.exceptions
+import ray.train
+import torch
 import yaml
 from optuna.trial import TrialState
 from rich.console import Console
 from sqlalchemy.exc import SQLAlchemyError
 
 from msrn_ray.__main__ import _parse
-from msrn_ray.config import load_config
+from msrn_ray.config import ResourceSettings, load_config
 from msrn_ray.errors import NonFiniteLossError, UserError
 from msrn_ray.presets import PRESETS
 from msrn_ray.resources import Allocation
 from tuning.desk import DeskClient
 from tuning.options import Search
 from tuning.report import cost, level_rows, page, write_results
-from tuning.search import mlflow_callbacks, search, share
+from tuning.search import mlflow_callbacks, own_machine_runs, search, share
 from tuning.study import SearchStudy, create_study
 from tuning.trial import EpochReports, StoppedEarlyError, describe_failure
 from tuning.tune import SearchProgress, SearchStopper, StudySearcher
@@ -69,6 +71,26 @@ def test_trials_at_a_time_and_what_each_gets(
     assert workers * (allocation.cpus_per_worker + shared.data_cpus) <= cpus or shared.data_cpus == 1
     assert concurrent * (allocation.num_workers * allocation.cpus_per_worker + 1) <= cpus, "each can decode"
     assert not allocation.use_gpu or workers * allocation.gpus_per_worker <= gpus
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpus", "settings", "expected"),
+    [
+        (2, 0, {"num_workers": 1}, 2),
+        (2, 0, {"num_workers": 2}, 1),
+        (1, 0, {"num_workers": 2}, 1),
+        (16, 0, {"num_workers": 2, "cpus_per_worker": 3}, 2),
+        (16, 2, {"num_workers": 1}, 2),
+        (16, 2, {"num_workers": 1, "gpus_per_worker": 0.1}, 16),
+        (16, 2, {"num_workers": 1, "use_gpu": False}, 16),
+    ],
+)
+def test_trials_at_a_time_on_this_machine(
+    monkeypatch: pytest.MonkeyPatch, cores: int, gpus: int, settings: dict[str, Any], expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert own_machine_runs(ResourceSettings(**settings)) == expected
 
 
 def test_no_room_says_what_a_trial_takes_and_what_there_is() -> None:
@@ -323,6 +345,12 @@ def wrapped(cause: Exception) -> BaseException:
         (wrapped(MemoryError("12 GB")), "MemoryError", "MemoryError: 12 GB"),
         (ray.exceptions.OutOfMemoryError("killed"), "OutOfMemoryError", "killed"),
         (RuntimeError(""), "RuntimeError", "RuntimeError"),
+        (
+            wrapped(ray.train.WorkerGroupError("2 of 2 failed", {1: ray.exceptions.NodeDiedError("the node is lost")})),
+            "NodeDiedError",
+            "the node is lost",
+        ),
+        (ray.train.ControllerError(ValueError("no rendezvous")), "ValueError", "ValueError: no rendezvous"),
     ],
 )
 def test_a_failure_is_told_by_its_cause(error: BaseException, kind: str, reason: str) -> None:

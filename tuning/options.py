@@ -40,7 +40,7 @@ class Search:
     objectives: tuple[Objective, ...] = ("val/mAP",)
     """What is optimised. With several, no trial is stopped early; `best_config.yaml` is the best by the first."""
     early_stopping: bool = True
-    """ASHA: of the trials that reach an epoch of a rung (1, 3, 9, ... of 9), only the better third goes on."""
+    """ASHA: of the trials that reach a ninth of their epochs, and again of those that reach a third, only the better third goes on."""
     study_storage: str | None = None
     """Database of the study (postgresql://..., mysql://...). None: study.db in the search folder, which is SQLite."""
     mlflow: str | None = None

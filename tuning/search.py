@@ -18,9 +18,10 @@ from typing import Any
 import optuna
 import ray
 import ray.tune
+import torch
 from rich.console import Console
 
-from msrn_ray.config import ExperimentConfig
+from msrn_ray.config import ExperimentConfig, ResourceSettings
 from msrn_ray.errors import UserError
 from msrn_ray.materials import Materials, gather_materials
 from msrn_ray.resources import Allocation, allocate, connect, usable_cores
@@ -71,7 +72,7 @@ def search(options: Search) -> Path:
     if options.resume is not None:
         study = _reopen(options, config, folder, url, name)
         study.check_data(data, source)
-    connect(config.resources, runs=options.max_concurrent or _own_machine_runs(config))
+    connect(config.resources, runs=options.max_concurrent or own_machine_runs(config.resources))
     allocation, concurrent = share(allocate(config.resources), options.max_concurrent, ray.cluster_resources())
     if options.resume is None:
         plan = Plan(
@@ -203,10 +204,14 @@ def _make_folder(folder: Path, config: ExperimentConfig) -> None:
         raise UserError(f"train.storage {folder}: cannot be written ({error.strerror})") from None
 
 
-def _own_machine_runs(config: ExperimentConfig) -> int:
-    """Trials at a time on a cluster that is started on this machine: a core for each worker."""
-    workers = (config.resources.num_workers or 1) * config.resources.cpus_per_worker
-    return max(1, usable_cores() // workers)
+def own_machine_runs(settings: ResourceSettings) -> int:
+    """Trials at a time on a cluster that is started on this machine: a core, and its part of a GPU, for each worker."""
+    workers = settings.num_workers or 1
+    room = usable_cores() // (workers * settings.cpus_per_worker)
+    gpus = 0 if settings.use_gpu is False else torch.cuda.device_count()
+    if gpus:
+        room = min(room, math.floor(gpus / (workers * settings.gpus_per_worker) + 1e-9))
+    return max(1, room)
 
 
 def share(allocation: Allocation, asked: int | None, there: dict[str, float]) -> tuple[Allocation, int]:

@@ -101,5 +101,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(current))
         yield current
         workers = getattr(current, "worker_failures", None) or {}
-        inner = next(iter(workers.values()), None) or getattr(current, "cause", None) or current.__cause__
+        wrapped = [*workers.values(), getattr(current, "controller_failure", None), getattr(current, "cause", None)]
+        inner = next(filter(None, wrapped), current.__cause__)
         current = inner if isinstance(inner, BaseException) else None
