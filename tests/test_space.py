@@ -13,8 +13,8 @@ import yaml
 from msrn_ray.config import LEVELS
 from msrn_ray.errors import UserError
 from msrn_ray.presets import PRESETS
-from tuning import space as space_module
-from tuning.space import Space, build_space, read_space
+from tuning.space import Space
+from tuning.space_file import DEFAULT_SPACE, build_space, read_space
 
 BASE = PRESETS["scenes"].config
 
@@ -147,7 +147,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_a_file_replaces_or_extends_the_default(tmp_path: Path) -> None:
-    default = yaml.safe_load(space_module.DEFAULT_SPACE.read_text())
+    default = yaml.safe_load(DEFAULT_SPACE.read_text())
     alone = read_space(write(tmp_path, "model.tau: {low: 0.1, high: 0.2}\n"))
     assert alone == {"model.tau": {"low": 0.1, "high": 0.2}}
     extended = read_space(

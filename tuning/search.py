@@ -31,7 +31,7 @@ from tuning.desk import open_desk
 from tuning.options import Search
 from tuning.plan import Plan
 from tuning.report import write_results
-from tuning.space import DEFAULT_SPACE, build_space, read_space
+from tuning.space_file import DEFAULT_SPACE, build_space, read_space
 from tuning.study import SearchStudy, create_study, open_study
 from tuning.trial import run_trial
 from tuning.tune import SearchProgress, SearchStopper, StudySearcher

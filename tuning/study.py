@@ -23,7 +23,7 @@ from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
 
 from .plan import MINIMIZED, Plan
-from .space import build_space
+from .space_file import build_space
 
 _KEPT_METRICS = ("val/mAP", "val/CF1", "val/OF1", "val/loss", "train/loss", "train/images_per_second", "epoch_seconds")
 REDUCTION = 3  # ASHA: the better third of a rung goes on
