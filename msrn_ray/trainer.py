@@ -91,6 +91,7 @@ def build_trainer(
         "folder": str(Path(config.train.storage) / run_name),
         "events": events,
         "run_name": run_name,
+        "runs": allocation.runs,
     }
     return TorchTrainer(
         train_loop_per_worker,
@@ -123,7 +124,8 @@ def scaling(allocation: Allocation) -> ray.train.ScalingConfig:
     return ray.train.ScalingConfig(
         num_workers=allocation.elastic or allocation.num_workers,  # type: ignore[arg-type]  # typed as Train V1
         use_gpu=allocation.use_gpu,
-        resources_per_worker={"CPU": allocation.cpus_per_worker} | ({"GPU": 1} if allocation.use_gpu else {}),
+        resources_per_worker={"CPU": allocation.cpus_per_worker}
+        | ({"GPU": allocation.gpus_per_worker} if allocation.use_gpu else {}),
     )
 
 

@@ -77,7 +77,7 @@ class Worker:
         self.gauges = Gauges(loop_config["run_name"], self.rank)
         self.pulse: Pulse | None = None
         self.store: StoreMeter | None = None
-        limit_ray_data(decode_cpus(self.world, self.config.resources.cpus_per_worker))
+        limit_ray_data(decode_cpus(self.world, self.config.resources.cpus_per_worker, loop_config["runs"]))
         torch.manual_seed(self.config.train.seed)
         self.trainee = self._build()
         train = self.config.train
