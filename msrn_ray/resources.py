@@ -65,6 +65,8 @@ def connect(settings: ResourceSettings, *, runs: int = 1) -> None:
             f" machine's {cores} cores; lower them, or join a cluster (RAY_ADDRESS)"
         )
     workers = min(most, cores // (runs * settings.cpus_per_worker))
+    # Ray warns of more than four times as many processes; a run has about ten, most of which wait
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(cores, 8 * runs)))
     ray.init(
         address="local",
         num_cpus=(2 if gpus else 1) * cores + runs * workers * settings.cpus_per_worker,

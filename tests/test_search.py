@@ -27,6 +27,8 @@ import ray.train
 import torch
 import yaml
 from optuna.trial import TrialState
+from ray.train._internal.storage import StorageContext
+from ray.tune.experiment import Trial
 from rich.console import Console
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -40,7 +42,7 @@ from tuning.options import Search
 from tuning.report import cost, level_rows, page, write_results
 from tuning.search import mlflow_callbacks, own_machine_runs, search, share
 from tuning.study import SearchStudy, create_study
-from tuning.trial import EpochReports, StoppedEarlyError, describe_failure
+from tuning.trial import StoppedEarlyError, TrialReports, describe_failure
 from tuning.tune import SearchProgress, SearchStopper, StudySearcher
 from tuning.view import SearchView, study_table, trial_line
 
@@ -268,17 +270,12 @@ def test_a_long_table_keeps_what_is_running(tmp_path: Path) -> None:
     assert table.row_count == 4
 
 
-class FakeTrial:
-    """What the scheduler looks at of a trial of Tune's."""
-
-    def __init__(self, config: dict[str, Any], error: BaseException | None = None) -> None:
-        self.config, self.error = config, error
-
-    def get_pickled_error(self) -> BaseException | None:
-        return self.error
-
-    def get_error(self) -> str | None:
-        return None
+def failed_trial(point: dict[str, Any], error: Exception, folder: Path) -> Trial:
+    """A trial of Tune's that has just failed: as it was written, before it is copied to the storage."""
+    trial = Trial("run_trial", stub=True, config=point, storage=StorageContext(str(folder), "tune"))
+    trial.init_local_path()
+    trial.handle_error(error)
+    return trial
 
 
 class LocalDesk(DeskClient):
@@ -295,7 +292,10 @@ class LocalDesk(DeskClient):
         return method(*arguments)
 
 
-def test_tune_gets_its_trials_from_the_study_and_tells_it_of_failures(tmp_path: Path) -> None:
+def test_tune_gets_its_trials_from_the_study_and_tells_it_of_failures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.train._internal.storage._get_ray_train_session_dir", lambda: str(tmp_path / "session"))
     study = create_study(f"sqlite:///{tmp_path}/study.db", "s", plan_of(sampler="random"), 5)
     desk, stopper = LocalDesk(study), SearchStopper(None)
     searcher = StudySearcher(desk)
@@ -305,8 +305,8 @@ def test_tune_gets_its_trials_from_the_study_and_tells_it_of_failures(tmp_path: 
         point = searcher.suggest("id")
         assert isinstance(point, dict)
         assert point["number"] == number
-        failed: Any = FakeTrial(point, NonFiniteLossError(f"the loss is not finite at step {number}"))
-        progress.on_trial_error(1, [], failed)
+        error = wrapped(NonFiniteLossError(f"the loss is not finite at step {number}"))
+        progress.on_trial_error(1, [], failed_trial(point, error, tmp_path))
     assert [trial.user_attrs["failure"] for trial in study.frozen(TrialState.FAIL)] == [
         f"NonFiniteLossError: the loss is not finite at step {number}" for number in range(3)
     ]
@@ -318,7 +318,7 @@ def test_a_trial_ends_itself_where_the_study_says_so(tmp_path: Path) -> None:
     study = create_study(f"sqlite:///{tmp_path}/study.db", "s", plan_of(sampler="random"), 2)
     for number, score in ((0, 0.9), (1, 0.1)):
         study.next_trial()
-        reports = EpochReports(LocalDesk(study), number)
+        reports = TrialReports(LocalDesk(study), number)
         reports.after_report(None, [{"epoch": 1, "loss": 1.0}], None)
         with pytest.raises(StoppedEarlyError) if number else nullcontext():
             reports.after_report(None, [{"epoch": 1, "val/mAP": score}, {"val/mAP": 1.0}], None)
@@ -331,7 +331,7 @@ def test_the_search_stops_when_its_time_is_up() -> None:
     assert SearchStopper(0).stop_all()
 
 
-def wrapped(cause: Exception) -> BaseException:
+def wrapped(cause: Exception) -> Exception:
     """As Ray hands on what a worker's function raised."""
     return ray.exceptions.RayTaskError("run_trial", f"Traceback ...\n{type(cause).__name__}: {cause}", cause)
 

@@ -143,7 +143,7 @@ def page(study: SearchStudy) -> str:
         sampler=study.plan.sampler,
         best=best,
         best_score=score_of(study, best),
-        best_values=sorted(study.space.overrides(best.params).items()),
+        best_values=sorted(best.params.items()),
         cost=cost(study),
         states={STATES[state]: len(study.frozen(state)) for state in STATES},
         planned=study.trials,

@@ -25,9 +25,8 @@ from msrn_ray.config import ExperimentConfig, ResourceSettings
 from msrn_ray.errors import UserError
 from msrn_ray.materials import Materials, gather_materials
 from msrn_ray.resources import Allocation, allocate, connect, usable_cores
-from msrn_ray.resuming import CONFIG_FILE, flatten
-from msrn_ray.splits import fingerprint
-from msrn_ray.trainer import absolute_paths
+from msrn_ray.resuming import CONFIG_FILE, check_batch, describe_data, flatten
+from msrn_ray.trainer import absolute_paths, place
 from tuning.desk import open_desk
 from tuning.options import Search
 from tuning.plan import Plan
@@ -68,11 +67,11 @@ def search(options: Search) -> Path:
     entries = read_space(options.space)
     if options.resume is None:
         build_space(entries, config, space_source)  # before the data are read
-    materials, data, source = _gather(config)
+    materials, data = _gather(config)
     url = options.study_storage or f"sqlite:///{folder / STUDY_FILE}"
     if options.resume is not None:
         study = _reopen(options, config, folder, url, name)
-        study.check_data(data, source)
+        study.check_data(data["fingerprint"], data["data"])
     connect(config.resources, runs=options.max_concurrent or own_machine_runs(config.resources))
     allocation = share(allocate(config.resources), options.max_concurrent, ray.cluster_resources())
     if options.resume is None:
@@ -82,8 +81,8 @@ def search(options: Search) -> Path:
             sampler=options.sampler,
             objectives=options.objectives,
             early_stopping=options.early_stopping,
-            data=data,
-            source=source,
+            data=data["fingerprint"],
+            source=data["data"],
         )
         _make_folder(folder, config.with_overrides({"train.run_name": name}))
         study = create_study(url, name, plan, options.trials or (None if options.sampler == "grid" else _TRIALS))
@@ -93,7 +92,7 @@ def search(options: Search) -> Path:
     stopper = SearchStopper(None if options.time_budget is None else 60 * options.time_budget)
     trial_config = config.with_overrides({"train.storage": str(folder)})
     trainable = ray.tune.with_parameters(
-        run_trial, config=trial_config, materials=materials, allocation=allocation, desk=desk
+        run_trial, config=trial_config, placed=place(materials, data), allocation=allocation, desk=desk
     )
     view = SearchView(study, console)
     tuner = ray.tune.Tuner(
@@ -128,13 +127,12 @@ def search(options: Search) -> Path:
     return folder
 
 
-def _gather(config: ExperimentConfig) -> tuple[Materials, str, str]:
-    """What all trials share, without the test split; the fingerprint of train and val, and the data set in words."""
+def _gather(config: ExperimentConfig) -> tuple[Materials, dict[str, str]]:
+    """What all trials share, without the test split, which is scored by whoever trains the best config; and what it is."""
     materials = gather_materials(config)
-    splits = materials.splits
-    source = f"{splits.train.source} with {len(splits.train)} + {len(splits.val)} images"
-    # test is scored by whoever trains the best config
-    return replace(materials, splits=replace(splits, test=None)), fingerprint(splits.train, splits.val), source
+    check_batch(config, len(materials.splits.train))
+    data = describe_data(materials.splits, config)
+    return replace(materials, splits=replace(materials.splits, test=None)), data
 
 
 def _conclude(study: SearchStudy, because: str | None, stopper: SearchStopper, folder: Path) -> None:

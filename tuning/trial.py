@@ -1,4 +1,4 @@
-"""One trial, in a process of its own on the cluster: a training run by the builder that `msrn train` uses, which reports to Ray Tune."""
+"""One trial, in a process of its own on the cluster: a run as `msrn train` does it, that also tells the desk and Tune of itself."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any
 
 import ray.exceptions
 import ray.train
+import torch
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from msrn_ray.config import ExperimentConfig
-from msrn_ray.materials import Materials
 from msrn_ray.resources import Allocation
 from msrn_ray.resuming import check_list
-from msrn_ray.trainer import build_trainer, run_trainer
+from msrn_ray.trainer import Placed, run_in_folder
 
 from .desk import DeskClient
+
+OUT_OF_MEMORY = (torch.OutOfMemoryError, ray.exceptions.OutOfMemoryError, MemoryError)  # of a GPU, a node, a process
 
 
 def trial_name(number: int) -> str:
@@ -28,8 +30,8 @@ class StoppedEarlyError(Exception):
     """Ends a training run from inside Ray Train's controller, which then frees its workers."""
 
 
-class EpochReports(ray.train.UserCallback):
-    """Tells the desk of each epoch, and ends the run where the desk says so.
+class TrialReports(ray.train.UserCallback):
+    """Tells the desk of each epoch, and ends the run where the desk says so, or where it would only fail again.
 
     Ray Train stops at an error of its callbacks and ends its workers in order. Were Tune to stop the trial, it would kill the process
     that drives the run, whose imports the next trial can use, and leave the workers to be found by others.
@@ -44,11 +46,18 @@ class EpochReports(ray.train.UserCallback):
         if self._desk.record(self._number, metrics[0]):
             raise StoppedEarlyError
 
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """A point that needs more memory than there is does so again, whatever `train.max_failures` allows."""
+        for error in worker_exceptions.values():
+            cause = getattr(error, "health_check_failure", error)
+            if isinstance(cause, OUT_OF_MEMORY):
+                raise cause
+
 
 def run_trial(
     point: Mapping[str, Any],
     config: ExperimentConfig,
-    materials: Materials,
+    placed: Placed,
     allocation: Allocation,
     desk: DeskClient,
 ) -> None:
@@ -57,25 +66,22 @@ def run_trial(
     Args:
         point: `number` of the trial and its config `overrides`.
         config: what every trial starts from; `train.storage` holds the trials' run folders.
-        materials: gathered once for all trials.
+        placed: the data of all trials.
         allocation: of one trial.
         desk: decides whether it is stopped early.
     """
-    check_list(Path(config.train.storage) / trial_name(point["number"]))
-    trainer = build_trainer(
-        config.with_overrides(point["overrides"]),
-        materials,
-        allocation,
-        run_name=trial_name(point["number"]),
-        callbacks=[TuneReportCallback(), EpochReports(desk, point["number"])],
-    )
+    name = trial_name(point["number"])
+    check_list(Path(config.train.storage) / name)
+    config = config.with_overrides(point["overrides"] | {"train.run_name": name})
     try:
-        result = run_trainer(trainer)
+        _, result = run_in_folder(
+            config, placed, allocation, [TuneReportCallback(), TrialReports(desk, point["number"])]
+        )
     except ray.train.TrainingFailedError as failure:
         if isinstance(getattr(failure, "controller_failure", None), StoppedEarlyError):
             return
         raise
-    # a kill may have come after a checkpoint and before its report; one that is known already changes nothing
+    # a kill may have come after the last checkpoint and before its report; one that is known already changes nothing
     for _, metrics in result.best_checkpoints or []:
         desk.record(point["number"], metrics)
 
@@ -88,7 +94,7 @@ def describe_failure(error: BaseException) -> tuple[str, str]:
     causes = list(_causes(error))
     root = causes[-1]
     for cause in causes:
-        if isinstance(cause, ray.exceptions.OutOfMemoryError):
+        if isinstance(cause, OUT_OF_MEMORY):
             root = cause
     lines = str(root).strip().splitlines() or [""]
     # a traceback as text ends with what was raised

@@ -3,14 +3,16 @@
 Tune runs the trials, places them on the cluster and notices when one dies; it decides nothing. Its own `OptunaSearch` and `Tuner.restore`
 are not used: a restored Tuner takes its trials from a snapshot that is written now and then, so trials that had finished ran again and
 its state and the study's drifted apart. A new Tuner over the same study has nothing to get wrong. ASHA is Optuna's, whose rungs are in
-the study too, so they outlive the driver; trials ask the desk themselves whether they go on (`trial.EpochReports`).
+the study too, so they outlive the driver; trials ask the desk themselves whether they go on (`trial.TrialReports`).
 """
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
+from ray import cloudpickle
 from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
@@ -110,7 +112,18 @@ class SearchProgress(_Live, Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial failed."""
-        error = trial.get_pickled_error() or RuntimeError(trial.get_error() or "no reason is known")
-        self._desk.fail(trial.config["number"], *describe_failure(error))
+        self._desk.fail(trial.config["number"], *describe_failure(_error_of(trial)))
         self._stopper.stop = self._desk.stopped_because() is not None
         self._view.update(trial.config["number"])
+
+
+def _error_of(trial: Trial) -> BaseException:
+    """What Tune has just written of a failure on this machine; `trial.get_pickled_error` looks where it is copied to later."""
+    file = trial.pickled_error_file or trial.error_file
+    if file is None:
+        return RuntimeError("no reason is known")
+    content = Path(file).read_bytes()
+    error: BaseException = (
+        cloudpickle.loads(content) if trial.pickled_error_file else RuntimeError(content.decode(errors="replace"))
+    )
+    return error
