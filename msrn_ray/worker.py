@@ -81,7 +81,7 @@ class Worker:
         self.told: dict[str, set[int]] = {split: set() for split in loop_config["tables"]}
         self.gauges = Gauges(loop_config["run_name"], self.rank)
         self.store: StoreMeter | None = None
-        limit_ray_data(decode_cpus(self.world, self.config.resources.cpus_per_worker))
+        limit_ray_data(decode_cpus(self.world, self.config.resources.cpus_per_worker, loop_config["runs"]))
         torch.manual_seed(self.config.train.seed)
         self.trainee = self._build()
         train = self.config.train
