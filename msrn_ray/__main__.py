@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 import tyro
 from pydantic import ValidationError
 
+from .cluster_commands import Runs
 from .commands import Evaluate, ImportOfficial, Predict, Presets, Train, first_positional, starting_config
 from .config import describe_errors
 from .data_commands import Doctor, Graph, Prepare
@@ -26,6 +27,7 @@ _COMMANDS = {
     "prepare": Prepare,
     "graph": Graph,
     "doctor": Doctor,
+    "runs": Runs,
     "presets": Presets,
     "import-official": ImportOfficial,
 }

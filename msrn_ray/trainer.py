@@ -29,15 +29,14 @@ from .config import ExperimentConfig
 from .errors import AccountingError, UserError
 from .materials import Materials, describe, gather_materials
 from .resources import Allocation, allocate, connect
-from .resuming import CONFIG_FILE, DATA_FILE, check_batch, check_data, check_list, check_resumable, describe_data
+from .resuming import DATA_FILE, check_batch, check_data, check_list, check_resumable, describe_data
 from .run_log import RunLog
+from .run_state import CONFIG_FILE, FAILURE_FILE, check_stopped, kept_state
 from .saving import SCORE
 from .splits import fingerprint
 from .watchdog import Watchdog
 from .word_vectors import LEARNED
 from .worker import train_loop_per_worker
-
-FAILURE_FILE = "failure.txt"
 
 
 @dataclass(frozen=True)
@@ -237,6 +236,7 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
     folder = Path(config.train.storage) / name
     if resume:
         check_resumable(folder, config)
+        check_stopped(folder)
     if not resume and folder.exists():
         raise UserError(f"{folder} exists already; give another train.run_name, or --resume {folder}")
     materials = gather_materials(config)
@@ -251,7 +251,7 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
     connect(config.resources)
     allocation = allocate(config.resources)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=resume)
         config.save(folder / f".{CONFIG_FILE}")
         os.replace(folder / f".{CONFIG_FILE}", folder / CONFIG_FILE)
         (folder / f".{DATA_FILE}").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
@@ -264,7 +264,7 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
     watchdog = Watchdog(config.train.hang_minutes, log.say)
     try:
         try:
-            with listening(events, log, watchdog):
+            with kept_state(folder), listening(events, log, watchdog):
                 run_trainer(build_trainer(config, materials, allocation, run_name=name, events=events))
         except ray.train.TrainingFailedError:
             if watchdog.verdict is None:
