@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import tyro
 from pydantic import ValidationError
 
-from .cluster_commands import Runs
+from .cluster_commands import Cluster, Runs
 from .commands import Evaluate, ImportOfficial, Predict, Presets, Train, first_positional, starting_config
 from .config import describe_errors
 from .data_commands import Doctor, Graph, Prepare
@@ -28,6 +28,7 @@ _COMMANDS = {
     "graph": Graph,
     "doctor": Doctor,
     "runs": Runs,
+    "cluster": Cluster,
     "presets": Presets,
     "import-official": ImportOfficial,
 }

@@ -280,6 +280,8 @@ class ResourceSettings(Settings):
     """Give each worker a GPU. None: where the cluster has one."""
     cpus_per_worker: Count = 1
     """CPUs that a worker reserves beside those that decode images."""
+    wait_minutes: Positive = 20.0
+    """How long to wait for the machines that a growing cluster starts for `num_workers`, minutes."""
     dashboard: bool = False
     """Start Ray's dashboard with a cluster on this machine (a cluster that is joined has its own)."""
 

@@ -25,7 +25,18 @@ from msrn_ray.presets import PRESETS
 
 from .tiny import make_coco, make_photo, make_tiny_checkpoint
 
-SUBCOMMANDS = ("train", "evaluate", "predict", "prepare", "graph", "doctor", "runs", "presets", "import-official")
+SUBCOMMANDS = (
+    "train",
+    "evaluate",
+    "predict",
+    "prepare",
+    "graph",
+    "doctor",
+    "runs",
+    "cluster",
+    "presets",
+    "import-official",
+)
 
 
 class Done(NamedTuple):
@@ -166,6 +177,7 @@ OWN_OPTIONS = {
         "--protocol": "How the data set is split",
     },
     "runs": {"PATH": "Folder of the runs"},
+    "cluster": {"{check}": "What to do", "PATH": "cluster/gpu.yaml", "--num-workers": "Workers of the preset"},
     "presets": {},
     "import-official": {
         "PATH": "The authors' .pth.tar.",
