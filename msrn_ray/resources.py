@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 import ray.autoscaler.sdk
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .config import ResourceSettings
 from .errors import UserError
@@ -166,6 +169,43 @@ def _is_enough(settings: ResourceSettings) -> bool:
     except UserError:
         return False
     return True
+
+
+def check_shared(storage: Path) -> None:
+    """Refuses a folder for runs that some node of the cluster does not see: the driver leaves a file in it, and every node looks for that.
+
+    Raises:
+        UserError: with the nodes that do not see it.
+        OSError: if the folder cannot be written.
+    """
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    if len(nodes) == 1:
+        return
+    storage.mkdir(parents=True, exist_ok=True)
+    probe = storage / f".probe_{secrets.token_hex(8)}"
+    probe.touch()
+    try:
+        blind = [address for node, address in nodes.items() if not _is_seen(node, str(probe))]
+    finally:
+        probe.unlink()
+    if blind:
+        raise UserError(
+            f"train.storage {storage}: not the same folder on {', '.join(sorted(blind))} as where the run was started; give one that every"
+            " node has mounted"
+        )
+
+
+def _is_seen(node: str, path: str) -> bool:
+    here = NodeAffinitySchedulingStrategy(node, soft=False)
+    try:
+        return bool(ray.get(_exists.options(scheduling_strategy=here).remote(path), timeout=120))
+    except ray.exceptions.RayError:  # the node was lost meanwhile, or it does not answer; no storage will mend that
+        return True
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _exists(path: str) -> bool:
+    return os.path.exists(path)
 
 
 def decode_cpus(num_workers: int, cpus_per_worker: int) -> float:

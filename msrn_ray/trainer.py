@@ -23,12 +23,13 @@ import ray.train
 import ray.train.torch
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .checkpoint import find_model_file, load_checkpoint
 from .config import ExperimentConfig
 from .errors import AccountingError, UserError
 from .materials import Materials, describe, gather_materials
-from .resources import Allocation, allocate, connect
+from .resources import Allocation, allocate, check_shared, connect
 from .resuming import DATA_FILE, check_batch, check_data, check_list, check_resumable, describe_data
 from .run_log import RunLog
 from .run_state import CONFIG_FILE, FAILURE_FILE, check_stopped, kept_state
@@ -251,6 +252,7 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
     connect(config.resources)
     allocation = allocate(config.resources)
     try:
+        check_shared(folder.parent)
         folder.mkdir(parents=True, exist_ok=resume)
         config.save(folder / f".{CONFIG_FILE}")
         os.replace(folder / f".{CONFIG_FILE}", folder / CONFIG_FILE)
@@ -260,7 +262,10 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
     except OSError as error:
         raise UserError(f"train.storage {folder}: cannot be written ({error.strerror})") from None
     log = RunLog(folder)
-    events = Queue(actor_options={"num_cpus": 0})
+    here = NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=False
+    )  # else it is lost with another node
+    events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     watchdog = Watchdog(config.train.hang_minutes, log.say)
     try:
         try:
