@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from tuning.options import Search, default_search
 
+from .cluster_commands import Cluster, Runs
 from .commands import Evaluate, ImportOfficial, Predict, Presets, Train, first_positional, starting_config
 from .config import describe_errors
 from .data_commands import Doctor, Graph, Prepare
@@ -29,6 +30,8 @@ _COMMANDS = {
     "prepare": Prepare,
     "graph": Graph,
     "doctor": Doctor,
+    "runs": Runs,
+    "cluster": Cluster,
     "presets": Presets,
     "import-official": ImportOfficial,
 }

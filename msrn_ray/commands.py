@@ -43,6 +43,9 @@ class Train:
     """Start from this saved YAML or JSON instead of a preset (a run folder holds one)."""
     resume: Path | None = None
     """Go on with this run folder from its last checkpoint."""
+    or_resume: bool = False
+    """Where there is a run of this `--train.run-name` already, go on with it instead of refusing the name: a job that is submitted again
+    resumes itself."""
     experiment: Annotated[ExperimentConfig, tyro.conf.arg(name="")] = field(default_factory=ExperimentConfig)
     """The experiment; every option below changes one value of it."""
 
@@ -51,7 +54,7 @@ class Train:
         from .trainer import train
 
         start = time.monotonic()
-        result = train(self.experiment, resume=self.resume is not None)
+        result = train(self.experiment, resume=self.resume is not None or self._is_there())
         out = new_console()
         _print_summary(out, result.metrics)
         chosen = " (chosen on the test split: protocol paper)" if self.experiment.protocol == "paper" else ""
@@ -64,6 +67,13 @@ class Train:
         out.print(f"best checkpoint {_from_here(result.best_checkpoint)}", markup=False)
         out.print(f"curves {_from_here(result.run_folder / 'curves.png')}", markup=False)
         out.print(f"all figures {_from_here(result.run_folder / 'metrics.jsonl')}", markup=False)
+
+    def _is_there(self) -> bool:
+        """Whether `or_resume` finds its run."""
+        name = self.experiment.train.run_name
+        if self.or_resume and name is None:
+            raise UserError("--or-resume: name the run with --train.run-name, so that it is found again")
+        return self.or_resume and (Path(self.experiment.train.storage).expanduser() / str(name)).exists()
 
 
 @dataclass(frozen=True)

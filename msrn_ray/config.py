@@ -292,6 +292,8 @@ class ResourceSettings(Settings):
     """Part of a GPU that a worker reserves; below 1 the trials of a search share GPUs. Workers of one run never do (NCCL)."""
     cpus_per_worker: Count = 1
     """CPUs that a worker reserves beside those that decode images."""
+    wait_minutes: Positive = 20.0
+    """How long to wait for the machines that a growing cluster starts for `num_workers`, minutes."""
     dashboard: bool = False
     """Start Ray's dashboard with a cluster on this machine (a cluster that is joined has its own)."""
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
+import ray.autoscaler.sdk
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .config import ResourceSettings
-from .errors import UserError
+from .errors import NoDecodeCpuError, UserError
 
 
 @dataclass(frozen=True)
@@ -87,13 +93,23 @@ def default_workers(num_gpus: int) -> int:
 
 
 def allocate(settings: ResourceSettings) -> Allocation:
-    """Fits the settings to the cluster that is there.
+    """Fits the settings to the cluster, first waiting for the machines that one that grows will start for them.
 
     Raises:
-        UserError: if they ask for more than there is, with both numbers; Ray itself would wait for ever.
+        UserError: if they ask for more than there is or can be, with both numbers; Ray itself would wait for ever.
     """
-    there = ray.cluster_resources()
-    cpus, gpus = there.get("CPU", 0.0), int(there.get("GPU", 0))
+    most = ray._private.state.state.get_max_resources_from_cluster_config()  # None where nothing starts machines
+    if most:
+        _wait_for_machines(settings, most)
+    return fit(settings, *_there())
+
+
+def fit(settings: ResourceSettings, cpus: float, gpus: int, owner: str = "the cluster has") -> Allocation:
+    """What the settings take of so many CPUs and GPUs.
+
+    Raises:
+        UserError: if they ask for more, with both numbers; `owner` is in it.
+    """
     use_gpu = gpus > 0 if settings.use_gpu is None else settings.use_gpu
     room = int(cpus - 1) // settings.cpus_per_worker  # one CPU decodes
     fewest, most = settings.worker_range or (default_workers(gpus if use_gpu else 0),) * 2
@@ -102,11 +118,11 @@ def allocate(settings: ResourceSettings) -> Allocation:
     asked = settings.num_workers or fewest
     if use_gpu and fewest > gpus:
         raise UserError(
-            f"resources.num_workers={asked} needs as many GPUs, the cluster has {gpus}; lower it or set resources.use_gpu false"
+            f"resources.num_workers={asked} needs as many GPUs, {owner} {gpus}; lower it or set resources.use_gpu false"
         )
     if fewest > room:
         raise UserError(
-            f"resources.num_workers={asked} x {settings.cpus_per_worker} CPUs, and one for decoding, are more than the cluster's"
+            f"resources.num_workers={asked} x {settings.cpus_per_worker} CPUs, and one for decoding, are too many, {owner}"
             f" {cpus:g} CPUs; lower resources.num_workers or resources.cpus_per_worker"
         )
     now = min(most, room, gpus) if use_gpu else min(most, room)
@@ -114,6 +130,94 @@ def allocate(settings: ResourceSettings) -> Allocation:
         most = now  # Ray would start workers on every CPU of a cluster that grows, and leave none that decodes
     elastic = (fewest, most) if fewest < most else None
     return Allocation(now, use_gpu, settings.cpus_per_worker, elastic, settings.gpus_per_worker)
+
+
+def _there() -> tuple[float, int]:
+    """CPUs and GPUs of the cluster now."""
+    there = ray.cluster_resources()
+    return there.get("CPU", 0.0), int(there.get("GPU", 0))
+
+
+def _wait_for_machines(settings: ResourceSettings, most: Mapping[str, int]) -> None:
+    """Asks a cluster that grows for the machines that are missing, and waits for them.
+
+    Raises:
+        UserError: if it cannot grow so far, or they do not come in time.
+    """
+    cpus, gpus = _there()
+    largest = max(float(most.get("CPU", 0)), cpus), max(int(most.get("GPU", 0)), gpus)
+    if settings.worker_range is None:
+        if settings.use_gpu is not False and largest[1] > gpus:
+            raise UserError(
+                f"the cluster has {gpus} GPUs now and can grow to {largest[1]}; say with resources.num_workers how many the run takes"
+            )
+        return
+    allocation = fit(settings, *largest, owner="the cluster at its largest has")
+    fewest = settings.worker_range[0]
+    bundle = {"CPU": settings.cpus_per_worker} | ({"GPU": 1} if allocation.use_gpu else {})
+    firmly = settings.model_copy(update={"use_gpu": allocation.use_gpu})
+    end = time.monotonic() + 60 * settings.wait_minutes
+    asked = False
+    try:
+        while not _is_enough(firmly):
+            if not asked:
+                print(
+                    f"waiting for machines for {fewest} workers; the cluster has {_there()[0]:g} CPUs and {_there()[1]} GPUs now",
+                    flush=True,
+                )
+                ray.autoscaler.sdk.request_resources(bundles=[*[bundle] * fewest, {"CPU": 1}])
+                asked = True
+            if time.monotonic() > end:
+                fit(firmly, *_there(), owner=f"after resources.wait_minutes={settings.wait_minutes:g} the cluster has")
+            time.sleep(1)
+    finally:
+        if asked:
+            ray.autoscaler.sdk.request_resources(bundles=[])  # else they would stay for ever; now the workers hold them
+
+
+def _is_enough(settings: ResourceSettings) -> bool:
+    try:
+        fit(settings, *_there())
+    except UserError:
+        return False
+    return True
+
+
+def check_shared(storage: Path) -> None:
+    """Refuses a folder for runs that some node of the cluster does not see: the driver leaves a file in it, and every node looks for that.
+
+    Raises:
+        UserError: with the nodes that do not see it.
+        OSError: if the folder cannot be written.
+    """
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    if len(nodes) == 1:
+        return
+    storage.mkdir(parents=True, exist_ok=True)
+    probe = storage / f".probe_{secrets.token_hex(8)}"
+    probe.touch()
+    try:
+        blind = [address for node, address in nodes.items() if not _is_seen(node, str(probe))]
+    finally:
+        probe.unlink()
+    if blind:
+        raise UserError(
+            f"train.storage {storage}: not the same folder on {', '.join(sorted(blind))} as where the run was started; give one that every"
+            " node has mounted"
+        )
+
+
+def _is_seen(node: str, path: str) -> bool:
+    here = NodeAffinitySchedulingStrategy(node, soft=False)
+    try:
+        return bool(ray.get(_exists.options(scheduling_strategy=here).remote(path), timeout=120))
+    except ray.exceptions.RayError:  # the node was lost meanwhile, or it does not answer; no storage will mend that
+        return True
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _exists(path: str) -> bool:
+    return os.path.exists(path)
 
 
 def decode_cpus(num_workers: int, cpus_per_worker: int, runs: int = 1) -> float:
@@ -125,12 +229,12 @@ def decode_cpus(num_workers: int, cpus_per_worker: int, runs: int = 1) -> float:
         runs: runs with as many workers that share the cluster.
 
     Raises:
-        UserError: if the workers leave none; they would wait for images for ever.
+        NoDecodeCpuError: if the workers leave none.
     """
     cpus, workers = ray.cluster_resources().get("CPU", 0.0), runs * num_workers
     free = cpus - workers * cpus_per_worker
     if free < 1:
-        raise UserError(
+        raise NoDecodeCpuError(
             f"{workers} workers x {cpus_per_worker} CPUs leave none of the cluster's {cpus:g} CPUs for decoding; lower"
             " resources.num_workers"
         )

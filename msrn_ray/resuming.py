@@ -11,10 +11,11 @@ from typing import Any
 
 from .config import ExperimentConfig, load_config
 from .errors import UserError
+from .run_state import CONFIG_FILE
 from .splits import Splits, fingerprint
 from .word_vectors import LEARNED
 
-CONFIG_FILE, DATA_FILE = "config.yaml", "data.json"
+DATA_FILE = "data.json"
 LIST_FILE = "checkpoint_manager_snapshot.json"  # Ray Train's list of the run's checkpoints, which it writes in place
 LIST_COPY = f".{LIST_FILE}"  # as it was before the last checkpoint; `NO_LIST` while there was none
 NO_LIST = "{}"

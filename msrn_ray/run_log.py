@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .checkpoint import BEST_FILE
+from .run_state import METRICS_FILE, read_history
 
-METRICS_FILE, CURVES_FILE, BAD_FILE = "metrics.jsonl", "curves.png", "bad_images.csv"
+CURVES_FILE, BAD_FILE = "curves.png", "bad_images.csv"
 _PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 _CURVES_SECONDS = 30.0  # between two drawings of the curves
 
@@ -41,7 +42,7 @@ class RunLog:
 
         self.folder = folder
         self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        self.history = _read_history(folder / METRICS_FILE)
+        self.history = read_history(folder / METRICS_FILE)
         self.best: tuple[float, str] | None = None
         self.test: dict[str, float] = {}
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
@@ -178,14 +179,6 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _read_history(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    whole = [json.loads(line) for line in lines if line.endswith("}")]  # a line cut by a kill ends otherwise
-    return [{name: math.nan if value is None else value for name, value in line.items()} for line in whole]
 
 
 def _write_history(path: Path, history: list[dict[str, Any]]) -> None:

@@ -12,9 +12,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +25,23 @@ import ray.train
 import ray.train.torch
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from .checkpoint import find_model_file, load_checkpoint
-from .config import ExperimentConfig
-from .errors import AccountingError, UserError
+from .config import ExperimentConfig, ResourceSettings
+from .errors import AccountingError, NoDecodeCpuError, UserError
 from .failures import Failures
 from .label_graph import LabelCounts
 from .materials import Materials, describe, gather_materials
-from .resources import Allocation, allocate, connect
-from .resuming import CONFIG_FILE, DATA_FILE, check_batch, check_data, check_list, check_resumable, describe_data
+from .resources import Allocation, allocate, check_shared, connect
+from .resuming import DATA_FILE, check_batch, check_data, check_list, check_resumable, describe_data
 from .run_log import RunLog
+from .run_state import CONFIG_FILE, FAILURE_FILE, check_stopped, kept_state
 from .saving import SCORE
 from .watchdog import Watchdog
 from .word_vectors import LEARNED
 from .worker import train_loop_per_worker
-
-FAILURE_FILE = "failure.txt"
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,7 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
     folder = Path(config.train.storage) / name
     if resume:
         check_resumable(folder, config)
+        check_stopped(folder)
     if not resume and folder.exists():
         raise UserError(f"{folder} exists already; give another train.run_name, or --resume {folder}")
     materials = gather_materials(config)
@@ -255,7 +257,7 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
     connect(config.resources)
     allocation = allocate(config.resources)
     try:
-        log, _ = run_in_folder(config, place(materials, data), allocation)
+        log, _ = run_in_folder(config, place(materials, data), allocation, fresh=not resume)
     except KeyboardInterrupt:
         print(f"interrupted; go on with: msrn train --resume {folder}", file=sys.stderr)
         raise
@@ -272,11 +274,14 @@ def run_in_folder(
     placed: Placed,
     allocation: Allocation,
     callbacks: Sequence[ray.train.UserCallback] = (),
+    *,
+    fresh: bool = False,
 ) -> tuple[RunLog, ray.train.Result]:
     """Trains into the run folder `train.storage`/`train.run_name`: keeps its files and ends workers that hang.
 
     Args:
         config, placed, allocation, callbacks: see `build_trainer`.
+        fresh: the folder must not be there yet.
 
     Returns:
         The run's log, and what Ray Train says of the run.
@@ -288,7 +293,8 @@ def run_in_folder(
     assert config.train.run_name is not None
     folder = Path(config.train.storage) / config.train.run_name
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        check_shared(folder.parent)
+        folder.mkdir(parents=True, exist_ok=not fresh)
         config.save(folder / f".{CONFIG_FILE}")
         os.replace(folder / f".{CONFIG_FILE}", folder / CONFIG_FILE)
         (folder / f".{DATA_FILE}").write_text(json.dumps(placed.data, indent=2) + "\n", encoding="utf-8")
@@ -297,15 +303,16 @@ def run_in_folder(
     except OSError as error:
         raise UserError(f"train.storage {folder}: cannot be written ({error.strerror})") from None
     log = RunLog(folder)
-    events = Queue(actor_options={"num_cpus": 0})
+    here = NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=False
+    )  # else it is lost with another node
+    events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     watchdog = Watchdog(config.train.hang_minutes, log.say)
     try:
         try:
-            with listening(events, log, watchdog):
-                trainer = build_trainer(
-                    config, placed, allocation, run_name=folder.name, events=events, callbacks=callbacks
-                )
-                result = run_trainer(trainer)
+            with kept_state(folder), listening(events, log, watchdog):
+                build = partial(build_trainer, config, placed, run_name=folder.name, events=events, callbacks=callbacks)
+                result = _run_elastic(build, config.resources, allocation)
         except ray.train.TrainingFailedError:
             if watchdog.verdict is None:
                 raise
@@ -315,6 +322,19 @@ def run_in_folder(
             (folder / FAILURE_FILE).write_text(f"{error}\n", encoding="utf-8")
         raise
     return log, result
+
+
+def _run_elastic(
+    build: Callable[[Allocation], TorchTrainer], settings: ResourceSettings, allocation: Allocation
+) -> ray.train.Result:
+    """`run_trainer`, again with fewer workers where a lost node leaves as many CPUs as workers: Ray Train would take them all."""
+    while True:
+        try:
+            return run_trainer(build(allocation))
+        except NoDecodeCpuError:
+            before, allocation = allocation, allocate(settings)
+            if before.elastic is None or allocation.num_workers >= before.elastic[1]:
+                raise
 
 
 def run_trainer(trainer: TorchTrainer) -> ray.train.Result:

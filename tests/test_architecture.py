@@ -17,6 +17,7 @@ import msrn_ray
 PACKAGE = Path(msrn_ray.__file__).parent
 ROOT = PACKAGE.parent
 RAY_MODULES = {
+    "cluster_check",
     "inspection",
     "pipeline",
     "prepare",

@@ -25,7 +25,18 @@ from msrn_ray.presets import PRESETS
 
 from .tiny import make_coco, make_photo, make_tiny_checkpoint
 
-SUBCOMMANDS = ("train", "evaluate", "predict", "prepare", "graph", "doctor", "presets", "import-official")
+SUBCOMMANDS = (
+    "train",
+    "evaluate",
+    "predict",
+    "prepare",
+    "graph",
+    "doctor",
+    "runs",
+    "cluster",
+    "presets",
+    "import-official",
+)
 
 
 class Done(NamedTuple):
@@ -128,7 +139,12 @@ def described_options(name: str) -> list[tuple[str, str]]:
 
 
 OWN_OPTIONS = {
-    "train": {"--config": "Start from this saved YAML or JSON", "--resume": "Go on with this run folder"},
+    "train": {
+        "--config": "Start from this saved YAML or JSON",
+        "--resume": "Go on with this run folder",
+        "--or-resume": "Where there is a run of this `--train.run-name` already",
+        "--no-or-resume": "Where there is a run",
+    },
     "evaluate": {
         "PATH": "Checkpoint folder, its model.pt, or a run folder",
         "--split": "Which part of the data set to score.",
@@ -160,6 +176,8 @@ OWN_OPTIONS = {
         "--out": "Write the report, with thumbnails",
         "--protocol": "How the data set is split",
     },
+    "runs": {"PATH": "Folder of the runs"},
+    "cluster": {"{check}": "What to do", "PATH": "cluster/gpu.yaml", "--num-workers": "Workers of the preset"},
     "presets": {},
     "import-official": {
         "PATH": "The authors' .pth.tar.",
@@ -435,6 +453,30 @@ def test_resume_goes_on_with_the_runs_config(cli: Cli, trained: list[Trained], t
     assert cli("train", "--resume", run, "--train.epochs", "50").code == 0
     longer = saved.with_overrides({"train.epochs": 50})
     assert trained == [Trained(saved, True), Trained(longer, True)]
+
+
+def test_a_job_that_is_submitted_again_resumes_itself(cli: Cli, trained: list[Trained], tmp_path: Path) -> None:
+    job = ("train", "voc2007", "--or-resume", "--train.storage", tmp_path / "store")
+    done = cli(*job)
+    assert done.code == 2
+    assert "--or-resume: name the run with --train.run-name" in done.err
+    assert cli(*job, "--train.run-name", "run").code == 0
+    (tmp_path / "store/run").mkdir(parents=True)
+    assert cli(*job, "--train.run-name", "run").code == 0
+    assert cli(*job, "--train.run-name", "other").code == 0
+    assert [one.resume for one in trained] == [False, True, False]
+
+
+def test_runs_are_listed(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "store/a-run").mkdir(parents=True)
+    ExperimentConfig().save(tmp_path / "store/a-run/config.yaml")
+    done = cli("runs", tmp_path / "store")
+    assert (done.code, done.err) == (0, "")
+    assert [line.split()[:3] for line in done.out.splitlines()] == [
+        ["run", "state", "epoch"],
+        ["a-run", "unknown", "0/40"],
+    ]
+    assert "runs: no folder; give the train.storage" in cli("runs").err
 
 
 @pytest.fixture

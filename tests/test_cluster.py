@@ -1,25 +1,269 @@
-"""The cluster files pass Ray's own checks."""
+"""The files for `ray up`: complete, closed to others, with the project's versions; and what `ray job submit` uploads. No Ray is started."""
 
 from __future__ import annotations
 
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import requires
 from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
 
+import pytest
+import ray
 import yaml
-from ray.autoscaler._private.util import prepare_config, validate_config
+from packaging.requirements import Requirement
+from ray._private.runtime_env.packaging import create_package
 
-GPU_YAML = Path(__file__).resolve().parents[1] / "cluster" / "gpu.yaml"
+from msrn_ray.__main__ import main
+from msrn_ray.cluster_check import (
+    PLACEHOLDER,
+    check_cluster,
+    check_preset,
+    machine_resources,
+    most_resources,
+    read_cluster,
+)
+from msrn_ray.errors import UserError
+from msrn_ray.presets import PRESETS
+
+ROOT = Path(__file__).resolve().parents[1]
+GPU_YAML, LOCAL_YAML = ROOT / "cluster/gpu.yaml", ROOT / "cluster/local.yaml"
+Change = Callable[[dict[str, Any]], object]
 
 
-def test_gpu_yaml_passes_rays_schema() -> None:
-    config = prepare_config(yaml.safe_load(GPU_YAML.read_text()))
-    validate_config(config)
-    assert config["available_node_types"][config["head_node_type"]]["resources"] == {"CPU": 0}
+@pytest.fixture(autouse=True)
+def at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In the project's folder, as `ray up` is called, with a token in the home folder."""
+    (tmp_path / "home/.ray").mkdir(parents=True)
+    (tmp_path / "home/.ray/auth_token").write_text("secret")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(ROOT)
 
 
-def test_a_misspelt_key_would_be_found() -> None:
-    import jsonschema
-    import pytest
+def filled_in(path: Path, folder: Path, change: Change | None = None) -> Path:
+    """A copy of a cluster file as a user leaves it."""
+    text = path.read_text(encoding="utf-8")
+    for kind, own in (("ami", "0abc"), ("fs", "0def"), ("HEAD", "10.0.0.1"), ("WORKER", "10.0.0.2"), ("USER", "me")):
+        prefix = f"{kind}-" if kind.islower() else ""
+        text = text.replace(f"{kind}-{PLACEHOLDER}", prefix + own)
+    content = yaml.safe_load(text)
+    if change is not None:
+        change(content)
+    copy = folder / path.name
+    copy.write_text(yaml.safe_dump(content))
+    return copy
 
-    config = prepare_config(yaml.safe_load(GPU_YAML.read_text()) | {"max_worker": 3})
-    with pytest.raises(jsonschema.ValidationError, match="max_worker"):
-        validate_config(config)
+
+@pytest.mark.parametrize(
+    ("file", "places"),
+    [
+        (GPU_YAML, ["metadata.image", "metadata.mount"]),
+        (LOCAL_YAML, ["metadata.head", "metadata.workers", "metadata.user"]),
+    ],
+)
+def test_what_a_user_must_change_is_named_and_nothing_else_is_wrong(
+    file: Path, places: list[str], tmp_path: Path
+) -> None:
+    """Each place once, at the top of the file, though the rest of it repeats them."""
+    findings = check_cluster(file)
+    assert [line.split(":")[0] for line in findings] == places
+    assert all("still says" in line and PLACEHOLDER in line for line in findings)
+    assert check_cluster(filled_in(file, tmp_path)) == []
+    text = file.read_text(encoding="utf-8")
+    assert text.rindex(PLACEHOLDER) < text.index("\ncluster_name:"), "all at the top"
+
+
+def test_a_placeholder_further_down_is_found_too(tmp_path: Path) -> None:
+    copy = filled_in(GPU_YAML, tmp_path, lambda config: config["setup_commands"].append(f"mount {PLACEHOLDER}:/ /x"))
+    assert check_cluster(copy) == [f"setup_commands: still says {PLACEHOLDER}:/; put your own there"]
+
+
+def in_all(config: dict[str, Any], old: str, new: str) -> None:
+    for field in [name for name in config if name.endswith("_commands")]:
+        config[field] = [line.replace(old, new) for line in config[field]]
+
+
+def in_type(name: str, **machine: Any) -> Change:
+    return lambda config: config["available_node_types"][name]["node_config"].update(machine)
+
+
+def open_port(first: int, last: int, source: str) -> Change:
+    rule = {"FromPort": first, "ToPort": last, "IpProtocol": "TCP", "IpRanges": [{"CidrIp": source}]}
+    return lambda config: config["provider"].update(security_group={"GroupName": "x", "IpPermissions": [rule]})
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        (GPU_YAML, lambda c: c.update(max_worker=3), ["max_worker"]),
+        (GPU_YAML, lambda c: c.update(max_workers="three"), ["max_workers: 'three' is not of type 'integer'"]),
+        (GPU_YAML, lambda c: c.update(head_node_type="hed"), ["head_node_type"]),
+        (GPU_YAML, lambda c: c.update(max_workers=0) or c["available_node_types"]["decode"].update(min_workers=1), ["max_workers"]),
+        (LOCAL_YAML, lambda c: c["provider"].pop("head_ip"), ["head_ip"]),
+        (LOCAL_YAML, lambda c: in_all(c, "RAY_enable_autoscaler_v2=0", ""), ["RAY_enable_autoscaler_v2=0", "never starts"]),
+        (
+            GPU_YAML,
+            lambda c: in_all(c, "RAY_AUTH_MODE=token", "X=1"),
+            ["head_start_ray_commands: add `export RAY_AUTH_MODE=token", "worker_start_ray_commands: add `export RAY_AUTH"],
+        ),
+        (GPU_YAML, lambda c: c["file_mounts"].pop("~/.ray/auth_token"), ["file_mounts: add `~/.ray/auth_token"]),
+        (
+            GPU_YAML,
+            lambda c: Path("~/.ray/auth_token").expanduser().unlink(),
+            ["file_mounts.~/.ray/auth_token: ~/.ray/auth_token is not there; make it with `ray get-auth-token --generate`"],
+        ),
+        (LOCAL_YAML, lambda c: in_all(c, "127.0.0.1", "0.0.0.0"), ["--dashboard-host=0.0.0.0", "ray dashboard"]),
+        (GPU_YAML, lambda c: in_all(c, "--autoscaling-config", "--x"), ["add --autoscaling-config"]),
+        (GPU_YAML, open_port(8265, 8265, "0.0.0.0/0"), ["ports 8265 to 8265 are open to everyone"]),
+        (GPU_YAML, open_port(0, 65535, "0.0.0.0/0"), ["ports 0 to 65535"]),
+        (GPU_YAML, lambda c: in_all(c, "ray[default,train,tune,data]==2.60.0", "ray"), ["install ray in one version"]),
+        (LOCAL_YAML, lambda c: in_all(c, "torch==2.14.1", "torch>=2"), ["install torch in one version"]),
+        (GPU_YAML, lambda c: in_all(c, "torch==2.14.1", "torch==1.9.0"), ["torch==1.9.0, but the project needs >=2.9"]),
+        (GPU_YAML, lambda c: in_all(c, "==2.60.0", "==2.61.0"), [f"ray==2.61.0, but `ray up` here is {ray.__version__}"]),
+        (GPU_YAML, lambda c: c["rsync_exclude"].remove(".venv"), ["rsync_exclude: add .venv"]),
+        (GPU_YAML, in_type("head", InstanceMarketOptions={"MarketType": "spot"}), ["head must not be a spot"]),
+        (GPU_YAML, lambda c: c["provider"].pop("cache_stopped_nodes"), ["cache_stopped_nodes: must be false"]),
+        (GPU_YAML, in_type("gpu_spot", ImageId=""), ["gpu_spot: add node_config.ImageId"]),
+        (
+            GPU_YAML,
+            in_type("gpu_on_demand", InstanceType="g5.12xlarge"),
+            ["gpu_on_demand: resources say 16 CPUs and 1 GPUs, a g5.12xlarge has 48 and 4"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_would_go_wrong_is_told_before(file: Path, change: Change, words: list[str], tmp_path: Path) -> None:
+    findings = check_cluster(filled_in(file, tmp_path, change))
+    assert [word for word in words if not any(word in line for line in findings)] == [], findings
+    assert len(findings) <= len(words), "nothing else"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [open_port(22, 22, "0.0.0.0/0"), open_port(8265, 8265, "192.0.2.7/32"), in_type("decode", InstanceType="x1.new")],
+)
+def test_what_is_allowed(change: Change, tmp_path: Path) -> None:
+    assert check_cluster(filled_in(GPU_YAML, tmp_path, change)) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read"),
+        ("a: [", "not YAML"),
+        ("- 1", "names no provider"),
+        ("provider: aws", "names no provider"),
+    ],
+)
+def test_what_is_no_cluster_file(content: str | None, words: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "x.yaml").write_text(content)
+    with pytest.raises(UserError, match=words):
+        check_cluster(tmp_path / "x.yaml")
+
+
+def test_the_machines_are_what_their_maker_says() -> None:
+    """Against the list of AWS's machines that moto ships."""
+    moto = pytest.importorskip("moto", reason="moto[server] is not installed")
+    types = json.loads(
+        gzip.decompress((Path(moto.__file__).parent / "ec2/resources/instance_types.json.gz").read_bytes())
+    )
+    compared = 0
+    for name, said in types.items():
+        ours = machine_resources(name)
+        if ours is not None:
+            compared += 1
+            gpus = sum(one["Count"] for one in said.get("GpuInfo", {}).get("Gpus", []))
+            assert ours == {"CPU": said["VCpuInfo"]["DefaultVCpus"], "GPU": gpus}, name
+    assert compared > 50
+    assert machine_resources("g5.large") is machine_resources("quantum.2xlarge") is None
+
+
+def test_spot_and_on_demand_machines_stand_in_for_each_other(tmp_path: Path) -> None:
+    """4 GPU machines at most, not 8, of one kind or the other; the spot ones first."""
+    file = filled_in(GPU_YAML, tmp_path)
+    assert most_resources(read_cluster(file)) == (64.0, 4)
+    kinds = read_cluster(file)["available_node_types"]
+    spot, other = kinds["gpu_spot"], kinds["gpu_on_demand"]
+    assert spot.pop("priority") > other.get("priority", 0)
+    assert spot["node_config"].pop("InstanceMarketOptions") == {"MarketType": "spot"}
+    assert spot == other
+    more = filled_in(GPU_YAML, tmp_path, lambda c: c["available_node_types"]["decode"].update(max_workers=2))
+    assert most_resources(read_cluster(more)) == (96.0, 4)
+
+
+def test_what_a_preset_gets(tmp_path: Path) -> None:
+    file, config = filled_in(GPU_YAML, tmp_path), PRESETS["coco2014"].config
+    assert check_preset(file, config) == (
+        "coco2014: 4 workers with a GPU each, 4 images a step each, and 15 CPUs a worker that decode"
+    )
+    with pytest.raises(UserError, match=r"num_workers=5 needs as many GPUs, .*gpu\.yaml at its largest has 4"):
+        check_preset(file, config.with_overrides({"resources.num_workers": 5}))
+    with pytest.raises(UserError, match=r"train\.batch_size=2 leaves some of 4 workers without an image"):
+        check_preset(file, config.with_overrides({"train.batch_size": 2}))
+    with pytest.raises(UserError, match="machines of your own do not say"):
+        check_preset(filled_in(LOCAL_YAML, tmp_path), config)
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*argv: str | Path) -> int:
+        monkeypatch.setattr(sys, "argv", ["msrn", "cluster", "check", *map(str, argv)])
+        try:
+            main()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        return 0
+
+    assert run(GPU_YAML, "coco2014") == 1
+    assert f"{GPU_YAML}: metadata.image: still says ami-{PLACEHOLDER}" in capsys.readouterr().out
+    good = filled_in(GPU_YAML, tmp_path)
+    assert run(good, "coco2014", "--num-workers", "2") == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"{good}: nothing wrong is seen"
+    assert run(good, "coco2014", "--num-workers", "7") == 2
+    assert "at its largest has 4" in capsys.readouterr().err
+
+
+def test_the_versions_are_those_that_were_tested() -> None:
+    """On the machines, and in pyproject: what is installed here, for both files alike."""
+    for file in (GPU_YAML, LOCAL_YAML):
+        text = file.read_text(encoding="utf-8")
+        for requirement in map(Requirement, requires("msrn-ray") or []):
+            if f"{requirement.name}==" in text:
+                version = text.split(f"{requirement.name}==")[1].split()[0].strip("'")
+                assert requirement.specifier.contains(version)
+
+
+def test_what_a_job_uploads_is_the_code_and_nothing_else(tmp_path: Path) -> None:
+    """Ray's own packaging of `--working-dir .`, in a folder in which one has worked."""
+    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if names.returncode:
+        pytest.skip("not a git checkout")
+    work = tmp_path / "work"
+    for name in names.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, work / name)
+    heavy = [".venv/lib/big.so", "runs/coco/epoch_0001_a/model.pt", ".git/objects/pack/x.pack", "label_graph.png"]
+    heavy += ["msrn_ray/__pycache__/x.pyc", "msrn_ray.egg-info/PKG-INFO", "search/best.db", "coco/train2014/1.jpg"]
+    for name in heavy:
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_bytes(b"\0" * 100)
+    (work / "my.yaml").write_text("train: {epochs: 3}")
+    package = tmp_path / "package.zip"
+    create_package(str(work), package, include_gitignore=True, excludes=[], include_parent_dir=False)
+    packed = set(ZipFile(package).namelist())
+    assert {"msrn_ray/worker.py", "msrn_ray/doctor.html", "pyproject.toml", "tuning/search.py"} <= packed
+    assert packed & set(heavy) == set()
+    assert {name.split("/")[0] for name in packed} == {
+        "msrn_ray",
+        "tuning",
+        "cluster",
+        "pyproject.toml",
+        "README.md",
+        "my.yaml",
+    }
+    assert package.stat().st_size < 2_000_000

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ray.cluster_utils import Cluster
 
 from msrn_ray import trainer
 from msrn_ray.checkpoint import load_checkpoint
@@ -23,7 +24,7 @@ from msrn_ray.resuming import resume_config
 from msrn_ray.splits import load_splits
 from msrn_ray.trainer import TrainResult, train
 
-from .recorded_run import Kill, Record, read_record, recording
+from .recorded_run import Kill, Place, Record, read_record, recording
 from .test_train import assert_same_weights, coco_copy, small_config
 from .tiny import make_coco
 
@@ -128,6 +129,29 @@ def test_a_killed_rank_costs_only_the_steps_since_the_last_checkpoint(
     assert {path.name for path in killed.run_folder.glob("*epoch_*")} <= kept, "nothing saved within an epoch is left"
 
 
+def start_driver(config: ExperimentConfig, record: Path, **environment: str) -> subprocess.Popen[str]:
+    """A recorded run with a driver of its own, on a cluster of its own unless RAY_ADDRESS is given."""
+    record.mkdir()
+    config.save(record.with_suffix(".yaml"))
+    inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.recorded_run", str(record.with_suffix(".yaml")), str(record)],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=inherited | environment,
+    )
+
+
+def wait_for_step(driver: subprocess.Popen[str], record: Path, place: Place) -> None:
+    deadline = time.monotonic() + 200
+    while not any(str(list(place)) in file.read_text() for file in record.glob("*.jsonl")):
+        assert driver.poll() is None, driver.communicate()[0]
+        assert time.monotonic() < deadline, "the run did not get so far"
+        time.sleep(0.02)
+
+
 @pytest.fixture(scope="module")
 def interrupted(
     local_ray: None, scenes: Path, tmp_path_factory: pytest.TempPathFactory
@@ -137,26 +161,11 @@ def interrupted(
     Gives the result, what was recorded at the kill, and what in the end.
     """
     folder = tmp_path_factory.mktemp("driver")
-    config = config_of(scenes, folder, **COMPARABLE)
-    config.save(folder / "start.yaml")
     record = folder / "record"
-    record.mkdir()
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.recorded_run", str(folder / "start.yaml"), str(record)],
-        cwd=Path(__file__).parents[1],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    deadline = time.monotonic() + 200
-    while not any("[0, 4]" in file.read_text() for file in record.glob("*.jsonl")):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "the run did not get so far"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    driver = start_driver(config_of(scenes, folder, **COMPARABLE), record)
+    wait_for_step(driver, record, (0, 4))
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate(timeout=60)
     time.sleep(2)  # workers die with their cluster; they must not write any more
     before = read_record(record)
     resumed = resume_config(folder / "run").with_overrides({"resources.num_workers": 1})
@@ -222,6 +231,27 @@ def test_bad_images_one_that_is_gone_and_workers_as_many_as_there_is_room_for(
     reasons = {row["uri"]: row["reason"] for row in rows}
     assert "No such file" in reasons[uris[17]]
     assert reasons[uris[3]] == "not an image of a known format"
+
+
+def test_a_node_that_dies_leaves_as_many_cpus_as_workers(scenes: Path, tmp_path: Path) -> None:
+    """Three workers on four CPUs; two CPUs are left, so one worker goes on, and one CPU decodes for it."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        node = cluster.add_node(num_cpus=2)
+        cluster.wait_for_nodes()
+        record = tmp_path / "record"
+        config = config_of(scenes, tmp_path, **{"resources.num_workers": "1..3", "train.epochs": 1})
+        driver = start_driver(config, record, RAY_ADDRESS=cluster.address)
+        wait_for_step(driver, record, (0, 3))
+        cluster.remove_node(node, allow_graceful=False)
+        told = driver.communicate(timeout=200)[0]
+        assert driver.returncode == 0, told
+    finally:
+        cluster.shutdown()
+    after = read_record(record)
+    assert_every_image_once(after, epochs=1)
+    assert [world for _, world in after.starts] == [3, 1]
+    assert after.starts[1][0] >= (0, 2), "the run went on within the epoch"
 
 
 def test_one_image_and_more_workers_than_images(local_ray: None, tmp_path: Path) -> None:

@@ -14,11 +14,14 @@ from msrn_ray.errors import UserError
 from msrn_ray.resources import Allocation, allocate, connect, decode_cpus, default_workers
 from msrn_ray.trainer import scaling
 
+STATE = ray._private.state.state  # knows how far a cluster can grow; None: it does not
+
 
 def cluster(monkeypatch: pytest.MonkeyPatch, *, cpus: float, gpus: float | None = None, cores: int = 16) -> None:
     """Pretends to be connected to a cluster, from a machine with `cores`."""
     there = {"CPU": cpus} | ({} if gpus is None else {"GPU": gpus})
     monkeypatch.setattr(ray, "cluster_resources", lambda: there)
+    monkeypatch.setattr(STATE, "get_max_resources_from_cluster_config", lambda: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
 
 
@@ -80,6 +83,76 @@ def test_more_than_there_is_is_refused_with_both_numbers(
     with pytest.raises(UserError) as caught:
         allocate(ResourceSettings(**settings))
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+class Growing:
+    """A cluster that starts the machines that are asked for one by one, each time that somebody looks, up to `most`.
+
+    Attributes:
+        asked: what was asked for, in turn; the last one counts.
+    """
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, now: dict[str, float], most: dict[str, int], works: bool = True
+    ):
+        self.now, self.most, self.works = dict(now), most, works
+        self.asked: list[list[dict[str, int]]] = []
+        self.clock = 0.0
+        monkeypatch.setattr(STATE, "get_max_resources_from_cluster_config", lambda: most)
+        monkeypatch.setattr(ray, "cluster_resources", lambda: dict(self.now))
+        monkeypatch.setattr(ray.autoscaler.sdk, "request_resources", lambda bundles: self.asked.append(bundles))
+        monkeypatch.setattr("msrn_ray.resources.time.sleep", self.sleep)
+        monkeypatch.setattr("msrn_ray.resources.time.monotonic", lambda: self.clock)
+
+    def sleep(self, seconds: float) -> None:
+        self.clock += seconds
+        if self.asked and self.asked[-1] and self.works:
+            self.now["GPU"] = min(self.now.get("GPU", 0) + 1, sum(one.get("GPU", 0) for one in self.asked[-1]))
+            self.now["CPU"] = 16 * self.now["GPU"]
+
+
+def test_a_cluster_that_grows_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From no machine but the head to three with a GPU each; the request is withdrawn then, or they would stay for ever."""
+    growing = Growing(monkeypatch, {"CPU": 0.0}, {"CPU": 64, "GPU": 4})
+    assert allocate(ResourceSettings(num_workers=3)) == Allocation(3, True, 1)
+    assert growing.asked == [[{"CPU": 1, "GPU": 1}] * 3 + [{"CPU": 1}], []]
+    assert growing.clock == 3
+    assert capsys.readouterr().out == "waiting for machines for 3 workers; the cluster has 0 CPUs and 0 GPUs now\n"
+    assert allocate(ResourceSettings(num_workers="2..4")) == Allocation(3, True, 1, (2, 4))
+    assert len(growing.asked) == 2, "there are enough already"
+
+
+def test_what_never_comes_is_an_error_with_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    growing = Growing(monkeypatch, {"CPU": 16.0, "GPU": 1.0}, {"CPU": 64, "GPU": 4}, works=False)
+    with pytest.raises(
+        UserError, match=r"num_workers=2 needs as many GPUs, after resources\.wait_minutes=3 the cluster has 1;"
+    ):
+        allocate(ResourceSettings(num_workers=2, wait_minutes=3))
+    assert 180 <= growing.clock < 190
+    assert growing.asked[-1] == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_workers": 5}, r"num_workers=5 needs as many GPUs, the cluster at its largest has 4"),
+        ({"num_workers": "5..8"}, r"num_workers=5\.\.8 needs as many GPUs, the cluster at its largest has 4"),
+        (
+            {"num_workers": 4, "cpus_per_worker": 16},
+            r"num_workers=4 x 16 CPUs, .* the cluster at its largest has 64 CPUs",
+        ),
+        ({}, r"has 0 GPUs now and can grow to 4; say with resources\.num_workers"),
+    ],
+)
+def test_more_than_a_cluster_can_grow_to_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], words: str
+) -> None:
+    growing = Growing(monkeypatch, {"CPU": 0.0}, {"CPU": 64, "GPU": 4})
+    with pytest.raises(UserError, match=words):
+        allocate(ResourceSettings(**settings))
+    assert (growing.clock, growing.asked) == (0, [])
 
 
 def test_a_range_is_left_to_ray_train_and_a_number_is_not() -> None:
@@ -188,7 +261,7 @@ def test_the_machines_own_cluster(
     connect(ResourceSettings(**settings))
     (call,) = started
     assert (call["address"], call["num_cpus"], call["include_dashboard"]) == ("local", num_cpus, False)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(num_cpus), "GPU": float(gpus)})
+    cluster(monkeypatch, cpus=num_cpus, gpus=gpus)
     allocate(ResourceSettings(**settings))  # what was started is enough
 
 

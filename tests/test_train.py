@@ -315,6 +315,6 @@ def test_too_many_bad_images_stop_the_run_and_are_named(
 def test_more_workers_than_the_cluster_has_is_an_error_not_a_wait(
     local_ray: None, scenes: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"num_workers=40.*cluster's 6 CPUs"):
+    with pytest.raises(UserError, match=r"num_workers=40.*cluster has 6 CPUs"):
         train(small_config(scenes, tmp_path / "runs", **{"resources.num_workers": 40}))
     assert not (tmp_path / "runs").exists()

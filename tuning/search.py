@@ -25,7 +25,8 @@ from msrn_ray.config import ExperimentConfig, ResourceSettings
 from msrn_ray.errors import UserError
 from msrn_ray.materials import Materials, gather_materials
 from msrn_ray.resources import Allocation, allocate, connect, usable_cores
-from msrn_ray.resuming import CONFIG_FILE, check_batch, describe_data, flatten
+from msrn_ray.resuming import check_batch, describe_data, flatten
+from msrn_ray.run_state import CONFIG_FILE
 from msrn_ray.trainer import absolute_paths, place
 from tuning.desk import open_desk
 from tuning.options import Search

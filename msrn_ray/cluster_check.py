@@ -1,0 +1,254 @@
+"""Whether a file for `ray up` will give the cluster that a run needs; what it finds wrong is told before a machine is paid for."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from importlib.metadata import requires
+from pathlib import Path
+from typing import Any
+
+import click
+import jsonschema
+import ray
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from .config import ExperimentConfig
+from .errors import UserError
+from .resources import fit
+
+PLACEHOLDER = "CHANGE-ME"
+_PINNED = (
+    "ray",
+    "torch",
+    "torchvision",
+    "numpy",
+    "pyarrow",
+)  # what machines that join later must have in the same version
+_EXCLUDED = (".git", ".venv", "runs")  # gigabytes that no machine needs
+_PIN = re.compile(r"(?<![\w.-])([A-Za-z][\w.-]*)(?:\[[\w,]+\])?==([\w.]+)")
+_OPEN_TO_ALL = ("0.0.0.0/0", "::/0")
+_SIZES = {"large": 2, "xlarge": 4} | {f"{factor}xlarge": 4 * factor for factor in (2, 4, 8, 12, 16, 24, 32, 48)}
+_GPUS = {  # machines of AWS with GPUs: how many each size has
+    "g4dn": {"xlarge": 1, "2xlarge": 1, "4xlarge": 1, "8xlarge": 1, "12xlarge": 4, "16xlarge": 1},
+    "g5": {
+        "xlarge": 1,
+        "2xlarge": 1,
+        "4xlarge": 1,
+        "8xlarge": 1,
+        "12xlarge": 4,
+        "16xlarge": 1,
+        "24xlarge": 4,
+        "48xlarge": 8,
+    },
+    "g6": {
+        "xlarge": 1,
+        "2xlarge": 1,
+        "4xlarge": 1,
+        "8xlarge": 1,
+        "12xlarge": 4,
+        "16xlarge": 1,
+        "24xlarge": 4,
+        "48xlarge": 8,
+    },
+    "p4d": {"24xlarge": 8},
+    "p5": {"48xlarge": 8},
+}
+_CPU_FAMILIES = ("c5", "c6i", "c7i", "m5", "m6i", "m7i", "r5", "r6i")
+
+
+def check_cluster(path: Path) -> list[str]:
+    """What is wrong with a cluster file, a line for each finding with its field and the mend; none: `ray up` can be tried.
+
+    Raises:
+        UserError: if the file is missing or not YAML.
+    """
+    raw = read_cluster(path)
+    findings = list(_placeholders(raw))
+    logging.disable()  # Ray prints what it raises, too
+    try:
+        config = prepare_config(raw)
+        validate_config(config)
+    except jsonschema.ValidationError as error:
+        place = ".".join(map(str, error.absolute_path))
+        return [*findings, f"{place or 'the file'}: {error.message.splitlines()[0]}"]
+    except (ValueError, click.ClickException) as error:
+        return [*findings, f"Ray refuses it: {error}"]
+    finally:
+        logging.disable(logging.NOTSET)
+    return [*findings, *_versions(config), *_starts(config), *_openings(config), *_files(config), *_machines(config)]
+
+
+def read_cluster(path: Path) -> dict[str, Any]:
+    """The file's content.
+
+    Raises:
+        UserError: if it is missing, not YAML, or not a mapping with a provider.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if (
+        not isinstance(content, dict)
+        or not isinstance(content.get("provider"), dict)
+        or "type" not in content["provider"]
+    ):
+        raise UserError(f"{path}: not a file for `ray up`, it names no provider.type")
+    return content
+
+
+def check_preset(path: Path, config: ExperimentConfig) -> str:
+    """What an experiment gets of the cluster at its largest, in words.
+
+    Raises:
+        UserError: if that is not enough, with both numbers.
+    """
+    cpus, gpus = most_resources(read_cluster(path))
+    allocation = fit(config.resources, cpus, gpus, owner=f"{path} at its largest has")
+    if allocation.num_workers > config.train.batch_size:
+        raise UserError(
+            f"train.batch_size={config.train.batch_size} leaves some of {allocation.num_workers} workers without an image; raise it"
+        )
+    device = "a GPU" if allocation.use_gpu else f"{allocation.cpus_per_worker} CPUs"
+    left = (cpus - allocation.num_workers * allocation.cpus_per_worker) / allocation.num_workers
+    return (
+        f"{config.preset}: {allocation.num_workers} workers with {device} each, {config.train.batch_size / allocation.num_workers:g} images"
+        f" a step each, and {left:g} CPUs a worker that decode"
+    )
+
+
+def most_resources(raw: Mapping[str, Any]) -> tuple[float, int]:
+    """CPUs and GPUs of the cluster when all its machines are there.
+
+    Raises:
+        UserError: if the file does not say, as for machines of one's own.
+    """
+    if raw["provider"]["type"] != "aws":
+        raise UserError(
+            "machines of your own do not say in the file what they have; the run itself says when it is not enough"
+        )
+    kinds, head = raw["available_node_types"], raw["head_node_type"]
+    counts = {name: 1 if name == head else kind.get("max_workers", raw["max_workers"]) for name, kind in kinds.items()}
+    groups: dict[str, int] = {}  # kinds of the same machine stand in for each other
+    for name, kind in kinds.items():
+        key = str(kind["node_config"].get("InstanceType"))
+        groups[key] = max(groups.get(key, 0), counts[name])
+    first = {str(kind["node_config"].get("InstanceType")): kind["resources"] for kind in kinds.values()}
+    totals = [
+        sum(first[key].get(resource, 0) * number for key, number in groups.items()) for resource in ("CPU", "GPU")
+    ]
+    return float(totals[0]), int(totals[1])
+
+
+def _placeholders(tree: Any, place: str = "") -> Iterator[str]:
+    """Every value that still has to be changed, under the first name that it stands for."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _placeholders(value, f"{place}.{key}" if place else str(key))
+            if key == "metadata" and any(True for _ in _placeholders(value)):
+                return  # the rest of the file only refers to it
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _placeholders(value, place)
+    elif PLACEHOLDER in str(tree):
+        yield f"{place}: still says {next(word for word in str(tree).split() if PLACEHOLDER in word)}; put your own there"
+
+
+def _commands(config: Mapping[str, Any], *kinds: str) -> str:
+    return "\n".join(line for kind in kinds for line in config.get(kind) or [])
+
+
+def _versions(config: Mapping[str, Any]) -> Iterator[str]:
+    said = _commands(config, "setup_commands", "head_setup_commands", "worker_setup_commands")
+    pins: dict[str, str] = {canonicalize_name(name): version for name, version in _PIN.findall(said)}
+    if "pip install" not in said:
+        return  # the machines have an environment already; it is asked for its versions by nobody here
+    for requirement in map(Requirement, requires("msrn-ray") or []):
+        name = canonicalize_name(requirement.name)
+        if requirement.marker is not None or name not in {*_PINNED, *pins}:
+            continue
+        if name not in pins:
+            yield f"setup_commands: install {name} in one version (==), so that a machine that joins later has the same"
+        elif not requirement.specifier.contains(pins[name]):
+            yield f"setup_commands: {name}=={pins[name]}, but the project needs {requirement.specifier}"
+    if pins.get("ray", ray.__version__) != ray.__version__:
+        yield f"setup_commands: ray=={pins['ray']}, but `ray up` here is {ray.__version__}; both must be the same"
+
+
+def _starts(config: Mapping[str, Any]) -> Iterator[str]:
+    """The commands that start Ray."""
+    head, workers = (_commands(config, f"{kind}_start_ray_commands") for kind in ("head", "worker"))
+    for field, said in (("head_start_ray_commands", head), ("worker_start_ray_commands", workers)):
+        if "RAY_AUTH_MODE=token" not in said:
+            yield f"{field}: add `export RAY_AUTH_MODE=token;` before ray start, or whoever reaches the machine may run code on it"
+    if "--autoscaling-config" not in head:
+        yield "head_start_ray_commands: add --autoscaling-config=~/ray_bootstrap_config.yaml, or no other machine is started"
+    if config["provider"]["type"] == "local" and "RAY_enable_autoscaler_v2=0" not in head:
+        yield (
+            "head_start_ray_commands: add `export RAY_enable_autoscaler_v2=0;` before ray start; Ray's newer autoscaler never starts the"
+            " workers of provider local"
+        )
+
+
+def _openings(config: Mapping[str, Any]) -> Iterator[str]:
+    host = re.search(r"--dashboard-host[= ](\S+)", _commands(config, "head_start_ray_commands"))
+    if host is not None and host[1] not in ("127.0.0.1", "localhost"):
+        yield f"head_start_ray_commands: --dashboard-host={host[1]} shows the dashboard to others; say 127.0.0.1 and use `ray dashboard`"
+    for rule in config["provider"].get("security_group", {}).get("IpPermissions", []):
+        ranges = [
+            one.get("CidrIp", one.get("CidrIpv6")) for key in ("IpRanges", "Ipv6Ranges") for one in rule.get(key, [])
+        ]
+        ports = (rule.get("FromPort"), rule.get("ToPort"))
+        if set(ranges) & set(_OPEN_TO_ALL) and ports != (22, 22):
+            yield f"provider.security_group: ports {ports[0]} to {ports[1]} are open to everyone; only SSH (22) may be"
+
+
+def _files(config: Mapping[str, Any]) -> Iterator[str]:
+    if not any(target.endswith(".ray/auth_token") for target in config["file_mounts"]):
+        yield "file_mounts: add `~/.ray/auth_token: ~/.ray/auth_token`, or the machines refuse each other"
+    for target, source in config["file_mounts"].items():
+        place = Path(source).expanduser()
+        if not place.exists():
+            mend = "; make it with `ray get-auth-token --generate`" if target.endswith("auth_token") else ""
+            yield f"file_mounts.{target}: {source} is not there{mend}"
+        missing = [name for name in _EXCLUDED if name not in config["rsync_exclude"]] if place.is_dir() else []
+        if missing:
+            yield f"rsync_exclude: add {', '.join(missing)}, or they are copied to every machine"
+
+
+def _machines(config: Mapping[str, Any]) -> Iterator[str]:
+    if config["provider"]["type"] != "aws":
+        return
+    head = config["head_node_type"]
+    for name, kind in config["available_node_types"].items():
+        machine = kind["node_config"]
+        place = f"available_node_types.{name}"
+        market = machine.get("InstanceMarketOptions", {}).get("MarketType")
+        if market == "spot" and name == head:
+            yield f"{place}: the head must not be a spot machine, a run ends with it"
+        if market == "spot" and config["provider"].get("cache_stopped_nodes", True):
+            yield "provider.cache_stopped_nodes: must be false with spot machines, which cannot be stopped"
+        if not machine.get("ImageId"):
+            yield f"{place}: add node_config.ImageId; Ray's default image is too old for torch"
+        known = machine_resources(str(machine.get("InstanceType")))
+        said = {resource: kind["resources"].get(resource, 0) for resource in ("CPU", "GPU")}
+        if name != head and known is not None and known != said:
+            numbers = f"{said['CPU']} CPUs and {said['GPU']} GPUs"
+            yield f"{place}: resources say {numbers}, a {machine['InstanceType']} has {known['CPU']} and {known['GPU']}"
+
+
+def machine_resources(name: str) -> dict[str, int] | None:
+    """CPUs and GPUs of a machine of AWS; None where it is not one of the usual ones."""
+    family, _, size = name.partition(".")
+    if family in _CPU_FAMILIES and size in _SIZES:
+        return {"CPU": _SIZES[size], "GPU": 0}
+    if size not in _GPUS.get(family, {}):
+        return None
+    return {"CPU": _SIZES[size], "GPU": _GPUS[family][size]}

@@ -1,0 +1,213 @@
+"""Machines for tests of a cluster, made on this one: each a network, process and mount namespace with an SSH server of its own.
+
+Their traffic stays between them: they hang on a bridge that is in a namespace too, the one from which `ray up` is called. Each sees
+this machine's files, and its own changes to them; `SHARED` is one folder for all. Needs root, iproute2, openssh-server and rsync.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = "/mnt/msrn"  # on every machine
+PROGRAMS = ("ip", "unshare", "nsenter", "sshd", "ssh", "ssh-keygen", "rsync")
+
+_MACHINE = r"""
+set -eu
+base=$1; root=$base/root; address=$2; name=$3; key=$4; shared=$5; path=$6; home=$7
+mount --make-rprivate /
+mount -t tmpfs -o size=4g tmpfs $base
+mkdir $base/upper $base/work $root
+mount -t overlay overlay -o lowerdir=/,upperdir=$base/upper,workdir=$base/work $root
+mount --rbind /dev $root/dev
+mount -t tmpfs -o size=2g tmpfs $root/dev/shm
+mount -t proc proc $root/proc
+mount -t sysfs sysfs $root/sys
+mount -t tmpfs tmpfs $root/run
+mkdir -p $root/run/sshd $root/$home/.ssh $root/mnt/msrn
+rm -rf $root/tmp/ray $root/$home/.ray
+mount --bind $shared $root/mnt/msrn
+hostname $name
+printf '127.0.0.1 localhost\n%s %s\n' $address $name > $root/etc/hosts
+cp $key $root/$home/.ssh/id; cp $key.pub $root/$home/.ssh/authorized_keys
+chmod 700 $root/$home/.ssh; chmod 600 $root/$home/.ssh/*
+printf 'export PATH=%s:$PATH\n' $path >> $root/$home/.bashrc
+ssh-keygen -q -t ed25519 -N '' -f $root/run/sshd/host_key
+exec chroot $root /usr/sbin/sshd -D -e -h /run/sshd/host_key -o PermitRootLogin=yes -o StrictModes=no -o UsePAM=no -o UseDNS=no \
+  -o MaxSessions=50 -o MaxStartups=50 -o PidFile=none
+"""
+
+
+@dataclass
+class Host:
+    """One machine.
+
+    Attributes:
+        name: its host name.
+        address: on the bridge.
+        namespace: its network namespace.
+        init: its first process, by this machine's number; with it ends everything on the machine.
+    """
+
+    name: str
+    address: str
+    namespace: str
+    init: int
+
+    def run(self, command: str, timeout: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Runs a command line on the machine, in a login shell, with the output of both kinds as `stdout`."""
+        words = ["nsenter", f"--target={self.init}", "--mount", "--uts", "--net", "--pid", "--root", *_shell(command)]
+        done = subprocess.run(
+            words,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            cwd="/",
+        )
+        assert done.returncode == 0 or not check, f"{self.name}: {command}\n{done.stdout}"
+        return done
+
+    def processes(self, pattern: str) -> list[int]:
+        """Processes whose command line has the pattern, by the machine's numbers."""
+        return [int(word) for word in self.run(f"pgrep -f '{pattern}' || true").stdout.split()]
+
+    def cut_off(self) -> None:
+        """Takes the network away; nothing tells the others."""
+        subprocess.run(["ip", "-n", self.namespace, "link", "set", "eth0", "down"], check=True)
+
+    def join(self) -> None:
+        """Gives the network back."""
+        subprocess.run(["ip", "-n", self.namespace, "link", "set", "eth0", "up"], check=True)
+
+
+@dataclass
+class Hosts:
+    """All of them, the first one the head of a cluster.
+
+    Attributes:
+        machines: by number.
+        shared: `SHARED`, as it is called on this machine.
+        key: the private key that opens them.
+    """
+
+    machines: list[Host]
+    shared: Path
+    key: Path
+
+    def __getitem__(self, number: int) -> Host:
+        return self.machines[number]
+
+
+def missing() -> str | None:
+    """Why there can be no such machines here; None if there can."""
+    if os.geteuid() != 0:
+        return "test hosts need root"
+    absent = [program for program in PROGRAMS if _which(program) is None]
+    if absent:
+        return f"test hosts need {', '.join(absent)} (Debian: iproute2 util-linux openssh-server rsync)"
+    probe = f"msrn-probe-{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
+    if made.returncode:
+        return f"network namespaces cannot be made here ({made.stderr.strip()})"
+    subprocess.run(["ip", "netns", "del", probe], check=True)
+    return None
+
+
+@contextmanager
+def started(number: int) -> Iterator[Hosts]:
+    """Machines 10.77.0.2, 10.77.0.3, ...; all of them and their processes are gone at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="msrn-hosts-"))
+    key, shared, bridge = folder / "key", folder / "shared", f"msrn-{os.getpid()}-b"
+    machines: list[Host] = []
+    shells: list[subprocess.Popen[bytes]] = []
+    try:
+        shared.mkdir()
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+        _ip("netns", "add", bridge)
+        _ip("-n", bridge, "link", "add", "br0", "type", "bridge")
+        _ip("-n", bridge, "link", "set", "br0", "up")
+        for index in range(number):
+            address, namespace, name = f"10.77.0.{index + 2}", f"msrn-{os.getpid()}-{index}", f"host-{index}"
+            base = folder / name
+            base.mkdir()
+            _ip("netns", "add", namespace)
+            _ip("-n", namespace, "link", "set", "lo", "up")
+            _ip("-n", bridge, "link", "add", f"v{index}", "type", "veth", "peer", "name", "eth0", "netns", namespace)
+            _ip("-n", bridge, "link", "set", f"v{index}", "master", "br0", "up")
+            _ip("-n", namespace, "addr", "add", f"{address}/24", "dev", "eth0")
+            _ip("-n", namespace, "link", "set", "eth0", "up")
+            inside = [
+                "unshare",
+                "--mount",
+                "--pid",
+                "--uts",
+                "--ipc",
+                "--fork",
+                "--kill-child",
+                "bash",
+                "-c",
+                _MACHINE,
+                "machine",
+            ]
+            settings = [base, address, name, key, shared, Path(sys.executable).parent, Path.home()]
+            with (folder / f"{name}.log").open("wb") as log:
+                shell = subprocess.Popen(
+                    ["ip", "netns", "exec", namespace, *inside, *map(str, settings)],
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                )  # fmt: skip
+            shells.append(shell)
+            machines.append(Host(name, address, namespace, _first_process(shell, folder / f"{name}.log")))
+        yield Hosts(machines, shared, key)
+    finally:
+        for shell in shells:
+            shell.send_signal(signal.SIGKILL)  # its child goes with it, and with that one every process of the machine
+            shell.wait()
+        for host in machines:
+            subprocess.run(["ip", "netns", "del", host.namespace])
+        subprocess.run(["ip", "netns", "del", bridge])
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _first_process(shell: subprocess.Popen[bytes], log: Path) -> int:
+    """The machine's process 1, once its SSH server listens."""
+    end = time.monotonic() + 30
+    while "Server listening" not in log.read_text():
+        assert shell.poll() is None, f"a test host did not start: {log.read_text()}"
+        assert time.monotonic() < end, f"a test host does not come up: {log.read_text()}"
+        time.sleep(0.05)
+    return int(Path(f"/proc/{shell.pid}/task/{shell.pid}/children").read_text().split()[0])
+
+
+def _which(program: str) -> str | None:
+    return shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True)
+
+
+def _shell(command: str) -> list[str]:
+    return ["bash", "--login", "-c", f"cd; source ~/.bashrc; {command}"]
+
+
+def _environment() -> dict[str, str]:
+    """Nothing of this process's Ray reaches the machines."""
+    return {
+        "HOME": str(Path.home()),
+        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "LANG": "C.UTF-8",
+        "TERM": "dumb",
+    }
