@@ -235,13 +235,16 @@ def test_bad_images_one_that_is_gone_and_workers_as_many_as_there_is_room_for(
 
 def test_a_node_that_dies_leaves_as_many_cpus_as_workers(scenes: Path, tmp_path: Path) -> None:
     """Three workers on four CPUs; two CPUs are left, so one worker goes on, and one CPU decodes for it."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    soon = {"health_check_period_ms": 1000, "health_check_timeout_ms": 3000, "health_check_failure_threshold": 3}
+    head = {"num_cpus": 2, "include_dashboard": False, "_system_config": soon}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         node = cluster.add_node(num_cpus=2)
         cluster.wait_for_nodes()
         record = tmp_path / "record"
         config = config_of(scenes, tmp_path, **{"resources.num_workers": "1..3", "train.epochs": 1})
-        driver = start_driver(config, record, RAY_ADDRESS=cluster.address)
+        # Ray Train asks for as many workers as before once more, for 60 s by default
+        driver = start_driver(config, record, RAY_ADDRESS=cluster.address, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="20")
         wait_for_step(driver, record, (0, 3))
         cluster.remove_node(node, allow_graceful=False)
         told = driver.communicate(timeout=200)[0]
