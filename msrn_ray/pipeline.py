@@ -22,6 +22,7 @@ import ray.data
 import torch
 
 from . import distributed
+from .accounting import RECALLED
 from .config import DataSettings
 from .errors import UserError
 from .sampling import EvalPlan, TrainPlan
@@ -65,7 +66,8 @@ class BadImages:
 
     def add(self, image: BadImage) -> None:
         """Notes a row that is met."""
-        self.seen.setdefault(image.row, image)
+        if image.row not in self.seen or self.seen[image.row].reason == RECALLED:
+            self.seen[image.row] = image
         self.in_epoch.add(image.row)
 
     def gather(self) -> dict[int, BadImage]:
