@@ -174,7 +174,8 @@ class StopsRankOne(Watchdog):
 
     def hear(self, beat: Mapping[str, Any]) -> None:
         super().hear(beat)
-        fresh = [heard for heard in self._heard.values() if heard.idle(time.monotonic()) < 3]
+        # the last beat of a rank may be 5 s old
+        fresh = [heard for heard in self._heard.values() if heard.idle(time.monotonic()) < 8]
         if self.stopped is None and len(fresh) == 2 and beat["rank"] == 1 and beat["step"] > 1:
             StopsRankOne.stopped = beat["pid"]
             os.kill(beat["pid"], signal.SIGSTOP)
