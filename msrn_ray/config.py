@@ -289,13 +289,22 @@ class ResourceSettings(Settings):
     use_gpu: bool | None = None
     """Give each worker a GPU. None: where the cluster has one."""
     gpus_per_worker: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Part of a GPU that a worker reserves; below 1 the trials of a search share GPUs. Workers of one run never do (NCCL)."""
+    """Part of a GPU that a worker reserves; below 1, with `num_workers` 1, the trials of a search share GPUs."""
     cpus_per_worker: Count = 1
     """CPUs that a worker reserves beside those that decode images."""
     wait_minutes: Positive = 20.0
     """How long to wait for room for `num_workers`: machines that a growing cluster starts, or one in place of a lost node, minutes."""
     dashboard: bool = False
     """Start Ray's dashboard with a cluster on this machine (a cluster that is joined has its own)."""
+
+    @model_validator(mode="after")
+    def _check_share(self) -> Self:
+        if self.gpus_per_worker < 1 and self.num_workers != 1:
+            raise ValueError(
+                f"resources.gpus_per_worker={self.gpus_per_worker:g} needs resources.num_workers 1: workers of one run on one GPU cannot"
+                " exchange gradients (NCCL)"
+            )
+        return self
 
     @property
     def worker_range(self) -> tuple[int, int] | None:

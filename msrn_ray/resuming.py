@@ -21,7 +21,7 @@ LIST_FILE = "checkpoint_manager_snapshot.json"  # Ray Train's list of the run's 
 LIST_COPY = f".{LIST_FILE}"  # as it was before the last checkpoint; `NO_LIST` until the first is in it
 NO_LIST = "{}"
 CHECKPOINT_NAME = re.compile(r"\.?epoch_\d{4,}(_step_\d{6,})?_[0-9a-f]+")  # with a dot while it is written
-_MAY_CHANGE = (
+MAY_CHANGE = (
     "resources.",
     "model.compile",
     "train.epochs",
@@ -33,7 +33,7 @@ _MAY_CHANGE = (
     "train.run_name",
     "train.eval_batch_size",
 )
-_MAY_MOVE = (
+MAY_MOVE = (
     "data.root",
     "data.labels",
     "data.max_bad_fraction",
@@ -55,7 +55,7 @@ def check_resumable(folder: Path, config: ExperimentConfig) -> None:
     saved, now = (flatten(one.to_dict()) for one in (load_config(folder / CONFIG_FILE), config))
     if config.train.epochs < load_config(folder / CONFIG_FILE).train.epochs:
         raise UserError(f"{folder}: train.epochs can be raised when a run goes on, not lowered")
-    changed = [name for name in now if saved[name] != now[name] and not name.startswith(_MAY_CHANGE + _MAY_MOVE)]
+    changed = [name for name in now if saved[name] != now[name] and not name.startswith(MAY_CHANGE + MAY_MOVE)]
     if LEARNED in (saved["data.word_vectors"], now["data.word_vectors"]):  # not a file that was moved
         changed += ["data.word_vectors"] * (saved["data.word_vectors"] != now["data.word_vectors"])
     if changed:
@@ -134,6 +134,15 @@ def check_list(folder: Path) -> bool:
     shutil.rmtree(checkpoints[0])
     saved.unlink(missing_ok=True)
     return True
+
+
+def listed_metrics(folder: Path) -> list[dict[str, Any]]:
+    """What was reported with the checkpoints that a run folder keeps, by epoch; nothing where there is no list yet."""
+    if not _is_whole(folder / LIST_FILE):
+        return []
+    content = json.loads((folder / LIST_FILE).read_text(encoding="utf-8"))
+    listed = [entry["metrics"] for entry in content.get("checkpoint_results", [])]
+    return sorted(listed, key=lambda metrics: int(metrics["epoch"]))
 
 
 def keep_list(folder: Path, text: str) -> None:

@@ -29,6 +29,7 @@ import torch
 import yaml
 from optuna.trial import TrialState
 from ray.train._internal.storage import StorageContext
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.tune.experiment import Trial
 from rich.console import Console
 
@@ -40,18 +41,28 @@ from msrn_ray.presets import PRESETS
 from msrn_ray.resources import Allocation
 from msrn_ray.run_log import METRICS_FILE
 from tuning.desk import DeskClient
+from tuning.mlflow_runs import open_mlflow
 from tuning.options import Search
 from tuning.report import cost, level_rows, page, write_results
+from tuning.reports import TrialReports
 from tuning.room import own_machine_runs, share
-from tuning.search import mlflow_callbacks, search
+from tuning.search import search
 from tuning.study import SearchStudy, create_study
-from tuning.trial import StoppedEarlyError, TrialReports, describe_failure
+from tuning.trial import StoppedEarlyError, describe_failure
 from tuning.tune import SearchProgress, SearchStopper, StudySearcher
 from tuning.view import SearchView, study_table, trial_line
 
 from .test_study import plan_of, quality, run
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def nodes(*machines: tuple[int, int]) -> list[dict[str, Any]]:
+    """As `ray.nodes()` gives machines of so many CPUs and GPUs."""
+    return [
+        {"Alive": True, "Resources": {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {})}
+        for cpus, gpus in machines
+    ]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +80,7 @@ ROOT = Path(__file__).resolve().parents[1]
     ],
 )
 def test_trials_at_a_time(cpus: int, gpus: int, allocation: Allocation, asked: int | None, expected: int) -> None:
-    shared = share(allocation, asked, {"CPU": cpus, "GPU": gpus})
+    shared = share(allocation, asked, nodes((cpus, gpus)))
     assert shared == replace(allocation, runs=expected)
     assert expected * (allocation.num_workers * allocation.cpus_per_worker + 1) <= cpus, "each can decode"
     assert not allocation.use_gpu or expected * allocation.num_workers * allocation.gpus_per_worker <= gpus
@@ -97,15 +108,36 @@ def test_trials_at_a_time_on_this_machine(
 
 def test_no_room_says_what_a_trial_takes_and_what_there_is() -> None:
     with pytest.raises(UserError, match=r"--max-concurrent 3 .*2 CPUs for workers, 1 for decoding.* 8 CPUs.*for 2"):
-        share(Allocation(2, False, 1), 3, {"CPU": 8})
+        share(Allocation(2, False, 1), 3, nodes((8, 0)))
     with pytest.raises(UserError, match=r"--max-concurrent 3 .*1 GPUs; the cluster has 64 CPUs and 2 GPUs"):
-        share(Allocation(1, True, 1), 3, {"CPU": 64, "GPU": 2})
+        share(Allocation(1, True, 1), 3, nodes((64, 2)))
+
+
+@pytest.mark.parametrize(
+    ("machines", "allocation", "expected"),
+    [
+        ([(8, 0)] * 4, Allocation(1, False, 5), 4),  # three CPUs of each are left over
+        ([(8, 0)] * 4, Allocation(2, False, 4), 3),
+        ([(2, 0), (8, 2)], Allocation(1, True, 1, gpus_per_worker=0.4), 4),  # two shares a GPU
+        ([(8, 2)], Allocation(1, True, 1, gpus_per_worker=0.6), 2),
+        ([(64, 0), (4, 1), (4, 1)], Allocation(2, True, 2), 1),
+    ],
+)
+def test_no_worker_goes_over_two_machines_or_gpus(
+    machines: list[tuple[int, int]], allocation: Allocation, expected: int
+) -> None:
+    assert share(allocation, None, nodes(*machines)).runs == expected
+    gone = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+    assert share(allocation, None, [*nodes(*machines), gone]).runs == expected
+    wide = replace(allocation, cpus_per_worker=65)
+    with pytest.raises(UserError, match="enough for 0"):
+        share(wide, None, nodes(*machines))
 
 
 def test_mlflow_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package mlflow; install it with: pip install 'msrn-ray\[mlflow\]'"):
-        mlflow_callbacks("http://127.0.0.1:5000", "my-search")
+        open_mlflow("http://127.0.0.1:5000", "my-search")
 
 
 def parse(*argv: str) -> Search:
@@ -325,10 +357,13 @@ def test_a_trial_ends_itself_where_the_study_says_so(tmp_path: Path) -> None:
     study = create_study(f"sqlite:///{tmp_path}/study.db", "s", plan_of(sampler="random"), 2)
     for number, score in ((0, 0.9), (1, 0.1)):
         study.next_trial()
-        reports = TrialReports(LocalDesk(study), number)
+        told: list[Any] = []
+        tune = SimpleNamespace(after_report=lambda run, metrics, checkpoint, told=told: told.append(metrics[0]))
+        reports = TrialReports(LocalDesk(study), number, tune)
         reports.after_report(None, [{"epoch": 1, "loss": 1.0}], None)
         with pytest.raises(StoppedEarlyError) if number else nullcontext():
             reports.after_report(None, [{"epoch": 1, "val/mAP": score}, {"val/mAP": 1.0}], None)
+        assert told == [{"epoch": 1, "val/mAP": score}], "Tune hears of the epoch that ends a trial too"
     assert [trial.state for trial in study.study.get_trials()] == [TrialState.RUNNING, TrialState.PRUNED]
 
 
@@ -347,15 +382,38 @@ def wrapped(cause: Exception) -> Exception:
     ("error", "kind", "reason"),
     [
         (NonFiniteLossError("not finite at step 4"), "NonFiniteLossError", "NonFiniteLossError: not finite at step 4"),
-        (wrapped(MemoryError("12 GB")), "MemoryError", "MemoryError: 12 GB"),
+        (wrapped(MemoryError("12 GB")), "OutOfMemoryError", "OutOfMemoryError: 12 GB"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: 8 GB"),
+            "OutOfMemoryError",
+            "DefaultCPUAllocator: can't allocate memory: 8 GB",
+        ),
+        (
+            UserError("rank 1 hangs for 12 min"),
+            "UserError: rank 0 hangs for 0 min",
+            "UserError: rank 1 hangs for 12 min",
+        ),
+        (
+            wrapped(
+                ray.train.WorkerGroupError(
+                    "2 of 2 failed",
+                    {
+                        0: RuntimeError("Connection closed by peer"),
+                        1: WorkerHealthCheckFailedError("lost", ray.exceptions.WorkerCrashedError()),
+                    },
+                )
+            ),
+            "WorkerCrashedError",
+            "The worker died unexpectedly",
+        ),
         (ray.exceptions.OutOfMemoryError("killed"), "OutOfMemoryError", "killed"),
-        (RuntimeError(""), "RuntimeError", "RuntimeError"),
+        (RuntimeError(""), "RuntimeError: ", "RuntimeError"),
         (
             wrapped(ray.train.WorkerGroupError("2 of 2 failed", {1: ray.exceptions.NodeDiedError("the node is lost")})),
             "NodeDiedError",
             "the node is lost",
         ),
-        (ray.train.ControllerError(ValueError("no rendezvous")), "ValueError", "ValueError: no rendezvous"),
+        (ray.train.ControllerError(KeyError("no rendezvous")), "KeyError", "KeyError: 'no rendezvous'"),
     ],
 )
 def test_a_failure_is_told_by_its_cause(error: BaseException, kind: str, reason: str) -> None:

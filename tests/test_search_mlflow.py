@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from msrn_ray.errors import UserError
-from tuning.search import mlflow_callbacks
+from tuning.mlflow_runs import MlflowRuns, open_mlflow
 
 mlflow = pytest.importorskip("mlflow", reason="the extra 'mlflow' is not installed")
 pytestmark = pytest.mark.slow
@@ -42,48 +43,62 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             process.wait(60)
 
 
-class FakeTrial:
-    """What the callback looks at of a trial of Tune's."""
-
-    def __init__(self, number: int) -> None:
-        self.config: dict[str, Any] = {
-            "number": number,
-            "overrides": {"model.tau": 0.1 * number, "model.levels": ["layer4"]},
-        }
-
-    def __str__(self) -> str:
-        return f"trial_{self.config['number']}"
+def trial(number: int) -> Any:
+    """What a callback looks at of a trial of Tune's."""
+    return SimpleNamespace(
+        config={"number": number, "overrides": {"model.tau": 0.1 * number, "model.levels": ["layer4"]}}
+    )
 
 
-def test_each_trial_is_a_run_with_its_parameters_and_every_epoch(server: str) -> None:
-    (callback,) = mlflow_callbacks(server, "my-search")
-    callback.setup()
-    for number, failed in ((1, False), (2, True)):
-        trial = FakeTrial(number)
-        callback.log_trial_start(trial)
-        for epoch in (1, 2):
-            result = {
-                "training_iteration": epoch,
-                "epoch": epoch,
-                "val/mAP": 0.1 * number * epoch,
-                "protocol": "honest",
-            }
-            callback.log_trial_result(epoch, trial, result)
-        callback.log_trial_end(trial, failed=failed)
+def epoch_of(number: int, epoch: int) -> dict[str, Any]:
+    return {"training_iteration": 1, "epoch": epoch, "val/mAP": 0.1 * number * epoch, "protocol": "honest"}
+
+
+def test_each_trial_is_one_run_with_every_epoch_also_where_it_goes_on(server: str) -> None:
+    first = open_mlflow(server, "my-search")
+    for number in (1, 2, 3):
+        first.on_trial_start(0, [], trial(number))
+        first.on_trial_result(0, [], trial(number), epoch_of(number, 1))
+    first.on_trial_error(0, [], trial(2))
+    first.on_trial_complete(0, [], trial(3))
+    first.close()  # the time is up
     client = mlflow.MlflowClient(server)
-    experiment = client.get_experiment_by_name("my-search")
-    runs = sorted(client.search_runs([experiment.experiment_id]), key=lambda run: run.data.params["number"])
-    assert [run.info.status for run in runs] == ["FINISHED", "FAILED"]
-    for number, run in enumerate(runs, 1):
-        assert float(run.data.params["overrides/model.tau"]) == pytest.approx(0.1 * number)
-        history = client.get_metric_history(run.info.run_id, "val/mAP")
-        assert [(one.step, one.value) for one in history] == [(1, 0.1 * number), (2, 0.2 * number)]
+    experiment = client.get_experiment_by_name("my-search").experiment_id
+
+    def runs() -> list[Any]:
+        return sorted(client.search_runs([experiment]), key=lambda run: run.info.run_name)
+
+    assert [run.info.status for run in runs()] == ["KILLED", "FAILED", "FINISHED"]
+
+    again = open_mlflow(server, "my-search")
+    again.on_trial_start(0, [], trial(1))
+    assert runs()[0].info.status == "RUNNING"
+    again.on_trial_result(0, [], trial(1), epoch_of(1, 2))
+    again.on_trial_complete(0, [], trial(1))
+    again.close()
+    assert [(run.info.run_name, run.info.status) for run in runs()] == [
+        ("trial_0001", "FINISHED"),
+        ("trial_0002", "FAILED"),
+        ("trial_0003", "FINISHED"),
+    ]
+    run = runs()[0]
+    assert run.data.params == {"model.tau": "0.1", "model.levels": "['layer4']"}
+    history = client.get_metric_history(run.info.run_id, "val/mAP")
+    assert [(one.step, one.value) for one in history] == [(1, 0.1), (2, 0.2)]
+
+
+def test_a_server_that_is_lost_is_said_once_and_the_search_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    runs = MlflowRuns(mlflow.MlflowClient("http://127.0.0.1:9"), "1")
+    for number in (1, 2):
+        runs.on_trial_start(0, [], trial(number))
+        runs.on_trial_result(0, [], trial(number), epoch_of(number, 1))
+        runs.on_trial_complete(0, [], trial(number))
+    assert capsys.readouterr().err.count("MLflow does not answer") == 1
 
 
 def test_an_address_where_nothing_answers_is_said_before_the_search_starts() -> None:
     with pytest.raises(UserError, match=r"--mlflow http://127\.0\.0\.1:9: cannot be reached .*mlflow server"):
-        mlflow_callbacks("http://127.0.0.1:9", "my-search")
-
-
-def test_nothing_is_logged_unless_asked_for() -> None:
-    assert mlflow_callbacks(None, "my-search") == []
+        open_mlflow("http://127.0.0.1:9", "my-search")

@@ -30,7 +30,7 @@ def draw(space: Space, number: int = 40) -> list[tuple[dict[str, Any], dict[str,
     drawn = []
     for _ in range(number):
         trial = study.ask()
-        overrides = space.suggest(trial)
+        overrides = space.suggest(trial, lambda index: None)
         drawn.append((dict(trial.params), overrides))
     return drawn
 
@@ -126,7 +126,7 @@ def test_the_grid_has_every_point_once_and_no_value_without_its_condition() -> N
         drawn.enqueue_trial(point)
     for point in grid:
         trial = drawn.ask()
-        space.suggest(trial)
+        space.suggest(trial, lambda index: None)
         assert trial.params == point
 
 

@@ -66,6 +66,13 @@ def run(study: SearchStudy, most: int = 1000) -> list[tuple[int, dict[str, Any]]
     return given
 
 
+def drawn_of(study: SearchStudy) -> tuple[int, dict[str, Any]]:
+    """The next trial, which there must be."""
+    drawn = study.next_trial()
+    assert drawn is not None
+    return drawn
+
+
 def states(study: SearchStudy) -> list[TrialState]:
     return [trial.state for trial in study.study.get_trials()]
 
@@ -112,7 +119,7 @@ def test_a_trial_is_as_good_as_its_best_epoch(url: str) -> None:
     drawn = study.next_trial()
     assert drawn is not None
     for epoch in range(1, EPOCHS + 1):
-        score = {1: 0.8, 2: 0.8, 3: math.nan}[epoch]
+        score = {1: 0.8, 2: 0.8, 3: 0.7}[epoch]
         study.record(0, {"epoch": epoch, "val/mAP": score, "val/OF1": float(epoch)})
     (trial,) = study.study.get_trials()
     assert trial.value == 0.8
@@ -171,7 +178,8 @@ def test_a_kill_at_any_write_loses_no_point_and_repeats_none(
     straight = run(create_study(url, "s", plan_of(), 3))
     from optuna.storages import RDBStorage
 
-    writes = ("create_new_trial", "set_trial_param", "set_trial_state_values", "set_trial_user_attr")
+    # those that Optuna's cache calls
+    writes = ("_create_new_trial", "_set_trial_param", "set_trial_state_values", "set_trial_user_attr")
     writes += ("set_trial_intermediate_value", "set_trial_system_attr")
     real: dict[str, Callable[..., Any]] = {name: getattr(RDBStorage, name) for name in writes}
     killed = True
@@ -222,31 +230,50 @@ def test_a_grid_is_given_out_once_across_a_restart(url: str) -> None:
 
 def test_more_trials_can_be_asked_for_when_a_search_goes_on(url: str) -> None:
     run(create_study(url, "s", plan_of(), 2))
-    assert [number for number, _ in run(open_study(url, "s", 5))] == [2, 3, 4]
+    study = open_study(url, "s")
+    with pytest.raises(UserError, match="--trials 1: 2 were drawn already"):
+        study.set_trials(1)
+    study.set_trials(5)
+    assert [number for number, _ in run(open_study(url, "s"))] == [2, 3, 4]
     assert open_study(url, "s").trials == 5
+
+
+def test_a_grid_has_no_more_trials_than_points(url: str) -> None:
+    plan = plan_of(sampler="grid", entries={"model.tau": {"low": 0.1, "high": 0.9}})
+    study = create_study(url, "s", plan, 100)
+    assert study.trials == 3
+    with pytest.raises(UserError, match="--trials 4: the grid has 3 points"):
+        study.set_trials(4)
+
+
+def test_failed_points_are_tried_again_once(url: str) -> None:
+    study = create_study(url, "s", plan_of(sampler="random", early_stopping=False), 3)
+    points = []
+    for _ in range(2):
+        number, overrides = drawn_of(study)
+        points.append(overrides)
+        study.fail(number, "OSError", "the disk is full")
+    again = open_study(url, "s")
+    assert again.retry_failed() == 2
+    assert again.retry_failed() == 0
+    assert again.trials == 5
+    assert [overrides for _, overrides in run(again)][:2] == points
+    assert states(again) == [TrialState.FAIL] * 2 + [TrialState.COMPLETE] * 3
 
 
 def test_three_failures_of_a_kind_in_a_row_stop_the_search_with_the_cause(url: str) -> None:
     study = create_study(url, "s", plan_of(early_stopping=False), 20)
-    fates = [
-        "OutOfMemoryError",
-        "NonFiniteLossError",
-        "OutOfMemoryError",
-        "OutOfMemoryError",
-        "",
-        *["OutOfMemoryError"] * 3,
-    ]
+    beside = drawn_of(study)
+    fates = ["OutOfMemoryError", "NonFiniteLossError", "OutOfMemoryError", "OutOfMemoryError"]
+    fates += ["", *["OutOfMemoryError"] * 3]
     for fate in fates:
         assert study.stopped_because is None
-        drawn = study.next_trial()
-        assert drawn is not None
-        for epoch in range(1, 2 if fate else EPOCHS + 1):
-            if study.record(drawn[0], epoch_of(drawn[1], epoch)):
-                break
         if fate:
-            study.fail(drawn[0], fate, f"{fate}: 5 GB")
+            study.fail(drawn_of(study)[0], fate, f"{fate}: 5 GB")
+        else:  # a trial that was running all the time
+            study.record(beside[0], epoch_of(beside[1], 1))
     assert study.stopped_because is not None
-    assert "3 trials in a row failed alike (OutOfMemoryError)" in study.stopped_because
+    assert "3 trials in a row failed alike; the last one: OutOfMemoryError: 5 GB" in study.stopped_because
     assert "5 GB" in study.stopped_because
     assert study.next_trial() is None
     failed = study.frozen(TrialState.FAIL)
@@ -283,11 +310,11 @@ def test_values_that_do_not_go_together_fail_the_trial_and_the_next_is_given_out
     assert "optim.warmup_epochs must be 0" in failed.user_attrs["failure"]
 
 
-def test_a_score_that_is_never_a_number_is_a_failure(url: str) -> None:
-    study = create_study(url, "s", plan_of(early_stopping=False), 1)
+@pytest.mark.parametrize("early_stopping", [True, False])
+def test_a_score_that_is_no_number_is_a_failure(url: str, early_stopping: bool) -> None:
+    study = create_study(url, "s", plan_of(early_stopping=early_stopping), 1)
     study.next_trial()
-    for epoch in range(1, EPOCHS + 1):
-        study.record(0, {"epoch": epoch, "val/mAP": math.nan})
+    assert study.record(0, {"epoch": 1, "val/mAP": math.nan})
     (trial,) = study.study.get_trials()
     assert trial.state == TrialState.FAIL
     assert "no image of val" in trial.user_attrs["failure"]

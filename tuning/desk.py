@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 
 import optuna
 import ray
+from optuna.exceptions import StorageInternalError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from .reports import DeskClient
 from .study import open_study
+
+_PATIENCE_SECONDS = 60.0
+
+
+def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Tries again while the study's database does not answer, a minute long; each call may be repeated."""
+
+    @wraps(method)
+    def wrapper(*arguments: Any) -> Any:
+        end = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                return method(*arguments)
+            except StorageInternalError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(1)
+
+    return wrapper
 
 
 class Desk:
@@ -23,14 +46,17 @@ class Desk:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = open_study(url, name)
 
+    @_patient
     def next_trial(self) -> tuple[int, dict[str, Any]] | None:
         """See `SearchStudy.next_trial`."""
         return self._study.next_trial()
 
+    @_patient
     def record(self, number: int, metrics: Mapping[str, Any]) -> bool:
         """See `SearchStudy.record`."""
         return self._study.record(number, metrics)
 
+    @_patient
     def fail(self, number: int, kind: str, reason: str) -> None:
         """See `SearchStudy.fail`."""
         self._study.fail(number, kind, reason)
@@ -38,35 +64,6 @@ class Desk:
     def stopped_because(self) -> str | None:
         """See `SearchStudy`."""
         return self._study.stopped_because
-
-
-class DeskClient:
-    """Calls a desk from any process of the cluster; plain data, so it travels with a trial."""
-
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
-
-    def next_trial(self) -> tuple[int, dict[str, Any]] | None:
-        """See `Desk`."""
-        drawn: tuple[int, dict[str, Any]] | None = self._ask(self._actor.next_trial)
-        return drawn
-
-    def record(self, number: int, metrics: Mapping[str, Any]) -> bool:
-        """See `Desk`."""
-        return bool(self._ask(self._actor.record, number, metrics))
-
-    def fail(self, number: int, kind: str, reason: str) -> None:
-        """See `Desk`."""
-        self._ask(self._actor.fail, number, kind, reason)
-
-    def stopped_because(self) -> str | None:
-        """See `Desk`."""
-        reason: str | None = self._ask(self._actor.stopped_because)
-        return reason
-
-    @staticmethod
-    def _ask(method: Any, *arguments: Any) -> Any:
-        return ray.get(method.remote(*arguments))
 
 
 def open_desk(url: str, name: str) -> DeskClient:

@@ -27,6 +27,8 @@ class Search:
     """Start from this saved YAML or JSON instead of a preset."""
     resume: Path | None = None
     """Go on with this search folder: unfinished trials from their checkpoints, then those not drawn yet."""
+    retry_failed: bool = False
+    """With --resume: the points of the trials that failed are tried again, as trials more."""
     space: Path | None = None
     """YAML file of what is searched (see tuning/space.yaml). None: that file."""
     trials: int | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -46,26 +46,29 @@ class Cost(NamedTuple):
 
 
 def write_results(study: SearchStudy, folder: Path, console: Console) -> None:
-    """Writes all results of a study that has a best trial into the search folder, each file whole or not at all.
+    """Writes the results of a study into the search folder, each file whole or not at all; without a score only the table of trials.
 
     Raises:
         UserError: if the folder cannot be written.
     """
     best = study.best()
-    assert best is not None
     table = trials_table(study)
+    results: dict[str, Callable[[Path], Any]] = {
+        CSV: lambda path: pyarrow.csv.write_csv(table, path),
+        PARQUET: lambda path: pq.write_table(table, path),
+    }
+    if best is not None:
+        results[BEST_CONFIG] = study.config_of(best).save
+        results[PAGE] = lambda path: path.write_text(page(study), encoding="utf-8")
     try:
-        for name, write in (
-            (BEST_CONFIG, study.config_of(best).save),
-            (CSV, lambda path: pyarrow.csv.write_csv(table, path)),
-            (PARQUET, lambda path: pq.write_table(table, path)),
-            (PAGE, lambda path: path.write_text(page(study), encoding="utf-8")),
-        ):
+        for name, write in results.items():
             partial = folder / f".{name}"
             write(partial)
             os.replace(partial, folder / name)
     except OSError as error:
         raise UserError(f"{folder}: the results cannot be written ({error.strerror}); the study is whole") from None
+    if best is None:
+        return
     spent = cost(study)
     console.print(
         f"{spent.epochs} epochs trained of {spent.full} without early stopping"

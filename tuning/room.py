@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -18,11 +20,11 @@ def own_machine_runs(settings: ResourceSettings) -> int:
     room = usable_cores() // (workers * settings.cpus_per_worker)
     gpus = 0 if settings.use_gpu is False else torch.cuda.device_count()
     if gpus:
-        room = min(room, math.floor(gpus / (workers * settings.gpus_per_worker) + 1e-9))
+        room = min(room, gpus * _shares(settings.gpus_per_worker) // workers)
     return max(1, room)
 
 
-def share(allocation: Allocation, asked: int | None, there: dict[str, float]) -> Allocation:
+def share(allocation: Allocation, asked: int | None, nodes: Sequence[Mapping[str, Any]]) -> Allocation:
     """The allocation of a trial, with how many of them run at a time.
 
     Tune does not count what a trial's workers take, so this does: trials that wait for each other's workers would wait for ever.
@@ -30,21 +32,34 @@ def share(allocation: Allocation, asked: int | None, there: dict[str, float]) ->
     Args:
         allocation: of one trial alone.
         asked: trials at a time, or None for as many as there is room for.
-        there: the cluster's resources.
+        nodes: of the cluster, as `ray.nodes()` gives them.
 
     Raises:
         UserError: if there is not room for as many as are asked for, with what there is.
     """
-    cpus = allocation.num_workers * allocation.cpus_per_worker
-    room = math.floor(there["CPU"] / (cpus + 1))
-    each = f"{cpus} CPUs for workers, 1 for decoding"
+    there = [node["Resources"] for node in nodes if node["Alive"]]
+    cpus, gpus = (sum(resources.get(name, 0.0) for resources in there) for name in ("CPU", "GPU"))
+    takes = allocation.num_workers * allocation.cpus_per_worker
+    room = min(sum(_workers(allocation, node) for node in there) // allocation.num_workers, int(cpus // (takes + 1)))
+    each = f"{takes} CPUs for workers, 1 for decoding"
     if allocation.use_gpu:
-        gpus = allocation.num_workers * allocation.gpus_per_worker
-        room = min(room, math.floor(there["GPU"] / gpus + 1e-9))
-        each += f", {gpus:g} GPUs"
+        each += f", {allocation.num_workers * allocation.gpus_per_worker:g} GPUs"
     if (asked or 1) > room:
-        have = f"{there['CPU']:g} CPUs and {there.get('GPU', 0):g} GPUs"
         raise UserError(
-            f"--max-concurrent {asked or 1} has no room: a trial takes {each}; the cluster has {have}, enough for {room}"
+            f"--max-concurrent {asked or 1} has no room: a trial takes {each}; the cluster has {cpus:g} CPUs and {gpus:g} GPUs on"
+            f" {len(there)} machines, enough for {room}"
         )
     return replace(allocation, runs=asked or room)
+
+
+def _workers(allocation: Allocation, node: Mapping[str, float]) -> int:
+    """Workers that fit on a node."""
+    room = int(node.get("CPU", 0) // allocation.cpus_per_worker)
+    if allocation.use_gpu:
+        room = min(room, int(node.get("GPU", 0)) * _shares(allocation.gpus_per_worker))
+    return room
+
+
+def _shares(part: float) -> int:
+    """How many parts of that size a GPU has; none goes over two GPUs."""
+    return math.floor(1 / part + 1e-9)

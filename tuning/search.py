@@ -7,44 +7,45 @@ Tune does with them, `report.py` and `view.py` what a person looks at. This file
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
 
 import optuna
 import ray
 import ray.tune
+import ray.util
+from optuna.trial import TrialState
 from rich.console import Console
 
 from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
 from msrn_ray.materials import Materials, gather_materials
 from msrn_ray.resources import Allocation, allocate, connect
-from msrn_ray.resuming import check_batch, describe_data, flatten
-from msrn_ray.run_state import CONFIG_FILE
+from msrn_ray.resuming import MAY_CHANGE, MAY_MOVE, check_batch, describe_data, flatten
+from msrn_ray.run_state import CONFIG_FILE, check_stopped
 from msrn_ray.trainer import Placed, absolute_paths, place
 from tuning.desk import open_desk
+from tuning.mlflow_runs import MlflowRuns, open_mlflow
 from tuning.options import Search
 from tuning.plan import Plan
-from tuning.report import write_results
+from tuning.report import CSV, write_results
 from tuning.room import own_machine_runs, share
 from tuning.space_file import DEFAULT_SPACE, build_space, read_space
-from tuning.study import SearchStudy, create_study, open_storage, open_study
-from tuning.trial import run_trial
+from tuning.study import SearchStudy, check_name, create_study, open_study, shown
+from tuning.trial import run_trial, trial_name
 from tuning.tune import SearchProgress, SearchStopper, StudySearcher
 from tuning.view import SearchView
 
 STUDY_FILE = "study.db"
 _TRIALS = 12
-# What a resumed search may do otherwise: where and on what it runs, and where the same data lie now
-_MAY_CHANGE = ("resources.", "train.storage", "train.run_name", "train.log_every", "model.compile", "data.root")
 
 
 def search(options: Search) -> Path:
@@ -69,38 +70,32 @@ def search(options: Search) -> Path:
     folder = Path(config.train.storage) / name
     if options.resume is None and folder.exists():
         raise UserError(f"{folder} exists already; give another --train.run-name, or --resume {folder}")
-    loggers = mlflow_callbacks(options.mlflow, name)
-    space_source = str(options.space or DEFAULT_SPACE.name)
-    entries = read_space(options.space)
-    if options.resume is None:
-        build_space(entries, config, space_source)  # before the data are read
-    if options.study_storage is not None:
-        open_storage(options.study_storage)
-    materials, data = _gather(config)
-    url = options.study_storage or f"sqlite:///{folder / STUDY_FILE}"
+    mlflow = None if options.mlflow is None else open_mlflow(options.mlflow, name)
+    url = _storage_url(options, folder)
     with ExitStack() as stack:
         if options.resume is not None:
             stack.enter_context(_alone(folder))
             study = _reopen(options, config, folder, url, name)
+        else:
+            plan = _plan(options, config)
+            _check_new(options, plan, folder, url, name)
+        materials, data = _gather(config)
+        if options.resume is not None:
             study.check_data(data["fingerprint"], data["data"])
-        connect(config.resources, runs=options.max_concurrent or own_machine_runs(config.resources))
-        allocation = share(allocate(config.resources), options.max_concurrent, ray.cluster_resources())
+            _change(options, study, folder)
+        connect(
+            config.resources.model_copy(update={"dashboard": True}),
+            runs=options.max_concurrent or own_machine_runs(config.resources),
+        )
+        allocation = share(allocate(config.resources), options.max_concurrent, ray.nodes())
         if options.resume is None:
-            plan = Plan(
-                config=config,
-                entries=entries,
-                sampler=options.sampler,
-                objectives=options.objectives,
-                early_stopping=options.early_stopping,
-                data=data["fingerprint"],
-                source=data["data"],
-            )
+            plan = plan.model_copy(update={"data": data["fingerprint"], "source": data["data"]})
             _make_folder(folder, config.with_overrides({"train.run_name": name}))
             stack.enter_context(_alone(folder))
-            study = create_study(url, name, plan, options.trials or (None if options.sampler == "grid" else _TRIALS))
+            study = _create(url, name, plan, options, folder)
         stopper = SearchStopper(None if options.time_budget is None else 60 * options.time_budget)
         trial_config = config.with_overrides({"train.storage": str(folder)})
-        _tune(study, url, trial_config, place(materials, data), allocation, stopper, loggers)
+        _tune(study, url, trial_config, place(materials, data), allocation, stopper, mlflow, _go_on(options, folder))
     return folder
 
 
@@ -111,7 +106,8 @@ def _tune(
     placed: Placed,
     allocation: Allocation,
     stopper: SearchStopper,
-    loggers: list[Any],
+    mlflow: MlflowRuns | None,
+    go_on: str,
 ) -> None:
     """Runs the trials of a study that are left, shows them and writes the results into the search folder, `train.storage`.
 
@@ -119,14 +115,17 @@ def _tune(
         UserError: if trials are left for another reason than the time, or none was scored.
     """
     folder = Path(config.train.storage)
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False)
     _announce(console, study, allocation, folder)
     desk = open_desk(url, study.study.study_name)
+    # where this process runs: with it ends the search anyway, and a machine that is lost elsewhere takes only workers, which start again
+    here = f"node:{ray.util.get_node_ip_address()}"
     trainable = ray.tune.with_parameters(run_trial, config=config, placed=placed, allocation=allocation, desk=desk)
     view = SearchView(study, console)
     tuner = ray.tune.Tuner(
-        # it only waits for its workers, so it takes no CPU; Tune refuses an empty request
-        ray.tune.with_resources(trainable, {"CPU": 0, "memory": 1}),
+        ray.tune.with_resources(
+            trainable, {"CPU": 0, here: 0.001}
+        ),  # it only waits for its workers, so it takes no CPU
         tune_config=ray.tune.TuneConfig(
             search_alg=StudySearcher(desk),
             num_samples=-1,  # the study says when it is over
@@ -137,7 +136,7 @@ def _tune(
             name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}",
             storage_path=str(folder),
             stop=stopper,
-            callbacks=[SearchProgress(desk, view, stopper), *loggers],
+            callbacks=[SearchProgress(desk, view, stopper), *([mlflow] if mlflow else [])],
             verbose=0,
         ),
     )
@@ -145,14 +144,15 @@ def _tune(
     try:
         tuner.fit()
     except KeyboardInterrupt:
-        print(f"interrupted; go on with: msrn search --resume {folder}", file=sys.stderr)
+        print(f"interrupted; {go_on}", file=sys.stderr)
         raise
     finally:
         view.stop()
-        if study.best() is not None:
-            view.show()
-            write_results(study, folder, console)
-    _conclude(study, desk.stopped_because(), stopper, folder)
+        if mlflow is not None:
+            mlflow.close()
+        view.show()
+        write_results(study, folder, console)
+    _conclude(study, desk.stopped_because(), stopper, folder, go_on)
 
 
 def _gather(config: ExperimentConfig) -> tuple[Materials, dict[str, str]]:
@@ -163,21 +163,45 @@ def _gather(config: ExperimentConfig) -> tuple[Materials, dict[str, str]]:
     return replace(materials, splits=replace(materials.splits, test=None)), data
 
 
-def _conclude(study: SearchStudy, because: str | None, stopper: SearchStopper, folder: Path) -> None:
+def _conclude(study: SearchStudy, because: str | None, stopper: SearchStopper, folder: Path, go_on: str) -> None:
     """Says how the search ended where it did not end well.
 
     Raises:
         UserError: if trials are left for another reason than the time, or none was scored.
     """
-    go_on = f"go on with: msrn search --resume {folder}"
+    failed = len(study.frozen(TrialState.FAIL))
+    again = f", with --retry-failed for the {failed} that failed too" if failed else ""
     if because is not None:
-        raise UserError(f"the search stopped: {because}; mend it and {go_on}")
+        raise UserError(f"the search stopped: {because}; mend it and {go_on}{again}")
     if study.unfinished and not stopper.time_is_up:
         raise UserError(f"Tune gave up {study.unfinished} trials, see {folder}/tune-*; {go_on}")
     if study.unfinished:
         print(f"the time is up, {study.unfinished} trials are left; {go_on}")
     elif study.best() is None:
-        raise UserError(f"none of the {study.trials} trials was scored; see {folder / 'tune-*'}")
+        raise UserError(f"none of the {study.trials} trials was scored; see {folder / CSV}; {go_on}{again}")
+
+
+def _go_on(options: Search, folder: Path) -> str:
+    """The command that takes the search up again, without the password of its storage."""
+    storage = "" if options.study_storage is None else f" --study-storage {shown(options.study_storage)}"
+    return f"go on with: msrn search --resume {folder}{storage}"
+
+
+def _storage_url(options: Search, folder: Path) -> str:
+    """Where the study lies, as any process of this machine finds it.
+
+    Raises:
+        UserError: for an SQLite database without a file.
+    """
+    url = options.study_storage
+    if url is None:
+        return f"sqlite:///{folder / STUDY_FILE}"
+    if not url.startswith("sqlite:"):
+        return url
+    file = url.removeprefix("sqlite:///")
+    if file in (url, "", ":memory:"):
+        raise UserError(f"--study-storage {url}: names no file, and would be gone with the search; give sqlite:///FILE")
+    return f"sqlite:///{Path(file).absolute()}"
 
 
 def _check(options: Search) -> None:
@@ -194,8 +218,51 @@ def _check(options: Search) -> None:
         raise UserError(
             f"--resources.num-workers {workers}: one trial could take the workers of the next, which would wait for ever; give a number"
         )
+    if options.retry_failed and options.resume is None:
+        raise UserError("--retry-failed: needs --resume; a new search has no failed trials")
     if not options.objectives or len(set(options.objectives)) < len(options.objectives):
         raise UserError("--objectives: name at least one, each once")
+
+
+def _plan(options: Search, config: ExperimentConfig) -> Plan:
+    """What a new search is, but for its data; a space that does not fit the config is refused."""
+    entries = read_space(options.space)
+    build_space(entries, config, str(options.space or DEFAULT_SPACE.name))
+    return Plan(
+        config=config,
+        entries=entries,
+        sampler=options.sampler,
+        objectives=options.objectives,
+        early_stopping=options.early_stopping,
+        data="",
+        source="",
+    )
+
+
+def _check_new(options: Search, plan: Plan, folder: Path, url: str, name: str) -> None:
+    """Refuses, before the data are read, what a new search would fail at after that.
+
+    Raises:
+        UserError: for a grid that is too large, a folder that cannot be written, a study of this name.
+    """
+    plan.first_points()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"train.storage {folder}: cannot be written ({error.strerror})") from None
+    if options.study_storage is not None:
+        check_name(url, name)
+
+
+def _create(url: str, name: str, plan: Plan, options: Search, folder: Path) -> SearchStudy:
+    """The new study; without one its folder is of no use."""
+    try:
+        return create_study(url, name, plan, options.trials or (None if options.sampler == "grid" else _TRIALS))
+    except UserError:
+        shutil.rmtree(folder)
+        raise
 
 
 def _reopen(options: Search, config: ExperimentConfig, folder: Path, url: str, name: str) -> SearchStudy:
@@ -206,7 +273,7 @@ def _reopen(options: Search, config: ExperimentConfig, folder: Path, url: str, n
     """
     if options.study_storage is None and not (folder / STUDY_FILE).is_file():
         raise UserError(f"{folder}: no {STUDY_FILE} in it; name the study's database with --study-storage")
-    study = open_study(url, name, options.trials)
+    study = open_study(url, name)
     defaults = {one.name: one.default for one in fields(Search)}
     changed = [
         f"--{option.replace('_', '-')}"
@@ -216,16 +283,32 @@ def _reopen(options: Search, config: ExperimentConfig, folder: Path, url: str, n
     if options.space is not None and read_space(options.space) != study.plan.entries:
         changed.append("--space")
     saved, now = flatten(study.plan.config.to_dict()), flatten(config.to_dict())
+    may_change = tuple(path for path in MAY_CHANGE + MAY_MOVE if path != "train.epochs")
     changed += [
         f"{path} was {saved[path]!r}, now {now[path]!r}"
         for path in now
-        if saved[path] != now[path] and not path.startswith(_MAY_CHANGE)
+        if saved[path] != now[path] and not path.startswith(may_change)
     ]
     if changed:
         raise UserError(
             f"{folder}: a search goes on as it was ({', '.join(changed)}); start a new one for other settings"
         )
+    study.config = config
     return study
+
+
+def _change(options: Search, study: SearchStudy, folder: Path) -> None:
+    """What a resumed search changes in its study, once nothing speaks against going on.
+
+    Raises:
+        UserError: for a number of trials that cannot be, or a trial that a process elsewhere still trains.
+    """
+    for trial in study.frozen(TrialState.RUNNING):
+        check_stopped(folder / trial_name(trial.number))
+    if options.trials is not None:
+        study.set_trials(options.trials)
+    if options.retry_failed:
+        print(f"{study.retry_failed()} failed trials are tried again", flush=True)
 
 
 @contextmanager
@@ -235,7 +318,11 @@ def _alone(folder: Path) -> Iterator[None]:
     Raises:
         UserError: if another driver has it.
     """
-    with (folder / ".driver").open("w") as file:
+    try:
+        file = (folder / ".driver").open("w")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -271,29 +358,6 @@ def _announce(console: Console, study: SearchStudy, allocation: Allocation, fold
         markup=False,
     )
     console.print(f"folder {folder}", markup=False)
-
-
-def mlflow_callbacks(uri: str | None, experiment: str) -> list[Any]:
-    """Tune's own callback for MLflow, if it is asked for: an experiment for the search, a run for each trial.
-
-    Raises:
-        UserError: if the package is missing or nothing answers at the address.
-    """
-    if uri is None:
-        return []
-    if importlib.util.find_spec("mlflow") is None:
-        raise UserError("--mlflow needs the package mlflow; install it with: pip install 'msrn-ray[mlflow]'")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # its own 7 make a wrong address a wait of minutes
-    import mlflow
-    from mlflow.exceptions import MlflowException
-    from ray.air.integrations.mlflow import MLflowLoggerCallback
-
-    try:
-        mlflow.MlflowClient(uri).search_experiments(max_results=1)
-    except MlflowException as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--mlflow {uri}: cannot be reached ({reason}); start it with: mlflow server") from None
-    return [MLflowLoggerCallback(tracking_uri=uri, experiment_name=experiment)]
 
 
 def main() -> None:

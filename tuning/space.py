@@ -6,7 +6,7 @@ Optuna holds a value that is a list (levels, crop scales) as its items in one te
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,11 +78,12 @@ class Space:
 
     parameters: tuple[Parameter, ...]
 
-    def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
-        """Draws a point; -> config overrides."""
+    def suggest(self, trial: optuna.Trial, before: Callable[[int], None]) -> dict[str, Any]:
+        """Draws a point; -> config overrides. `before` is called with the number of each parameter that is about to be drawn."""
         params: dict[str, Any] = {}
-        for parameter in self.parameters:
+        for index, parameter in enumerate(self.parameters):
             if parameter.is_drawn(params):
+                before(index)
                 params[parameter.path] = parameter.suggest(trial)
         return self.overrides(params)
 

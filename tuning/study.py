@@ -2,7 +2,7 @@
 
 Each draw, epoch and end is in the study's storage before anything else hears of it, so a search that is killed loses nothing. Opened
 again, it gives out the unfinished trials first, which go on from their checkpoints under their numbers, then points not drawn yet. A
-sampler is seeded by (seed, trial number), so an interrupted search draws what an undisturbed one would.
+sampler is seeded by (seed, trial number, parameter), so an interrupted search draws what an undisturbed one would.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import math
 import random
 import warnings
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import ValidationError
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -23,12 +26,11 @@ from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
 
 from .plan import MINIMIZED, Plan
-from .space_file import build_space
 
 _KEPT_METRICS = ("val/mAP", "val/CF1", "val/OF1", "val/loss", "train/loss", "train/images_per_second", "epoch_seconds")
 REDUCTION = 3  # ASHA: the better third of a rung goes on
 ALIKE_FAILURES = 3  # in a row, of the same kind, and the search stops
-_PLAN, _TRIALS = "plan", "trials"  # user attributes of the study
+_PLAN, _TRIALS, _RETRIED = "plan", "trials", "retried"  # user attributes of the study
 
 
 def create_study(url: str, name: str, plan: Plan, trials: int | None) -> SearchStudy:
@@ -41,34 +43,41 @@ def create_study(url: str, name: str, plan: Plan, trials: int | None) -> SearchS
         trials: how many in all; None: the points of the grid.
 
     Raises:
-        UserError: if the storage cannot be used or has a study of this name.
+        UserError: if the storage cannot be used or has a study of this name, or the grid is too large.
     """
-    space = build_space(plan.entries, plan.config, "space")
-    points = space.grid() if plan.sampler == "grid" else [space.point_of(plan.config)[0]]
+    points = plan.first_points()
     random.Random(plan.config.train.seed).shuffle(points)  # a grid that is cut short has seen all of its range
+    check_name(url, name)
     try:
         study = optuna.create_study(
             storage=open_storage(url),
             study_name=name,
             directions=["minimize" if objective in MINIMIZED else "maximize" for objective in plan.objectives],
         )
-    except optuna.exceptions.DuplicatedStudyError:
-        raise UserError(
-            f"{_shown(url)} has a study {name} already; go on with it (--resume), or give another --train.run-name"
-        ) from None
+    except StorageInternalError as error:
+        raise UserError(f"--study-storage {shown(url)}: cannot be written ({_reason(error)})") from None
     for point in points:
         study.enqueue_trial(point)
-    study.set_user_attr(_TRIALS, len(points) if trials is None else trials)
+    most = len(points) if plan.sampler == "grid" else math.inf
+    study.set_user_attr(_TRIALS, int(min(most, len(points) if trials is None else trials)))
     study.set_user_attr(_PLAN, plan.model_dump(mode="json"))  # last: a study without it was never whole
     return SearchStudy(study)
 
 
-def open_study(url: str, name: str, trials: int | None = None) -> SearchStudy:
-    """The study of an earlier search.
+def check_name(url: str, name: str) -> None:
+    """Refuses a name that the storage has a study of.
 
-    Args:
-        url, name: as they were.
-        trials: how many in all from now on; None: as many as before.
+    Raises:
+        UserError: if it has, or cannot be used.
+    """
+    if name in optuna.get_all_study_names(open_storage(url)):
+        raise UserError(
+            f"{shown(url)} has a study {name} already; go on with it (--resume), or give another --train.run-name"
+        )
+
+
+def open_study(url: str, name: str) -> SearchStudy:
+    """The study of an earlier search, by its storage and name.
 
     Raises:
         UserError: if there is none.
@@ -76,32 +85,38 @@ def open_study(url: str, name: str, trials: int | None = None) -> SearchStudy:
     try:
         study = optuna.load_study(storage=open_storage(url), study_name=name)
     except KeyError:
-        raise UserError(f"{_shown(url)} has no study {name}; name its storage with --study-storage") from None
+        raise UserError(f"{shown(url)} has no study {name}; name its storage with --study-storage") from None
     if _PLAN not in study.user_attrs:
-        raise UserError(f"{_shown(url)}: study {name} was killed before its first trial; start a new search")
-    if trials is not None:
-        study.set_user_attr(_TRIALS, trials)
-    return SearchStudy(study)
+        raise UserError(f"{shown(url)}: study {name} was killed before its first trial; start a new search")
+    try:
+        return SearchStudy(study)
+    except ValidationError as error:
+        raise UserError(
+            f"{shown(url)}: study {name} is of another version of this program ({error.errors()[0]['msg']})"
+        ) from None
 
 
 def open_storage(url: str) -> optuna.storages.RDBStorage:
-    """The storage of studies; a database that is empty gets its tables.
+    """The storage of studies; a database that is empty gets its tables, and a connection that was lost is made anew.
 
     Raises:
         UserError: if it cannot be used, or the driver of its database is not installed.
     """
     try:
-        return optuna.storages.RDBStorage(url)
+        return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
     except ImportError as error:
         raise UserError(
-            f"--study-storage {_shown(url)}: needs its database driver ({error}); install it with pip"
+            f"--study-storage {shown(url)}: needs its database driver ({error}); install it with pip"
         ) from None
     except SQLAlchemyError as error:
-        reason = " ".join(str(getattr(error, "orig", None) or error).split())[:300]
-        raise UserError(f"--study-storage {_shown(url)}: cannot be used ({reason})") from None
+        raise UserError(f"--study-storage {shown(url)}: cannot be used ({_reason(error)})") from None
 
 
-def _shown(url: str) -> str:
+def _reason(error: BaseException) -> str:
+    return " ".join(str(getattr(error, "orig", None) or error.__cause__ or error).split())[:300]
+
+
+def shown(url: str) -> str:
     """The URL without its password."""
     try:
         return make_url(url).render_as_string(hide_password=True)
@@ -115,6 +130,7 @@ class SearchStudy:
     Attributes:
         study: Optuna's.
         plan: what is searched.
+        config: what trials start from: the plan's, with what may change when a search goes on.
         space: the plan's.
         trials: how many are to be run in all.
         stopped_because: why no more trials are given out, after ALIKE_FAILURES of a kind in a row.
@@ -123,11 +139,12 @@ class SearchStudy:
     def __init__(self, study: optuna.Study) -> None:
         self.study = study
         self.plan = Plan.model_validate(study.user_attrs[_PLAN])
-        self.space = build_space(self.plan.entries, self.plan.config, "space")
+        self.config = self.plan.config
+        self.space = self.plan.space()
         self.trials = int(study.user_attrs[_TRIALS])
         self.stopped_because: str | None = None
         self._open: dict[int, optuna.Trial] = {}
-        self._failures: list[tuple[str, str]] = []  # kind and reason of those in a row
+        self._failures: list[str] = []  # kinds of those in a row
         self._left = [trial.number for trial in self.frozen(TrialState.RUNNING)]
         study.pruner = optuna.pruners.SuccessiveHalvingPruner(
             min_resource=math.ceil(self.epochs / REDUCTION**2), reduction_factor=REDUCTION
@@ -141,7 +158,32 @@ class SearchStudy:
     @property
     def unfinished(self) -> int:
         """Trials that have not ended, or not been drawn."""
-        return self.trials - len(self.frozen(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
+        return max(0, self.trials - len(self.frozen(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)))
+
+    def set_trials(self, trials: int) -> None:
+        """Makes it so many trials in all.
+
+        Raises:
+            UserError: if more were drawn already, or the grid has fewer points.
+        """
+        drawn, most = len(self.frozen()), len(self.study.get_trials(deepcopy=False))
+        if trials < drawn:
+            raise UserError(f"--trials {trials}: {drawn} were drawn already; give at least as many")
+        if self.plan.sampler == "grid" and trials > most:
+            raise UserError(f"--trials {trials}: the grid has {most} points")
+        self.trials = trials
+        self.study.set_user_attr(_TRIALS, trials)
+
+    def retry_failed(self) -> int:
+        """Puts the points of failed trials at the head of the queue, each failure once; how many. They are trials more."""
+        done = self.study.user_attrs.get(_RETRIED, [])
+        again = [trial for trial in self.frozen(TrialState.FAIL) if trial.number not in done]
+        for trial in again:
+            self.study.enqueue_trial(trial.params)
+        self.study.set_user_attr(_RETRIED, [*done, *(trial.number for trial in again)])
+        self.trials += len(again)
+        self.study.set_user_attr(_TRIALS, self.trials)
+        return len(again)
 
     def frozen(self, *states: TrialState) -> list[FrozenTrial]:
         """The trials in these states, in order; without states all that were drawn."""
@@ -165,15 +207,16 @@ class SearchStudy:
         while self.stopped_because is None:
             if self._left:
                 number = self._left.pop(0)
+                self._seed(number)
                 # Optuna has no public way to go on with a trial; parameters that it has are not drawn again
                 trial = optuna.trial.Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
             elif len(self.frozen()) < self.trials:
-                self.study.sampler = self._sampler(len(self.frozen()))
+                self._seed(len(self.frozen()))
                 trial = self.study.ask()
             else:
                 return None
             self._open[trial.number] = trial
-            overrides = self.space.suggest(trial)
+            overrides = self.space.suggest(trial, partial(self._seed, trial.number))
             if _attribute(self.epochs) in trial.user_attrs:  # killed between its last epoch and its end
                 self._complete(trial)
                 continue
@@ -185,8 +228,13 @@ class SearchStudy:
             return trial.number, overrides
         return None
 
-    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        seed = int(np.random.SeedSequence([self.plan.config.train.seed, number]).generate_state(1)[0])
+    def _seed(self, *numbers: int) -> None:
+        """Gives the study a sampler seeded by a trial's number, and that of a parameter: one that a kill left undrawn is drawn as it would
+        have been."""
+        seed = int(np.random.SeedSequence([self.plan.config.train.seed, *numbers]).generate_state(1)[0])
+        self.study.sampler = self._sampler(seed)
+
+    def _sampler(self, seed: int) -> optuna.samplers.BaseSampler:
         if self.plan.sampler != "tpe":
             return optuna.samplers.RandomSampler(seed)
         with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning):
@@ -201,27 +249,32 @@ class SearchStudy:
 
     def record(self, number: int, metrics: Mapping[str, Any]) -> bool:
         """Takes an epoch's metrics. Nothing changes with an epoch that is known, a trial that has ended, or a report without a score,
-        which comes with a checkpoint within an epoch.
+        which comes with a checkpoint within an epoch. A score that is nan is a failure.
 
         Args:
             number: of the trial.
             metrics: `epoch` (from 1) and the objectives.
 
         Returns:
-            Whether the trial is to be stopped early.
+            Whether the trial is to be stopped.
         """
         trial, epoch = self._open.get(number), int(metrics["epoch"])
         if trial is None or self.plan.objectives[0] not in metrics or _attribute(epoch) in trial.user_attrs:
             return False
+        for objective in self.plan.objectives:
+            if math.isnan(metrics[objective]):
+                reason = ": no image of val has a label" if objective.startswith("val/") else ""
+                self.fail(number, "nan", f"{objective} is nan in epoch {epoch}{reason}")
+                return True
+        self._failures = []  # what failed beside it was not everything's fault
         if len(self.plan.objectives) == 1 and epoch not in self._reported(number):
             trial.report(float(metrics[self.plan.objectives[0]]), epoch)
         trial.set_user_attr(_attribute(epoch), {name: metrics[name] for name in _KEPT_METRICS if name in metrics})
         if epoch >= self.epochs:
             self._complete(trial)
         elif self.plan.prunes and trial.should_prune():
-            del self._open[number]
-            self._failures = []
             self.study.tell(number, state=TrialState.PRUNED)
+            del self._open[number]
             return True
         return False
 
@@ -231,27 +284,22 @@ class SearchStudy:
 
     def _complete(self, trial: optuna.Trial) -> None:
         best = best_epoch(trial.user_attrs, self.plan.objectives[0])
-        if best is None:
-            self.fail(
-                trial.number, "nan", f"{self.plan.objectives[0]} is nan in every epoch: no image of val has a label"
-            )
-            return
-        del self._open[trial.number]
-        self._failures = []
+        assert best is not None
         self.study.tell(trial.number, [best[objective] for objective in self.plan.objectives])
+        del self._open[trial.number]
 
     def fail(self, number: int, kind: str, reason: str) -> None:
-        """Takes the failure of a trial; one that has ended is left as it is. The third of a kind in a row stops the search."""
-        trial = self._open.pop(number, None)
+        """Takes the failure of a trial; one that has ended is left as it is. The third of a kind, with no epoch of any trial between
+        them, stops the search."""
+        trial = self._open.get(number)
         if trial is None:
             return
         trial.set_user_attr("failure", reason)
         self.study.tell(number, state=TrialState.FAIL)
-        if self._failures and self._failures[-1][0] != kind:
-            self._failures = []
-        self._failures.append((kind, reason))
+        del self._open[number]
+        self._failures = [one for one in self._failures if one == kind] + [kind]
         if len(self._failures) == ALIKE_FAILURES:
-            self.stopped_because = f"{ALIKE_FAILURES} trials in a row failed alike ({kind}); the last one: {reason}"
+            self.stopped_because = f"{ALIKE_FAILURES} trials in a row failed alike; the last one: {reason}"
 
     def best(self) -> FrozenTrial | None:
         """The best trial by the first objective; a trial that was stopped early counts with what it reached."""
@@ -266,7 +314,7 @@ class SearchStudy:
 
     def config_of(self, trial: FrozenTrial) -> ExperimentConfig:
         """The config of a trial, as `msrn train --config` runs it again: into `runs`, under a name of its own."""
-        config = self.plan.config.with_overrides(self.space.overrides(trial.params))
+        config = self.config.with_overrides(self.space.overrides(trial.params))
         return config.with_overrides({"train.storage": "runs", "train.run_name": None})
 
 
@@ -285,7 +333,6 @@ def epochs_of(attributes: Mapping[str, Any]) -> list[dict[str, float]]:
 
 
 def best_epoch(attributes: Mapping[str, Any], objective: str) -> dict[str, float] | None:
-    """Metrics of a trial's best epoch, the later of equals as training keeps it; None where the objective is nan in all."""
-    epochs = [epoch for epoch in epochs_of(attributes) if not math.isnan(epoch[objective])]
+    """Metrics of a trial's best epoch, the later of equals as training keeps it; None before the first epoch."""
     sign = -1 if objective in MINIMIZED else 1
-    return max(epochs, key=lambda epoch: (sign * epoch[objective], epoch["epoch"]), default=None)
+    return max(epochs_of(attributes), key=lambda epoch: (sign * epoch[objective], epoch["epoch"]), default=None)

@@ -2,53 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ray.exceptions
 import ray.train
-import torch
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from msrn_ray.config import ExperimentConfig
-from msrn_ray.errors import StoppedEarlyError
+from msrn_ray.errors import StoppedEarlyError, UserError
 from msrn_ray.resources import Allocation
-from msrn_ray.resuming import check_list
+from msrn_ray.resuming import check_list, listed_metrics
 from msrn_ray.trainer import Placed, run_in_folder
 
-from .desk import DeskClient
+from .reports import DeskClient, TrialReports, is_out_of_memory
 
-OUT_OF_MEMORY = (torch.OutOfMemoryError, ray.exceptions.OutOfMemoryError, MemoryError)  # of a GPU, a node, a process
+_SAY_LITTLE = (UserError, RuntimeError, ValueError, OSError)  # errors of these types have many causes
 
 
 def trial_name(number: int) -> str:
     """The run folder of a trial; the same name again goes on from its last checkpoint."""
     return f"trial_{number:04d}"
-
-
-class TrialReports(ray.train.UserCallback):
-    """Tells the desk of each epoch, and ends the run where the desk says so, or where it would only fail again.
-
-    Ray Train stops at an error of its callbacks and ends its workers in order. Were Tune to stop the trial, it would kill the process
-    that drives the run, whose imports the next trial can use, and leave the workers to be found by others.
-    """
-
-    def __init__(self, desk: DeskClient, number: int) -> None:
-        self._desk = desk
-        self._number = number
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """An epoch's checkpoint is stored; `metrics` has those of each rank."""
-        if self._desk.record(self._number, metrics[0]):
-            raise StoppedEarlyError
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """A point that needs more memory than there is does so again, whatever `train.max_failures` allows."""
-        for error in worker_exceptions.values():
-            cause = getattr(error, "health_check_failure", error)
-            if isinstance(cause, OUT_OF_MEMORY):
-                raise cause
 
 
 def run_trial(
@@ -68,45 +43,46 @@ def run_trial(
         desk: decides whether it is stopped early.
     """
     name = trial_name(point["number"])
-    check_list(Path(config.train.storage) / name)
+    folder = Path(config.train.storage) / name
+    check_list(folder)
+    for metrics in listed_metrics(folder):  # a kill may have come between an epoch's checkpoint and its report
+        if desk.record(point["number"], metrics) or metrics["epoch"] == config.train.epochs:
+            return
     config = config.with_overrides(point["overrides"] | {"train.run_name": name})
     try:
-        _, result = run_in_folder(
-            config, placed, allocation, [TuneReportCallback(), TrialReports(desk, point["number"])]
-        )
+        run_in_folder(config, placed, allocation, [TrialReports(desk, point["number"], TuneReportCallback())])
     except ray.train.TrainingFailedError as failure:
         if isinstance(getattr(failure, "controller_failure", None), StoppedEarlyError):
             return
         raise
-    # a kill may have come after the last checkpoint and before its report; one that is known already changes nothing
-    for _, metrics in result.best_checkpoints or []:
-        desk.record(point["number"], metrics)
 
 
 def describe_failure(error: BaseException) -> tuple[str, str]:
     """Kind of a failure (failures of one kind have one cause) and its reason in a line.
 
-    A failure comes wrapped in Ray's errors: of a worker in that of its run, of a run in that of its trial.
+    A failure comes wrapped in Ray's errors: of a worker in that of its run, of a run in that of its trial. Where a worker is lost the
+    others fail too: the loss is the cause, and memory before all.
     """
-    causes = list(_causes(error))
-    root = causes[-1]
-    for cause in causes:
-        if isinstance(cause, OUT_OF_MEMORY):
-            root = cause
+    root = min(_roots(error), key=lambda cause: (not is_out_of_memory(cause[0]), not cause[1]))[0]
     lines = str(root).strip().splitlines() or [""]
     # a traceback as text ends with what was raised
     reason = lines[-1] if len(lines) > 1 and lines[-1].strip() else lines[0]
-    return type(root).__name__, f"{type(root).__name__}: {reason.strip()}"[:500]
+    name = "OutOfMemoryError" if is_out_of_memory(root) else type(root).__name__
+    reason = f"{name}: {reason.strip()}"[:500]
+    says_little = type(root) in _SAY_LITTLE and name == type(root).__name__
+    return re.sub(r"\d+", "0", reason) if says_little else name, reason
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it wraps, outermost first."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        workers = getattr(current, "worker_failures", None) or {}
-        wrapped = [*workers.values(), getattr(current, "controller_failure", None), getattr(current, "cause", None)]
-        inner = next(filter(None, wrapped), current.__cause__)
-        current = inner if isinstance(inner, BaseException) else None
+def _roots(
+    error: BaseException, lost: bool = False, above: tuple[int, ...] = ()
+) -> Iterator[tuple[BaseException, bool]]:
+    """The errors that an error wraps and that wrap no other, and whether Ray Train found a worker gone there."""
+    gone = getattr(error, "health_check_failure", None)
+    found = [*(getattr(error, "worker_failures", None) or {}).values(), gone]
+    if not any(isinstance(one, BaseException) for one in found):
+        found = [getattr(error, "controller_failure", None) or getattr(error, "cause", None) or error.__cause__]
+    inner = [one for one in found if isinstance(one, BaseException) and id(one) not in above]
+    for one in inner:
+        yield from _roots(one, lost or gone is not None, (*above, id(error)))
+    if not inner:
+        yield error, lost

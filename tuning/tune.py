@@ -17,19 +17,19 @@ from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
-from .desk import DeskClient
+from .reports import DeskClient
 from .trial import describe_failure
 from .view import SearchView
 
 
-class _Live:
+class Live:
     """Tune pickles what it is given for `Tuner.restore`; of these, which hold the study and the terminal, it gets nothing."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
-class StudySearcher(_Live, Searcher):
+class StudySearcher(Live, Searcher):
     """Gives Tune the trials of a study."""
 
     def __init__(self, desk: DeskClient) -> None:
@@ -54,7 +54,7 @@ class StudySearcher(_Live, Searcher):
         """Nothing, see `save`."""
 
 
-class SearchStopper(_Live, Stopper):
+class SearchStopper(Live, Stopper):
     """Stops all trials once the time is up or it is told to; those that were running go on when the search is resumed.
 
     Args:
@@ -82,7 +82,7 @@ class SearchStopper(_Live, Stopper):
         return self.stop or self.time_is_up
 
 
-class SearchProgress(_Live, Callback):
+class SearchProgress(Live, Callback):
     """Shows what becomes of the trials, and tells the desk of failures.
 
     Args:

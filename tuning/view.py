@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.live import Live
@@ -43,7 +45,11 @@ class SearchView:
         self._live.stop()
 
     def update(self, number: int) -> None:
-        """Something became of this trial."""
+        """Something became of this trial. Nothing is shown while the storage does not answer; the desk is the one that needs it."""
+        with suppress(StorageInternalError):
+            self._update(number)
+
+    def _update(self, number: int) -> None:
         if self._console.is_terminal:
             self._live.update(study_table(self._study, _ROWS))
         else:
