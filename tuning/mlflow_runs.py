@@ -41,11 +41,11 @@ def open_mlflow(uri: str, search: str) -> MlflowRuns:
 
     client = MlflowClient(uri)
     try:
-        experiment = client.get_experiment_by_name(search)
-        return MlflowRuns(client, experiment.experiment_id if experiment else client.create_experiment(search))
+        client.get_experiment_by_name(search)
     except MlflowException as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--mlflow {uri}: cannot be reached ({reason}); start it with: mlflow server") from None
+    return MlflowRuns(client, search)
 
 
 class MlflowRuns(Live, Callback):
@@ -53,12 +53,12 @@ class MlflowRuns(Live, Callback):
 
     Args:
         client: of the server.
-        experiment: its number there.
+        search: names the experiment, which is made with the first trial.
     """
 
-    def __init__(self, client: MlflowClient, experiment: str) -> None:
+    def __init__(self, client: MlflowClient, search: str) -> None:
         self._client = client
-        self._experiment = experiment
+        self._search = search
         self._open: dict[int, str] = {}  # trial -> run
         self._silent = False
 
@@ -69,12 +69,14 @@ class MlflowRuns(Live, Callback):
     def _begin(self, number: int, overrides: dict[str, Any]) -> None:
         from mlflow.entities import Param
 
-        known = self._client.search_runs([self._experiment], f"tags.`{_TRIAL}` = '{number}'")
+        found = self._client.get_experiment_by_name(self._search)
+        experiment = found.experiment_id if found else self._client.create_experiment(self._search)
+        known = self._client.search_runs([experiment], f"tags.`{_TRIAL}` = '{number}'")
         if known:
             self._client.update_run(known[0].info.run_id, status="RUNNING")
             self._open[number] = known[0].info.run_id
             return
-        run = self._client.create_run(self._experiment, run_name=trial_name(number), tags={_TRIAL: str(number)})
+        run = self._client.create_run(experiment, run_name=trial_name(number), tags={_TRIAL: str(number)})
         self._open[number] = run.info.run_id
         self._client.log_batch(run.info.run_id, params=[Param(path, str(value)) for path, value in overrides.items()])
 

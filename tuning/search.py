@@ -123,9 +123,8 @@ def _tune(
     trainable = ray.tune.with_parameters(run_trial, config=config, placed=placed, allocation=allocation, desk=desk)
     view = SearchView(study, console)
     tuner = ray.tune.Tuner(
-        ray.tune.with_resources(
-            trainable, {"CPU": 0, here: 0.001}
-        ),  # it only waits for its workers, so it takes no CPU
+        # it only waits for its workers, so it takes no CPU
+        ray.tune.with_resources(trainable, {"CPU": 0, here: 0.001}),
         tune_config=ray.tune.TuneConfig(
             search_alg=StudySearcher(desk),
             num_samples=-1,  # the study says when it is over
