@@ -32,7 +32,7 @@ class Search:
     space: Path | None = None
     """YAML file of what is searched (see tuning/space.yaml). None: that file."""
     trials: int | None = None
-    """Trials in all, those of a resumed search included. None: 12, or every point of the grid; resumed: as many as before."""
+    """Trials in all, those of a resumed search included. None: 10, or every point of the grid; resumed: as many as before."""
     time_budget: float | None = None
     """Minutes after which all trials are stopped; `--resume` goes on with them. None: no limit."""
     max_concurrent: int | None = None

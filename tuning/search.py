@@ -45,7 +45,7 @@ from tuning.tune import SearchProgress, SearchStopper, StudySearcher
 from tuning.view import SearchView
 
 STUDY_FILE = "study.db"
-_TRIALS = 12
+_TRIALS = 10
 
 
 def search(options: Search) -> Path:
