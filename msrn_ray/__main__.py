@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import tyro
 from pydantic import ValidationError
 
-from .cluster_commands import Cluster, Runs
+from .cluster_commands import Cluster, Plan, Runs
 from .commands import Evaluate, ImportOfficial, Predict, Presets, Train, first_positional, starting_config
 from .config import describe_errors
 from .data_commands import Doctor, Graph, Prepare
@@ -29,6 +29,7 @@ _COMMANDS = {
     "doctor": Doctor,
     "runs": Runs,
     "cluster": Cluster,
+    "plan": Plan,
     "presets": Presets,
     "import-official": ImportOfficial,
 }

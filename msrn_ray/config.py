@@ -281,7 +281,7 @@ class ResourceSettings(Settings):
     cpus_per_worker: Count = 1
     """CPUs that a worker reserves beside those that decode images."""
     wait_minutes: Positive = 20.0
-    """How long to wait for the machines that a growing cluster starts for `num_workers`, minutes."""
+    """How long to wait for room for `num_workers`, minutes: for machines that a growing cluster starts, or that come back after a loss."""
     dashboard: bool = False
     """Start Ray's dashboard with a cluster on this machine (a cluster that is joined has its own)."""
 

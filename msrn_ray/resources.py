@@ -44,14 +44,18 @@ def connect(settings: ResourceSettings) -> None:
     decode task where workers train on the CPU too, two where GPUs train and decode tasks wait for files half of the time.
 
     Raises:
-        UserError: if the machine has fewer cores than the workers need.
+        UserError: if the cluster cannot be joined, or the machine has fewer cores than the workers need.
     """
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(**quiet)
+        except ConnectionError as error:
+            raise UserError(_why_not_joined(address, error)) from None
         return
     cores = usable_cores()
     gpus = 0 if settings.use_gpu is False else torch.cuda.device_count()
@@ -69,6 +73,15 @@ def connect(settings: ResourceSettings) -> None:
         _node_ip_address="127.0.0.1",
         **quiet,
     )
+
+
+def _why_not_joined(address: str, error: ConnectionError) -> str:
+    if "InvalidAuthToken" in str(error.__cause__):  # Ray has put it into words
+        return (
+            f"RAY_ADDRESS {address}: the cluster refuses this machine's token (401); set RAY_AUTH_MODE=token, with the token that it"
+            " was started with in ~/.ray/auth_token or RAY_AUTH_TOKEN"
+        )
+    return f"RAY_ADDRESS {address}: no cluster answers there ({error})"
 
 
 def usable_cores() -> int:

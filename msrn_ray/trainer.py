@@ -7,6 +7,7 @@ driver and reports metrics and checkpoints to Ray Train.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ import ray
 import ray.train
 import ray.train.torch
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -100,7 +102,11 @@ def build_trainer(
             run_name,
             config.train.storage,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),
-            failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
+            failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]  # typed as Train V1
+                max_failures=config.train.max_failures,
+                # a try to start workers lasts a minute; without a limit a cluster that lost a machine for good would be waited for for ever
+                controller_failure_limit=math.ceil(config.resources.wait_minutes),
+            ),
             callbacks=[Failures(events), *callbacks],
         ),
     )
@@ -300,6 +306,13 @@ def run_trainer(trainer: TorchTrainer) -> ray.train.Result:
         for error in errors:
             if isinstance(error, (UserError, AccountingError)):
                 raise error from None
+            if isinstance(error, WorkerGroupStartupTimeoutError):
+                there = ray.cluster_resources()
+                raise UserError(
+                    f"no room for {error.num_workers} workers for longer than resources.wait_minutes: the cluster has"
+                    f" {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs now; bring its machines back, or lower"
+                    " resources.num_workers, and go on with --resume"
+                ) from None
         raise
     except SystemExit:  # Ray's handler of SIGINT stops the workers and then exits
         raise KeyboardInterrupt from None
