@@ -13,6 +13,8 @@ from typing import Annotated, Any, NoReturn
 import tyro
 from pydantic import ValidationError
 
+from tuning.options import Search, default_search
+
 from .cluster_commands import Cluster, Plan, Runs
 from .commands import Evaluate, ImportOfficial, Predict, Presets, Train, first_positional, starting_config
 from .config import describe_errors
@@ -22,6 +24,7 @@ from .errors import UserError
 _ABOUT = "MSRN (arXiv 2106.11596): multi-label image classification with label graphs and semantic attention, on Ray."
 _COMMANDS = {
     "train": Train,
+    "search": Search,
     "evaluate": Evaluate,
     "predict": Predict,
     "prepare": Prepare,
@@ -88,7 +91,7 @@ def _check_order(command: Any, argv: list[str]) -> Any:
     seen = first_positional(argv[1:])
     if isinstance(command, Evaluate):
         named, used = command.checkpoint, Path(seen or "")
-    elif isinstance(command, (Train, Graph, Doctor)):
+    elif isinstance(command, (Train, Search, Graph, Doctor)):
         named, used = Path(command.preset), Path(seen or "scenes")
     elif isinstance(command, Prepare):
         named, used = Path(command.preset), Path(seen or "")
@@ -103,6 +106,8 @@ def _with_defaults(argv: list[str]) -> Any:
     """The subcommand's options start from the preset, saved config, run or checkpoint that the command line names."""
     if argv[0] == "train":
         return Train(experiment=starting_config(argv))
+    if argv[0] == "search":
+        return default_search(starting_config(argv), argv)
     if argv[0] == "evaluate":
         config = starting_config(argv)
         return Evaluate(

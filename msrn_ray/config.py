@@ -190,8 +190,18 @@ class ModelSettings(Settings):
 
 
 class LossSettings(Settings):
-    """Multi-label soft margin plus the group loss (paper section 3.4)."""
+    """A classification loss plus the group loss (paper section 3.4). `val/loss` is the soft margin loss whatever is trained on, so that
+    runs compare."""
 
+    name: Literal["soft_margin", "asl"] = "soft_margin"
+    """`soft_margin`: multi-label soft margin, the paper's. `asl`: the asymmetric loss of arXiv 2009.14119, for many labels of which few are
+    present."""
+    gamma_positive: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """ASL: focusing of present labels, (1 - p)^gamma; 0 as in its paper."""
+    gamma_negative: Annotated[float, Field(ge=0, le=10)] = 4.0
+    """ASL: focusing of absent labels, p^gamma; larger leaves easy ones out more; 4 as in its paper."""
+    clip: Fraction = 0.05
+    """ASL: probability below which an absent label adds nothing; 0.05 as in its paper."""
     group_weight: Annotated[float, Field(ge=0)] = 1e-4
     """Weight of sum_i || E_i - Q_argmax(A_i) ||_2."""
 
@@ -278,6 +288,8 @@ class ResourceSettings(Settings):
     such as 2..8: as many as the cluster has room for, fewer when a node is lost, more when one joins."""
     use_gpu: bool | None = None
     """Give each worker a GPU. None: where the cluster has one."""
+    gpus_per_worker: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Part of a GPU that a worker reserves; below 1 the trials of a search share GPUs. Workers of one run never do (NCCL)."""
     cpus_per_worker: Count = 1
     """CPUs that a worker reserves beside those that decode images."""
     wait_minutes: Positive = 20.0

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from . import distributed
 from .errors import NonFiniteLossError
-from .losses import classification_loss, group_loss
+from .losses import ClassificationLoss, classification_loss, group_loss
 from .transforms import normalize
 from .types import Batch, MSRNOutput
 
@@ -37,6 +37,7 @@ class Trainee:
         clip_norm: largest gradient norm, or None.
         accumulation: micro-batches a step.
         group_weight: weight of the group loss.
+        loss: the classification loss that is trained on.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class Trainee:
     clip_norm: float | None
     accumulation: int
     group_weight: float
+    loss: ClassificationLoss = classification_loss
 
     @property
     def network(self) -> nn.Module:
@@ -172,7 +174,7 @@ def train_step(trainee: Trainee, batch: Batch, num_rows: int) -> Tensor:
         with no_sync:
             with autocast(batch.images.device, trainee.amp_dtype):
                 output: MSRNOutput = trainee.model(normalize(micro.images))
-            classification = (classification_loss(output.logits, micro.target) * micro.valid).sum() * scale
+            classification = (trainee.loss(output.logits, micro.target) * micro.valid).sum() * scale
             groups = trainee.group_weight / len(micro_batches) * group_loss(output)
             trainee.scaler.scale(classification + groups).backward()
         total += torch.stack([classification, groups]).detach()

@@ -13,5 +13,9 @@ class BadImagesError(UserError):
     """More images could not be decoded than `data.max_bad_fraction` allows; the message names them."""
 
 
+class NoDecodeCpuError(UserError):
+    """The workers hold every CPU of the cluster and would wait for images for ever; fewer workers can go on."""
+
+
 class AccountingError(RuntimeError):
     """Images of an epoch were trained on twice, too early or not at all; training stops rather than go on with a wrong epoch."""

@@ -17,7 +17,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .config import ResourceSettings
-from .errors import UserError
+from .errors import NoDecodeCpuError, UserError
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,27 @@ class Allocation:
         use_gpu: one GPU a worker.
         cpus_per_worker: logical CPUs a worker reserves.
         elastic: fewest and most workers, where their number may change while the run goes on.
+        gpus_per_worker: part of a GPU that a worker reserves where it has one.
+        runs: runs like this one that share the cluster.
     """
 
     num_workers: int
     use_gpu: bool
     cpus_per_worker: int
     elastic: tuple[int, int] | None = None
+    gpus_per_worker: float = 1.0
+    runs: int = 1
 
 
-def connect(settings: ResourceSettings) -> None:
+def connect(settings: ResourceSettings, *, runs: int = 1) -> None:
     """Joins the cluster that RAY_ADDRESS names, or starts one on this machine; does nothing where Ray is already up.
 
     A machine's own cluster has more logical CPUs than cores, since workers reserve some that decode tasks must not lack: a core for each
     decode task where workers train on the CPU too, two where GPUs train and decode tasks wait for files half of the time.
+
+    Args:
+        settings: what one training run takes.
+        runs: training runs at the same time.
 
     Raises:
         UserError: if the cluster cannot be joined, or the machine has fewer cores than the workers need.
@@ -60,15 +68,18 @@ def connect(settings: ResourceSettings) -> None:
     cores = usable_cores()
     gpus = 0 if settings.use_gpu is False else torch.cuda.device_count()
     fewest, most = settings.worker_range or (default_workers(gpus),) * 2
-    if fewest * settings.cpus_per_worker > cores:
+    if runs * fewest * settings.cpus_per_worker > cores:
+        at_once = f" in {runs} trials at a time" if runs > 1 else ""
         raise UserError(
-            f"resources.num_workers={settings.num_workers or fewest} x {settings.cpus_per_worker} CPUs are more than this machine's"
-            f" {cores} cores; lower them, or join a cluster (RAY_ADDRESS)"
+            f"resources.num_workers={settings.num_workers or fewest} x {settings.cpus_per_worker} CPUs{at_once} are more than this"
+            f" machine's {cores} cores; lower them, or join a cluster (RAY_ADDRESS)"
         )
-    workers = min(most, cores // settings.cpus_per_worker)
+    workers = min(most, cores // (runs * settings.cpus_per_worker))
+    # Ray warns of more than four times as many processes; a run has about ten, most of which wait
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(cores, 8 * runs)))
     ray.init(
         address="local",
-        num_cpus=(2 if gpus else 1) * cores + workers * settings.cpus_per_worker,
+        num_cpus=(2 if gpus else 1) * cores + runs * workers * settings.cpus_per_worker,
         include_dashboard=settings.dashboard,
         _node_ip_address="127.0.0.1",
         **quiet,
@@ -130,7 +141,8 @@ def fit(settings: ResourceSettings, cpus: float, gpus: int, owner: str = "the cl
     now = min(most, room, gpus) if use_gpu else min(most, room)
     if not use_gpu:
         most = now  # Ray would start workers on every CPU of a cluster that grows, and leave none that decodes
-    return Allocation(now, use_gpu, settings.cpus_per_worker, (fewest, most) if fewest < most else None)
+    elastic = (fewest, most) if fewest < most else None
+    return Allocation(now, use_gpu, settings.cpus_per_worker, elastic, settings.gpus_per_worker)
 
 
 def _there() -> tuple[float, int]:
@@ -221,17 +233,22 @@ def _exists(path: str) -> bool:
     return os.path.exists(path)
 
 
-def decode_cpus(num_workers: int, cpus_per_worker: int) -> float:
-    """Logical CPUs of the cluster, as it is now, for the decode tasks of each of its workers; at least 1.
+def decode_cpus(num_workers: int, cpus_per_worker: int, runs: int = 1) -> float:
+    """Logical CPUs of the cluster, as it is now, for the decode tasks of each worker; at least 1.
+
+    Args:
+        num_workers: of one run.
+        cpus_per_worker: reserved by each worker.
+        runs: runs with as many workers that share the cluster.
 
     Raises:
-        UserError: if the workers leave none; they would wait for images for ever.
+        NoDecodeCpuError: if the workers leave none.
     """
-    cpus = ray.cluster_resources().get("CPU", 0.0)
-    free = cpus - num_workers * cpus_per_worker
+    cpus, workers = ray.cluster_resources().get("CPU", 0.0), runs * num_workers
+    free = cpus - workers * cpus_per_worker
     if free < 1:
-        raise UserError(
-            f"{num_workers} workers x {cpus_per_worker} CPUs leave none of the cluster's {cpus:g} CPUs for decoding; lower"
+        raise NoDecodeCpuError(
+            f"{workers} workers x {cpus_per_worker} CPUs leave none of the cluster's {cpus:g} CPUs for decoding; lower"
             " resources.num_workers"
         )
-    return float(max(1, free // num_workers))
+    return float(max(1, free // workers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,9 @@ from .word_vectors import LEARNED
 
 DATA_FILE = "data.json"
 LIST_FILE = "checkpoint_manager_snapshot.json"  # Ray Train's list of the run's checkpoints, which it writes in place
-LIST_COPY = f".{LIST_FILE}"  # as it was before the last checkpoint
+LIST_COPY = f".{LIST_FILE}"  # as it was before the last checkpoint; `NO_LIST` while there was none
+NO_LIST = "{}"
+CHECKPOINT_NAME = re.compile(r"\.?epoch_\d{4,}(_step_\d{6,})?_[0-9a-f]+")  # with a dot while it is written
 _MAY_CHANGE = (
     "resources.",
     "model.compile",
@@ -107,17 +110,26 @@ def check_data(folder: Path, data: Mapping[str, str]) -> None:
 def check_list(folder: Path) -> None:
     """Mends Ray Train's list of checkpoints where an interruption cut it off; without it a run would begin anew.
 
+    A run that was interrupted before its first checkpoint was in that list does begin anew, and that checkpoint is deleted.
+
     Raises:
         UserError: if there are checkpoints, but neither the list nor its copy can be read.
     """
-    if not any(folder.glob("epoch_*")) or _is_whole(folder / LIST_FILE):
+    saved, copy = folder / LIST_FILE, folder / LIST_COPY
+    checkpoints = [path for path in folder.glob("epoch_*") if CHECKPOINT_NAME.fullmatch(path.name)]
+    if not checkpoints or _is_whole(saved):
         return
-    if not _is_whole(folder / LIST_COPY):
+    if not _is_whole(copy):
         raise UserError(
-            f"{folder / LIST_FILE}: Ray Train's list of the checkpoints is missing or cut off; put it back from a copy, or delete the"
+            f"{saved}: Ray Train's list of the checkpoints is missing or cut off; put it back from a copy, or delete the"
             f" folders epoch_* beside it to train from the beginning"
         )
-    shutil.copyfile(folder / LIST_COPY, folder / LIST_FILE)
+    if copy.read_text(encoding="utf-8") != NO_LIST:
+        shutil.copyfile(copy, saved)
+        return
+    for path in checkpoints:
+        shutil.rmtree(path)
+    saved.unlink(missing_ok=True)
 
 
 def _is_whole(path: Path) -> bool:

@@ -152,12 +152,14 @@ class RunLog:
             with path.open(newline="", encoding="utf-8") as file:
                 rows = list(csv.reader(file))
         known = {(row[0], row[1]) for row in rows}  # a resumed run meets the same files again
-        rows += [[event["split"], uri, reason] for uri, reason in event["images"] if (event["split"], uri) not in known]
+        fresh = [[event["split"], uri, reason] for uri, reason in event["images"] if (event["split"], uri) not in known]
+        if not fresh:
+            return
         partial = path.with_name(f".{path.name}")
         with partial.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows)
+            csv.writer(file).writerows([*rows, *fresh])
         os.replace(partial, path)
-        self.say(f"{event['split']}: {len(event['images'])} images could not be decoded and are left out, see {path}")
+        self.say(f"{event['split']}: {len(fresh)} images could not be decoded and are left out, see {path}")
 
     def _on_failure(self, event: Event) -> None:
         self.say(event["text"])

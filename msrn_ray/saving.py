@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -22,12 +21,11 @@ from . import distributed
 from .checkpoint import Checkpoint, TrainState, save_checkpoint, save_train_state
 from .engine import Trainee
 from .errors import UserError
-from .resuming import LIST_COPY, LIST_FILE
+from .resuming import CHECKPOINT_NAME, LIST_COPY, LIST_FILE, NO_LIST
 
 SCORE = "checkpoint_score"  # Ray Train keeps the checkpoint with the largest, the later of equals, and the latest
 NO_SCORE, WITHIN_EPOCH = -1.0, -2.0  # where val/mAP is nan, and where there is none: below any val/mAP
 _ROOM = 2**20  # bytes that a checkpoint must leave free: Ray Train's list is written after it, and must not be cut off
-_NAME = re.compile(r"\.?epoch_\d{4,}(_step_\d{6,})?_[0-9a-f]+")  # of a checkpoint; with a dot while it is written
 
 
 def capture(trainee: Trainee, device: torch.device, *, epoch: int, data: str, **within: Any) -> TrainState:
@@ -120,9 +118,10 @@ def report_checkpoint(run: Path, metrics: Mapping[str, Any], checkpoint: Checkpo
     partial = run / f".{name}"
     try:
         ray.train.get_all_reported_checkpoints()  # waits until Ray Train has listed the checkpoint before
-        if (run / LIST_FILE).is_file():
-            shutil.copyfile(run / LIST_FILE, run / f".{LIST_COPY}")
-            os.replace(run / f".{LIST_COPY}", run / LIST_COPY)
+        first = not (run / LIST_FILE).is_file()
+        known = NO_LIST if first else (run / LIST_FILE).read_text(encoding="utf-8")
+        (run / f".{LIST_COPY}").write_text(known, encoding="utf-8")
+        os.replace(run / f".{LIST_COPY}", run / LIST_COPY)
         if checkpoint is None:
             save_train_state(partial, state)
         else:
@@ -142,6 +141,8 @@ def report_checkpoint(run: Path, metrics: Mapping[str, Any], checkpoint: Checkpo
         checkpoint_dir_name=name,
         checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,  # it lies where it belongs
     )
+    if first:
+        ray.train.get_all_reported_checkpoints()  # who has seen that there is a checkpoint can go on from it
     return name
 
 
@@ -158,7 +159,12 @@ def clear_leftovers(run: Path) -> None:
     known = {Path(one.checkpoint.path).name for one in ray.train.get_all_reported_checkpoints()}
     for folder in run.iterdir():
         cut_off = folder.name.startswith(".")  # the only ones to go where the list of Ray Train may be lost
-        if _NAME.fullmatch(folder.name) and folder.is_dir() and folder.name not in known and (known or cut_off):
+        if (
+            CHECKPOINT_NAME.fullmatch(folder.name)
+            and folder.is_dir()
+            and folder.name not in known
+            and (known or cut_off)
+        ):
             shutil.rmtree(folder)
 
 

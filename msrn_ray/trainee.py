@@ -9,6 +9,7 @@ from . import distributed
 from .config import ExperimentConfig
 from .ema import build_ema
 from .engine import Trainee
+from .losses import build_loss
 from .model import MSRN, PooledLinear, build_model, choose_attention_kernels, set_prior_bias
 from .optim import build_optimizer, build_scheduler
 from .word_vectors import LEARNED
@@ -67,6 +68,7 @@ def build_trainee(config: ExperimentConfig, model: nn.Module, device: torch.devi
         config.optim.clip_norm,
         config.optim.accumulation,
         config.loss.group_weight,
+        build_loss(config.loss),
     )
 
 

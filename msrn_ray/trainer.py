@@ -13,12 +13,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import ray
 import ray.train
 import ray.train.torch
@@ -26,17 +28,19 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch import Tensor
 
 from .checkpoint import find_model_file, load_checkpoint
-from .config import ExperimentConfig
-from .errors import AccountingError, UserError
+from .config import ExperimentConfig, ResourceSettings
+from .errors import AccountingError, NoDecodeCpuError, UserError
+from .failures import Failures
+from .label_graph import LabelCounts
 from .materials import Materials, describe, gather_materials
 from .resources import Allocation, allocate, check_shared, connect
 from .resuming import DATA_FILE, check_batch, check_data, check_list, check_resumable, describe_data
 from .run_log import RunLog
 from .run_state import CONFIG_FILE, FAILURE_FILE, check_stopped, kept_state
 from .saving import SCORE
-from .splits import fingerprint
 from .watchdog import Watchdog
 from .word_vectors import LEARNED
 from .worker import train_loop_per_worker
@@ -57,9 +61,36 @@ class TrainResult:
     metrics: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Placed:
+    """Materials where workers find them: the sample tables are in the object store, so that runs side by side share them.
+
+    Attributes:
+        tables: those of train, val and, where there is one, test.
+        sizes: images of train, val and test.
+        counts, word_vectors, frequency: see `Materials`.
+        data: what `describe_data` says of them.
+    """
+
+    tables: dict[str, ray.ObjectRef[pa.Table]]
+    sizes: dict[str, int]
+    counts: LabelCounts
+    word_vectors: Tensor
+    frequency: Tensor
+    data: dict[str, str]
+
+
+def place(materials: Materials, data: dict[str, str]) -> Placed:
+    """Puts the sample tables into the object store; Ray must be up."""
+    splits = {"train": materials.splits.train, "val": materials.splits.val, "test": materials.splits.test}
+    tables = {name: ray.put(split.table) for name, split in splits.items() if split is not None}
+    sizes = {name: len(split) if split is not None else 0 for name, split in splits.items()}
+    return Placed(tables, sizes, materials.counts, materials.word_vectors, materials.frequency, data)
+
+
 def build_trainer(
     config: ExperimentConfig,
-    materials: Materials,
+    placed: Placed,
     allocation: Allocation,
     *,
     run_name: str,
@@ -70,29 +101,26 @@ def build_trainer(
 
     Args:
         config: the experiment; `train.storage` holds the run folder.
-        materials: what `gather_materials` gave.
+        placed: what `place` gave.
         allocation: workers.
         run_name: name of the run folder; the same name again goes on from its last checkpoint.
         events: gets rank 0's progress events and the signs of life of all ranks.
         callbacks: passed to Ray Train (Tune's reporting, for one).
     """
-    splits = materials.splits
-    tables = {
-        name: ray.put(table.table)
-        for name, table in (("train", splits.train), ("val", splits.val), ("test", splits.test))
-        if table is not None
-    }
+    # how long until a checkpoint is listed, a lost worker or the end is seen; Ray Train's own is 2 s
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     loop_config = {
         "config": config.to_dict(),
-        "tables": tables,
-        "sizes": {"train": len(splits.train), "val": len(splits.val), "test": len(splits.test) if splits.test else 0},
-        "counts": materials.counts,
-        "word_vectors": materials.word_vectors,
-        "frequency": materials.frequency,
-        "fingerprint": fingerprint(splits.train, splits.val),
+        "tables": placed.tables,
+        "sizes": placed.sizes,
+        "counts": placed.counts,
+        "word_vectors": placed.word_vectors,
+        "frequency": placed.frequency,
+        "fingerprint": placed.data["fingerprint"],
         "folder": str(Path(config.train.storage) / run_name),
         "events": events,
         "run_name": run_name,
+        "runs": allocation.runs,
     }
     return TorchTrainer(
         train_loop_per_worker,
@@ -129,32 +157,9 @@ def scaling(allocation: Allocation) -> ray.train.ScalingConfig:
     return ray.train.ScalingConfig(
         num_workers=allocation.elastic or allocation.num_workers,  # type: ignore[arg-type]  # typed as Train V1
         use_gpu=allocation.use_gpu,
-        resources_per_worker={"CPU": allocation.cpus_per_worker} | ({"GPU": 1} if allocation.use_gpu else {}),
+        resources_per_worker={"CPU": allocation.cpus_per_worker}
+        | ({"GPU": allocation.gpus_per_worker} if allocation.use_gpu else {}),
     )
-
-
-class Failures(ray.train.UserCallback):
-    """Tells the user of a worker that failed, and ends the run at an error that starting again would only repeat.
-
-    Args:
-        events: gets a line for each failure.
-    """
-
-    def __init__(self, events: Queue | None) -> None:
-        self._events = events
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raises what is not to be tried again, whatever `train.max_failures` allows: Ray Train stops at an error of its callbacks, and
-        `run_trainer` hands it on."""
-        for error in worker_exceptions.values():
-            if isinstance(error, (UserError, AccountingError)):
-                raise error
-        if self._events is not None:
-            # where a rank is lost the others fail too, and may be seen first
-            rank, error = min(worker_exceptions.items(), key=lambda item: not hasattr(item[1], "health_check_failure"))
-            reason = str(getattr(error, "health_check_failure", error)).strip() or type(error).__name__
-            event = {"kind": "failure", "text": f"worker {rank} failed: {reason.splitlines()[0]}"}
-            self._events.actor.put.remote(event)  # type: ignore[attr-defined]  # without waiting: Ray Train's own loop calls this
 
 
 @contextmanager
@@ -258,11 +263,47 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
     connect(config.resources)
     allocation = allocate(config.resources)
     try:
+        log, _ = run_in_folder(config, place(materials, data), allocation, fresh=not resume)
+    except KeyboardInterrupt:
+        print(f"interrupted; go on with: msrn train --resume {folder}", file=sys.stderr)
+        raise
+    except ray.train.TrainingFailedError:
+        print(f"the run stopped; once the cause is mended, go on with: msrn train --resume {folder}", file=sys.stderr)
+        raise
+    best = find_model_file(folder).parent
+    metrics = {key: value for key, value in load_checkpoint(best).metrics.items() if key.startswith("val/")} | log.test
+    return TrainResult(folder, best, metrics)
+
+
+def run_in_folder(
+    config: ExperimentConfig,
+    placed: Placed,
+    allocation: Allocation,
+    callbacks: Sequence[ray.train.UserCallback] = (),
+    *,
+    fresh: bool = False,
+) -> tuple[RunLog, ray.train.Result]:
+    """Trains into the run folder `train.storage`/`train.run_name`: keeps its files and ends workers that hang.
+
+    Args:
+        config, placed, allocation, callbacks: see `build_trainer`.
+        fresh: the folder must not be there yet.
+
+    Returns:
+        The run's log, and what Ray Train says of the run.
+
+    Raises:
+        UserError: for what the user can mend; it is in the folder's FAILURE_FILE too.
+        ray.train.TrainingFailedError: for anything else.
+    """
+    assert config.train.run_name is not None
+    folder = Path(config.train.storage) / config.train.run_name
+    try:
         check_shared(folder.parent)
-        folder.mkdir(parents=True, exist_ok=resume)
+        folder.mkdir(parents=True, exist_ok=not fresh)
         config.save(folder / f".{CONFIG_FILE}")
         os.replace(folder / f".{CONFIG_FILE}", folder / CONFIG_FILE)
-        (folder / f".{DATA_FILE}").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        (folder / f".{DATA_FILE}").write_text(json.dumps(placed.data, indent=2) + "\n", encoding="utf-8")
         os.replace(folder / f".{DATA_FILE}", folder / DATA_FILE)
         (folder / FAILURE_FILE).unlink(missing_ok=True)
     except OSError as error:
@@ -276,7 +317,8 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
     try:
         try:
             with kept_state(folder), listening(events, log, watchdog):
-                run_trainer(build_trainer(config, materials, allocation, run_name=name, events=events))
+                build = partial(build_trainer, config, placed, run_name=folder.name, events=events, callbacks=callbacks)
+                result = _run_elastic(build, config.resources, allocation)
         except ray.train.TrainingFailedError:
             if watchdog.verdict is None:
                 raise
@@ -285,15 +327,20 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
         with suppress(OSError):  # a full disk may be what is told of
             (folder / FAILURE_FILE).write_text(f"{error}\n", encoding="utf-8")
         raise
-    except KeyboardInterrupt:
-        print(f"interrupted; go on with: msrn train --resume {folder}", file=sys.stderr)
-        raise
-    except ray.train.TrainingFailedError:
-        print(f"the run stopped; once the cause is mended, go on with: msrn train --resume {folder}", file=sys.stderr)
-        raise
-    best = find_model_file(folder).parent
-    metrics = {key: value for key, value in load_checkpoint(best).metrics.items() if key.startswith("val/")} | log.test
-    return TrainResult(folder, best, metrics)
+    return log, result
+
+
+def _run_elastic(
+    build: Callable[[Allocation], TorchTrainer], settings: ResourceSettings, allocation: Allocation
+) -> ray.train.Result:
+    """`run_trainer`, again with fewer workers where a lost node leaves as many CPUs as workers: Ray Train would take them all."""
+    while True:
+        try:
+            return run_trainer(build(allocation))
+        except NoDecodeCpuError:
+            before, allocation = allocation, allocate(settings)
+            if before.elastic is None or allocation.num_workers >= before.elastic[1]:
+                raise
 
 
 def run_trainer(trainer: TorchTrainer) -> ray.train.Result:

@@ -62,10 +62,15 @@ class _Start:
 
 
 class Worker:
-    """One rank of a training run."""
+    """One rank of a training run.
 
-    def __init__(self, loop_config: dict[str, Any]) -> None:
-        self.loop = loop_config
+    Args:
+        loop_config: see `build_trainer`.
+        pulse: where it notes what it does, if anyone listens.
+    """
+
+    def __init__(self, loop_config: dict[str, Any], pulse: Pulse | None) -> None:
+        self.loop, self.pulse = loop_config, pulse
         self.config = ExperimentConfig.model_validate(loop_config["config"])
         self.counts: LabelCounts = loop_config["counts"]
         self.folder = Path(loop_config["folder"])
@@ -75,9 +80,8 @@ class Worker:
         self.bad = {split: BadImages() for split in loop_config["tables"]}
         self.told: dict[str, set[int]] = {split: set() for split in loop_config["tables"]}
         self.gauges = Gauges(loop_config["run_name"], self.rank)
-        self.pulse: Pulse | None = None
         self.store: StoreMeter | None = None
-        limit_ray_data(decode_cpus(self.world, self.config.resources.cpus_per_worker))
+        limit_ray_data(decode_cpus(self.world, self.config.resources.cpus_per_worker, loop_config["runs"]))
         torch.manual_seed(self.config.train.seed)
         self.trainee = self._build()
         train = self.config.train
@@ -158,13 +162,12 @@ class Worker:
         return _Start(state.epoch, EpochStats(**state.stats), account)  # type: ignore[arg-type]  # whole numbers stay whole
 
     def recall_bad(self, account: Account) -> None:
-        """Counts the images again that could not be decoded before the interruption; the driver has been told of them."""
+        """Counts the images again that could not be decoded before the interruption; the driver tells of those that it had not."""
         if self.rank == 0:
             rows = np.flatnonzero(account.unreadable).tolist()
             uris = ray.get(self.loop["tables"]["train"])["uri"].take(pa.array(rows, pa.int64())).to_pylist()
             for row, uri in zip(rows, uris, strict=True):
                 self.bad["train"].add(BadImage(row, uri, "could not be decoded before the interruption"))
-            self.told["train"].update(rows)
 
     def reported(self) -> list[dict[str, Any]]:
         """Metrics of the epochs whose checkpoints Ray Train holds, as lines of metrics.jsonl."""
@@ -173,11 +176,8 @@ class Worker:
         ]
 
     def run(self) -> None:
-        """Trains, with signs of life for the driver and figures of the object store."""
+        """Trains, with figures of the object store."""
         with ExitStack() as stack:
-            if self.loop["events"] is not None:
-                seconds = beat_seconds(self.config.train.hang_minutes)
-                self.pulse = stack.enter_context(Pulse(self.loop["events"], self.rank, seconds))
             self.store = stack.enter_context(StoreMeter()) if self.rank == 0 else None
             self.train()
 
@@ -343,6 +343,7 @@ class Worker:
         BatchNorm statistics become the mean over ranks, so that all go on with what is saved. Each is a running mean, so this is the
         same as the mean at the epoch's end, but for rounding.
         """
+        self.collect_bad("train")
         account = self.ledger.balance(stats.steps, self.bad["train"].gather_epoch())
         distributed.average_buffers(self.trainee.network)
         within = {"step": stats.steps, "account": account.pack(), "stats": asdict(stats)}
@@ -383,6 +384,11 @@ def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in metrics.items() if isinstance(value, (int, float, str)) and name != SCORE}
 
 
-def train_loop_per_worker(loop_config: dict[str, Any]) -> None:
-    """Ray Train's entry of each worker; see `build_trainer` for what `loop_config` holds."""
-    Worker(loop_config).run()
+def train_loop_per_worker(loop_config: dict[str, Any], worker: type[Worker] = Worker) -> None:
+    """Ray Train's entry of each worker, with signs of life for the driver from the start; see `build_trainer` for `loop_config`."""
+    with ExitStack() as stack:
+        pulse = None
+        if loop_config["events"] is not None:
+            seconds = beat_seconds(loop_config["config"]["train"]["hang_minutes"])
+            pulse = stack.enter_context(Pulse(loop_config["events"], distributed.rank(), seconds))
+        worker(loop_config, pulse).run()

@@ -61,7 +61,7 @@ def recording(folder: Path, kill: Kill | None = None) -> Callable[[dict[str, Any
                     write(loss=progress.loss, step=[epoch - 1, progress.step - 1])
 
         worker.Ledger = RecordingLedger  # type: ignore[misc]  # of this process alone
-        RecordingWorker(loop_config).run()
+        worker.train_loop_per_worker(loop_config, RecordingWorker)
 
     return loop
 

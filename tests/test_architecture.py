@@ -29,6 +29,7 @@ RAY_MODULES = {
     "watchdog",
     "worker",
     "evaluation",
+    "failures",
 }
 TOP_LEVEL = {"msrn_ray", "cluster", "tuning", "tests", "pyproject.toml", "README.md"}
 

@@ -264,7 +264,7 @@ def test_presets_lists_all(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["nonsense"], ["nonsense", "train, evaluate, predict"]),
+        (["nonsense"], ["nonsense", "train, search, evaluate, predict"]),
         (["train", "imagenet"], ["imagenet", "scenes", "coco2014"]),
         (["train", "--bogus", "1"], ["--bogus"]),
         (["train", "--optim.lr"], ["--optim.lr", "Missing value"]),

@@ -34,6 +34,7 @@ from msrn_ray.engine import (
     train_step,
 )
 from msrn_ray.errors import NonFiniteLossError
+from msrn_ray.losses import classification_loss
 from msrn_ray.model import build_model
 from msrn_ray.sampling import EvalPlan, TrainPlan
 from msrn_ray.types import Batch, MSRNOutput
@@ -811,3 +812,9 @@ def test_ranks_average_float_buffers(groups: Any, world: int) -> None:
         assert buffers["running_var"].tolist() == pytest.approx([1, 10 * mean])
         assert buffers["num_batches_tracked"] == rank, "counts are not averaged"
         assert buffers["weight"].tolist() == [rank, rank], "weights are not buffers"
+
+
+def test_the_step_trains_on_the_trainees_loss() -> None:
+    expected, _ = losses_of(msrn().train(), range(4), 64)
+    doubled = trainee_of(msrn().train(), loss=lambda logits, target: 2 * classification_loss(logits, target))
+    assert train_step(doubled, batch_of(range(4)), 4)[0].item() == pytest.approx(2 * expected.item(), rel=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F  # the field's name for it
 
-from msrn_ray.losses import classification_loss, group_loss
+from msrn_ray.config import LossSettings
+from msrn_ray.losses import asymmetric_loss, build_loss, classification_loss, group_loss
 from msrn_ray.types import MSRNOutput
 
 
@@ -121,3 +124,45 @@ def test_group_loss_of_a_baseline() -> None:
     assert loss.dtype == torch.float32
     assert loss.item() == 0
     (logits.float().sum() + loss).backward()
+
+
+@pytest.mark.parametrize(("positive", "negative", "clip"), [(0, 4, 0.05), (1, 2, 0.2), (0.5, 0.5, 0), (2, 0, 0.1)])
+def test_asymmetric_loss_by_loop(positive: float, negative: float, clip: float) -> None:
+    logits, target = random(5, 6, scale=4), labels(5, 6, low=-1)
+    loss = asymmetric_loss(logits, target, gamma_positive=positive, gamma_negative=negative, clip=clip)
+    assert loss.shape == (5,)
+    for image in range(5):
+        terms = []
+        for logit, label in zip(logits[image].tolist(), target[image].tolist(), strict=True):
+            p = 1 / (1 + math.exp(-logit))
+            q = max(p - clip, 0)
+            if label >= 0:
+                terms.append(-((1 - p) ** positive) * math.log(p) if label else -(q**negative) * math.log(1 - q))
+        assert loss[image].item() == pytest.approx(sum(terms) / max(1, len(terms)), rel=1e-4, abs=1e-6)
+
+
+def test_an_asymmetric_loss_without_asymmetry_is_the_soft_margin_loss() -> None:
+    logits, target = random(20, 7, scale=20), labels(20, 7, low=-1)
+    loss = asymmetric_loss(logits, target, gamma_positive=0, gamma_negative=0, clip=0)
+    torch.testing.assert_close(loss, classification_loss(logits, target))
+
+
+@pytest.mark.parametrize("gamma", [0, 0.5, 1, 4])
+@pytest.mark.parametrize("clip", [0, 0.05])
+@pytest.mark.parametrize("logit", [-200.0, -20.0, 0.0, 20.0, 200.0])
+def test_the_slope_of_the_asymmetric_loss_is_finite_everywhere(gamma: float, clip: float, logit: float) -> None:
+    logits = torch.full((1, 3), logit, requires_grad=True)
+    loss = asymmetric_loss(logits, torch.tensor([[1, 0, -1]]), gamma_positive=gamma, gamma_negative=gamma, clip=clip)
+    loss.sum().backward()
+    assert torch.isfinite(loss).all()
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+    assert logits.grad[0, 2] == 0
+
+
+def test_the_settings_choose_the_loss() -> None:
+    logits, target = random(3, 4, scale=3), labels(3, 4, low=0)
+    assert build_loss(LossSettings()) is classification_loss
+    asl = LossSettings(name="asl", gamma_positive=1, gamma_negative=3, clip=0.1)
+    expected = asymmetric_loss(logits, target, gamma_positive=1, gamma_negative=3, clip=0.1)
+    torch.testing.assert_close(build_loss(asl)(logits, target), expected, rtol=0, atol=0)

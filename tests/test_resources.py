@@ -162,15 +162,25 @@ def test_a_range_is_left_to_ray_train_and_a_number_is_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cpus", "workers", "each", "expected"),
-    [(4, 2, 1, 1), (9, 2, 1, 3), (9, 4, 1, 1), (18, 2, 1, 8), (40, 8, 2, 3), (5, 4, 1, 1)],
+    ("cpus", "workers", "each", "runs", "expected"),
+    [
+        (4, 2, 1, 1, 1),
+        (9, 2, 1, 1, 3),
+        (9, 4, 1, 1, 1),
+        (18, 2, 1, 1, 8),
+        (40, 8, 2, 1, 3),
+        (5, 4, 1, 1, 1),
+        (4, 1, 1, 2, 1),
+        (16, 2, 1, 3, 1),
+        (36, 1, 1, 4, 8),
+    ],
 )
 def test_what_is_left_to_decode_images(
-    monkeypatch: pytest.MonkeyPatch, cpus: float, workers: int, each: int, expected: float
+    monkeypatch: pytest.MonkeyPatch, cpus: float, workers: int, each: int, runs: int, expected: float
 ) -> None:
-    """Shared by the workers that there are, which may be other than at the start."""
+    """Shared by the workers that there are, which may be other than at the start, and by the runs beside this one."""
     cluster(monkeypatch, cpus=cpus)
-    assert decode_cpus(workers, each) == expected
+    assert decode_cpus(workers, each, runs) == expected
 
 
 def test_workers_that_leave_nothing_to_decode_are_an_error_not_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +189,14 @@ def test_workers_that_leave_nothing_to_decode_are_an_error_not_a_wait(monkeypatc
         UserError, match=r"4 workers x 1 CPUs leave none of the cluster's 4 CPUs.*resources\.num_workers"
     ):
         decode_cpus(4, 1)
+
+
+def test_a_worker_may_take_a_part_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster(monkeypatch, cpus=36, gpus=4)
+    allocation = allocate(ResourceSettings(num_workers=1, gpus_per_worker=0.25))
+    assert scaling(allocation).resources_per_worker == {"CPU": 1, "GPU": 0.25}
+    whole = allocate(ResourceSettings(num_workers=1))
+    assert scaling(whole).resources_per_worker == {"CPU": 1, "GPU": 1}
 
 
 def test_default_workers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +234,13 @@ def test_more_workers_than_cores_are_refused_before_ray_starts(
         connect(ResourceSettings(**settings))
     assert [word for word in words if word not in str(caught.value)] == []
     assert started == []
+
+
+def test_a_cluster_for_several_runs_at_a_time(started: list[dict[str, Any]]) -> None:
+    with pytest.raises(UserError, match=r"num_workers=2 x 1 CPUs in 3 trials at a time .* 4 cores"):
+        connect(ResourceSettings(num_workers=2), runs=3)
+    connect(ResourceSettings(num_workers=2), runs=2)
+    assert [call["num_cpus"] for call in started] == [4 + 4]
 
 
 @pytest.mark.parametrize(

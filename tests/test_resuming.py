@@ -10,7 +10,17 @@ import pytest
 
 from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
-from msrn_ray.resuming import DATA_FILE, LIST_COPY, LIST_FILE, check_batch, check_data, check_list, describe_data
+from msrn_ray.resuming import (
+    CONFIG_FILE,
+    DATA_FILE,
+    LIST_COPY,
+    LIST_FILE,
+    check_batch,
+    check_data,
+    check_list,
+    check_resumable,
+    describe_data,
+)
 from msrn_ray.splits import Splits
 from msrn_ray.types import SampleTable
 
@@ -49,6 +59,15 @@ def test_other_data_is_refused_with_both_names(tmp_path: Path, now: Splits) -> N
         f" {then_print}; now scenes in /others (list.csv: {len(now.train)} train, 3 val images), fingerprint {now_print};"
         " name its data with --data.root, or start a new run"
     )
+
+
+def test_files_may_lie_elsewhere_but_say_the_same(tmp_path: Path) -> None:
+    """What they hold is compared when the run goes on; vectors that are learned are no file."""
+    CONFIG.with_overrides({"data.label_counts": "/a.npz", "data.word_vectors": "/v.txt"}).save(tmp_path / CONFIG_FILE)
+    moved = CONFIG.with_overrides({"data.label_counts": "/b.npz", "data.word_vectors": "/w.txt"})
+    check_resumable(tmp_path, moved)
+    with pytest.raises(UserError, match=r"data\.word_vectors was '/v\.txt', now 'learned'"):
+        check_resumable(tmp_path, moved.with_overrides({"data.word_vectors": "learned"}))
 
 
 def test_a_run_that_stopped_before_it_said_what_it_is_of(tmp_path: Path) -> None:

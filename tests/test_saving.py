@@ -16,8 +16,8 @@ import torch
 from msrn_ray import saving
 from msrn_ray.checkpoint import load_checkpoint, load_train_state
 from msrn_ray.errors import UserError
-from msrn_ray.resuming import LIST_FILE, check_list
-from msrn_ray.saving import NO_SCORE, SCORE, WITHIN_EPOCH, clear_leftovers, report_checkpoint
+from msrn_ray.resuming import LIST_COPY, LIST_FILE, NO_LIST, check_list
+from msrn_ray.saving import NO_SCORE, SCORE, WITHIN_EPOCH, clear_leftovers, report_checkpoint, restore
 
 from .test_checkpoint import state_of
 from .tiny import make_tiny_checkpoint
@@ -44,7 +44,9 @@ def small_files() -> Iterator[None]:
 
 
 def files_of(run: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    files = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert files.pop(LIST_COPY, None) in (None, NO_LIST.encode()), "there is no list here"
+    return files
 
 
 def test_a_finished_epoch_and_one_that_is_not(tmp_path: Path, reports: Reports) -> None:
@@ -65,11 +67,30 @@ def test_a_finished_epoch_and_one_that_is_not(tmp_path: Path, reports: Reports) 
 
 
 def test_ray_trains_list_is_copied_before_it_is_written_again(tmp_path: Path, reports: Reports) -> None:
-    (tmp_path / LIST_FILE).write_text("{}")
+    (tmp_path / LIST_FILE).write_text('{"checkpoint_results": []}')
     report_checkpoint(tmp_path, {"epoch": 1}, None, state_of(0, 5))
     (tmp_path / LIST_FILE).write_text("")
     check_list(tmp_path)
-    assert (tmp_path / LIST_FILE).read_text() == "{}"
+    assert (tmp_path / LIST_FILE).read_text() == '{"checkpoint_results": []}'
+
+
+@pytest.mark.parametrize("cut", ["", None])
+def test_a_first_checkpoint_that_ray_train_had_not_listed(tmp_path: Path, reports: Reports, cut: str | None) -> None:
+    """A kill between its renaming and the list: the run begins anew, without asking for a list that never was."""
+    report_checkpoint(tmp_path, {"epoch": 1}, None, state_of(0, 5))
+    (tmp_path / "epoch_notes").mkdir()
+    if cut is not None:
+        (tmp_path / LIST_FILE).write_text(cut)
+    check_list(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LIST_COPY, "epoch_notes"]
+
+
+def test_another_label_graph_is_refused_before_anything_is_taken_up() -> None:
+    mask = "label_semantics.attend_mask"
+    network = SimpleNamespace(state_dict=lambda: {mask: torch.eye(3) > 0})
+    other = state_of(0, 5, model={mask: torch.ones(3, 3) > 0})
+    with pytest.raises(UserError, match=r"data\.label_counts: gives another label graph than the run was trained with"):
+        restore(SimpleNamespace(network=network), other, 0, torch.device("cpu"))  # type: ignore[arg-type]  # no more is looked at
 
 
 def test_scores_keep_finished_epochs_before_all_others() -> None:
@@ -93,7 +114,7 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(tmp_path: Path, reports: Repor
         f" then msrn train --resume {tmp_path}"
     )
     assert files_of(tmp_path) == before
-    assert [path.name for path in tmp_path.iterdir()] == [name], "no partial folder is left"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LIST_COPY, name], "no partial folder is left"
     assert len(reports) == 1
 
 
@@ -103,7 +124,7 @@ def test_room_is_left_for_the_list_of_checkpoints(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20 - 1))
     with pytest.raises(UserError, match=r"epoch 1 cannot be written \(No space left on device\)"):
         report_checkpoint(tmp_path, {"epoch": 1}, None, state_of(0, 5))
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [LIST_COPY]
     assert not reports
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -116,10 +115,9 @@ def test_the_saved_config_is_the_run(finished: TrainResult) -> None:
         train(config)
 
 
-@pytest.mark.parametrize("num_workers", [1, 3])
-def test_evaluation_does_not_depend_on_the_number_of_workers(finished: TrainResult, num_workers: int) -> None:
+def test_evaluation_does_not_depend_on_the_number_of_workers(finished: TrainResult) -> None:
     """Two workers scored test in the run itself; 10 images do not divide by 3."""
-    config = load_config(finished.run_folder / "config.yaml").with_overrides({"resources.num_workers": num_workers})
+    config = load_config(finished.run_folder / "config.yaml").with_overrides({"resources.num_workers": 3})
     metrics = evaluate_checkpoint(finished.best_checkpoint, config, "test")
     assert metrics["test/images"] == 10
     compared = [name for name, value in finished.metrics.items() if name.startswith("test/") and value == value]
@@ -172,18 +170,6 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished: TrainResult, sce
     assert_same_weights(resumed.run_folder, finished.run_folder, num_steps=8)
 
 
-def test_kernels_are_chosen_and_said(
-    local_ray: None, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """By default compiled where there is a compiler, which takes gradients through DistributedDataParallel like any other."""
-    result = train(small_config(scenes, tmp_path, **{"model.compile": "auto", "train.epochs": 1}))
-    assert re.search(
-        r"training on 2 x cpu in (bf16|float32), attention kernels (compiled in \d+ s|tile by tile.*), epochs",
-        capsys.readouterr().out,
-    )
-    assert result.metrics["val/images"] == 13
-
-
 def test_resuming_with_other_settings_is_refused(finished: TrainResult) -> None:
     before = (finished.run_folder / "config.yaml").read_bytes()
     config = resume_config(finished.run_folder).with_overrides({"model.levels": ["layer4"], "train.batch_size": 8})
@@ -198,34 +184,29 @@ def test_resuming_with_other_word_vectors_is_refused(finished: TrainResult) -> N
         train(config, resume=True)
 
 
-def test_learned_vectors_and_given_counts(local_ray: None, scenes: Path, tmp_path: Path) -> None:
-    """Trained, saved, resumed; another file of counts that gives another graph is refused."""
+def test_learned_vectors_given_counts_and_kernels(
+    local_ray: None, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Vectors that are trained, counts from a file, and the attention compiled where there is a compiler, as by default."""
     names = load_splits(small_config(scenes, tmp_path)).train.label_names
     pairs = np.zeros((len(names), len(names)), np.int64)
     pairs[0, 1] = pairs[1, 0] = 9
-    count = np.full(len(names), 10)
-    counts = tmp_path / "counts.npz"
-    save_counts(counts, LabelCounts(names, pairs, count, Provenance("elsewhere", 100, "a" * 64)))
-    settings = {"data.word_vectors": "learned", "data.label_counts": str(counts), "train.epochs": 1}
-    result = train(
-        small_config(scenes, tmp_path, **{"train.run_name": "learned", "resources.num_workers": 1, **settings})
+    counts = LabelCounts(names, pairs, np.full(len(names), 10), Provenance("elsewhere", 100, "a" * 64))
+    save_counts(tmp_path / "counts.npz", counts)
+    settings = {"data.word_vectors": "learned", "data.label_counts": str(tmp_path / "counts.npz")}
+    result = train(small_config(scenes, tmp_path, **settings, **{"model.compile": "auto", "train.epochs": 1}))
+    assert re.search(
+        r"training on 2 x cpu in (bf16|float32), attention kernels (compiled in \d+ s|tile by tile.*), epochs",
+        capsys.readouterr().out,
     )
+    assert result.metrics["val/images"] == 13
     saved = load_checkpoint(result.best_checkpoint)
-    assert saved.counts.provenance == Provenance("elsewhere", 100, "a" * 64)
+    assert saved.counts.provenance == counts.provenance
     assert int(saved.weights["label_semantics.attend_mask"].sum()) == len(names) + 2
     start = load_word_vectors(names, "learned").vectors
     assert saved.weights["label_semantics.word_vectors"].shape == start.shape
     assert not torch.equal(saved.weights["label_semantics.word_vectors"], start), "they are trained"
     assert Predictor.from_checkpoint(result.run_folder)([Image.new("RGB", (64, 64))]).shape == (1, len(names))
-
-    pairs[0, 2] = pairs[2, 0] = 9
-    save_counts(tmp_path / "other.npz", LabelCounts(names, pairs, count))
-    longer = resume_config(result.run_folder).with_overrides({"train.epochs": 2})
-    with pytest.raises(UserError, match=r"data\.label_counts: gives another label graph"):
-        train(longer.with_overrides({"data.label_counts": str(tmp_path / "other.npz")}), resume=True)
-    counts.rename(tmp_path / "moved.npz")
-    again = train(longer.with_overrides({"data.label_counts": str(tmp_path / "moved.npz")}), resume=True)
-    assert load_train_state(max(again.run_folder.glob("epoch_0002*"))).epoch == 2
 
 
 def test_resuming_on_other_data_is_refused(finished: TrainResult, scenes: Path, tmp_path: Path) -> None:
@@ -330,27 +311,10 @@ def test_too_many_bad_images_stop_the_run_and_are_named(
     assert any(str(victim) in str(caught.value) for victim in victims)
 
 
-def test_few_bad_images_are_left_out_counted_and_listed(
-    local_ray: None, damaged: tuple[Path, list[Path]], tmp_path: Path
-) -> None:
-    root, victims = damaged
-    # both ranks may meet the same image in different epochs: counted twice, three would be more than 3.5
-    config = small_config(root, tmp_path / "runs", **{"data.max_bad_fraction": 0.07, "train.epochs": 3})
-    result = train(config)
-    lines = [json.loads(line) for line in (result.run_folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["train/images"] for line in lines] == [47, 47, 47]
-    assert [line["train/bad_images"] for line in lines] == [3, 3, 3]
-    with (result.run_folder / "bad_images.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert sorted(row["uri"] for row in rows) == [str(victim) for victim in victims]
-    assert {row["split"] for row in rows} == {"train"}
-    assert "the file is empty" in {row["reason"] for row in rows}
-
-
 @pytest.mark.timeout(60)  # Ray itself would wait for ever
 def test_more_workers_than_the_cluster_has_is_an_error_not_a_wait(
     local_ray: None, scenes: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"num_workers=40.*cluster's 6 CPUs"):
+    with pytest.raises(UserError, match=r"num_workers=40.*cluster has 6 CPUs"):
         train(small_config(scenes, tmp_path / "runs", **{"resources.num_workers": 40}))
     assert not (tmp_path / "runs").exists()

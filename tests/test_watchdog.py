@@ -167,7 +167,7 @@ class StopsRankOne(Watchdog):
         if self.stopped is None and len(fresh) == 2 and beat["rank"] == 1 and beat["step"] > 1:
             StopsRankOne.stopped = beat["pid"]
             os.kill(beat["pid"], signal.SIGSTOP)
-            self._limit = 20.0
+            self._limit = 14.0
 
 
 @pytest.mark.ray

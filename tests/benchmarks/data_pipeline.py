@@ -37,9 +37,9 @@ from torchvision.transforms import functional as classic
 from msrn_ray.config import DataSettings, ResourceSettings
 from msrn_ray.pipeline import BadImages, decode_rows, limit_ray_data, train_epochs
 from msrn_ray.prepare import prepare
+from msrn_ray.readers import read_published
 from msrn_ray.resources import connect, decode_cpus, usable_cores
 from msrn_ray.sampling import TrainPlan
-from msrn_ray.splits import read_published
 from msrn_ray.storage import Location
 from msrn_ray.telemetry import StoreMeter
 from msrn_ray.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -188,8 +188,9 @@ class Measured:
 def take_turns(forms: dict[str, Callable[[int], Epochs]], images: int, rounds: int) -> None:
     """Prints medians of the rates, and their ratios to the DataLoader's."""
     measured = {name: Measured() for name in forms}
-    for _ in range(rounds):
-        for name, form in forms.items():
+    for turn in range(rounds):
+        order = list(forms.items())
+        for name, form in reversed(order) if turn % 2 else order:  # none is always the one that comes after the slowest
             seen = measured[name]
             if name == "raw":  # the same all the time
                 seen.steady.append(consume(partial(form, 3)).steady_rate(images))

@@ -148,7 +148,7 @@ def workers(name: str) -> None:
         base = 0.0
         for world, compress in ((1, False), (2, False), (2, True)):
             with tempfile.TemporaryDirectory() as folder:
-                multiprocessing.spawn(worker, (world, folder, preset, labels, images, head, compress), nprocs=world)
+                multiprocessing.spawn(worker, (world, folder, preset, labels, images, head, compress), nprocs=world)  # type: ignore[attr-defined,no-untyped-call]  # untyped in torch
                 seconds = float((Path(folder) / "seconds").read_text(encoding="utf-8"))
             base = base or seconds
             how = f"{world} process{'es' if world > 1 else ''}{', bf16 gradients' if compress else ''}"

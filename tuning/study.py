@@ -1,0 +1,286 @@
+"""The Optuna study of a search: the one place that says which points were drawn and what became of them; no Ray.
+
+Each draw, epoch and end is in the study's storage before anything else hears of it, so a search that is killed loses nothing. Opened
+again, it gives out the unfinished trials first, which go on from their checkpoints under their numbers, then points not drawn yet. A
+sampler is seeded by (seed, trial number), so an interrupted search draws what an undisturbed one would.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from msrn_ray.config import ExperimentConfig
+from msrn_ray.errors import UserError
+
+from .plan import MINIMIZED, Plan
+from .space_file import build_space
+
+_KEPT_METRICS = ("val/mAP", "val/CF1", "val/OF1", "val/loss", "train/loss", "train/images_per_second", "epoch_seconds")
+REDUCTION = 3  # ASHA: the better third of a rung goes on
+ALIKE_FAILURES = 3  # in a row, of the same kind, and the search stops
+_PLAN, _TRIALS = "plan", "trials"  # user attributes of the study
+
+
+def create_study(url: str, name: str, plan: Plan, trials: int | None) -> SearchStudy:
+    """A new study with the plan's own setting as its first point; a grid has all its points from the start.
+
+    Args:
+        url: storage, as SQLAlchemy writes it.
+        name: of the study in that storage.
+        plan: what is searched.
+        trials: how many in all; None: the points of the grid.
+
+    Raises:
+        UserError: if the storage cannot be used or has a study of this name.
+    """
+    space = build_space(plan.entries, plan.config, "space")
+    points = space.grid() if plan.sampler == "grid" else [space.point_of(plan.config)[0]]
+    random.Random(plan.config.train.seed).shuffle(points)  # a grid that is cut short has seen all of its range
+    try:
+        study = optuna.create_study(
+            storage=_storage(url),
+            study_name=name,
+            directions=["minimize" if objective in MINIMIZED else "maximize" for objective in plan.objectives],
+        )
+    except optuna.exceptions.DuplicatedStudyError:
+        raise UserError(
+            f"{_shown(url)} has a study {name} already; go on with it (--resume), or give another --train.run-name"
+        ) from None
+    for point in points:
+        study.enqueue_trial(point)
+    study.set_user_attr(_TRIALS, len(points) if trials is None else trials)
+    study.set_user_attr(_PLAN, plan.model_dump(mode="json"))  # last: a study without it was never whole
+    return SearchStudy(study)
+
+
+def open_study(url: str, name: str, trials: int | None = None) -> SearchStudy:
+    """The study of an earlier search.
+
+    Args:
+        url, name: as they were.
+        trials: how many in all from now on; None: as many as before.
+
+    Raises:
+        UserError: if there is none.
+    """
+    try:
+        study = optuna.load_study(storage=_storage(url), study_name=name)
+    except KeyError:
+        raise UserError(f"{_shown(url)} has no study {name}; name its storage with --study-storage") from None
+    if _PLAN not in study.user_attrs:
+        raise UserError(f"{_shown(url)}: study {name} was killed before its first trial; start a new search")
+    if trials is not None:
+        study.set_user_attr(_TRIALS, trials)
+    return SearchStudy(study)
+
+
+def _storage(url: str) -> optuna.storages.RDBStorage:
+    try:
+        return optuna.storages.RDBStorage(url)
+    except ImportError as error:
+        raise UserError(
+            f"--study-storage {_shown(url)}: needs its database driver ({error}); install it with pip"
+        ) from None
+    except SQLAlchemyError as error:
+        reason = " ".join(str(getattr(error, "orig", None) or error).split())[:300]
+        raise UserError(f"--study-storage {_shown(url)}: cannot be used ({reason})") from None
+
+
+def _shown(url: str) -> str:
+    """The URL without its password."""
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except SQLAlchemyError:
+        return url
+
+
+class SearchStudy:
+    """Gives out trials and takes what becomes of them.
+
+    Attributes:
+        study: Optuna's.
+        plan: what is searched.
+        space: the plan's.
+        trials: how many are to be run in all.
+        stopped_because: why no more trials are given out, after ALIKE_FAILURES of a kind in a row.
+    """
+
+    def __init__(self, study: optuna.Study) -> None:
+        self.study = study
+        self.plan = Plan.model_validate(study.user_attrs[_PLAN])
+        self.space = build_space(self.plan.entries, self.plan.config, "space")
+        self.trials = int(study.user_attrs[_TRIALS])
+        self.stopped_because: str | None = None
+        self._open: dict[int, optuna.Trial] = {}
+        self._failures: list[tuple[str, str]] = []  # kind and reason of those in a row
+        self._left = [trial.number for trial in self.frozen(TrialState.RUNNING)]
+        study.pruner = optuna.pruners.SuccessiveHalvingPruner(
+            min_resource=max(1, self.epochs // REDUCTION**2), reduction_factor=REDUCTION
+        )
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of a trial that is not stopped early."""
+        return self.plan.config.train.epochs
+
+    @property
+    def unfinished(self) -> int:
+        """Trials that have not ended, or not been drawn."""
+        return self.trials - len(self.frozen(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
+
+    def frozen(self, *states: TrialState) -> list[FrozenTrial]:
+        """The trials in these states, in order; without states all that were drawn."""
+        wanted = states or (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+        return self.study.get_trials(deepcopy=False, states=wanted)
+
+    def check_data(self, data: str, source: str) -> None:
+        """Refuses to go on with other images or labels.
+
+        Raises:
+            UserError: with both data sets.
+        """
+        if data != self.plan.data:
+            raise UserError(
+                f"study {self.study.study_name} is of another data set: it was searched on {self.plan.source}"
+                f" ({self.plan.data[:12]}), data.root now holds {source} ({data[:12]}); start a new search"
+            )
+
+    def next_trial(self) -> tuple[int, dict[str, Any]] | None:
+        """Number and config overrides of the trial to run now; None where all have been given out or the search has stopped."""
+        while self.stopped_because is None:
+            if self._left:
+                number = self._left.pop(0)
+                # Optuna has no public way to go on with a trial; parameters that it has are not drawn again
+                trial = optuna.trial.Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
+            elif len(self.frozen()) < self.trials:
+                self.study.sampler = self._sampler(len(self.frozen()))
+                trial = self.study.ask()
+            else:
+                return None
+            self._open[trial.number] = trial
+            overrides = self.space.suggest(trial)
+            if _attribute(self.epochs) in trial.user_attrs:  # killed between its last epoch and its end
+                self._complete(trial)
+                continue
+            try:
+                self.plan.config.with_overrides(overrides)
+            except UserError as error:  # values that are fine alone need not go together
+                self.fail(trial.number, "config", str(error))
+                continue
+            return trial.number, overrides
+        return None
+
+    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        seed = int(np.random.SeedSequence([self.plan.config.train.seed, number]).generate_state(1)[0])
+        if self.plan.sampler != "tpe":
+            return optuna.samplers.RandomSampler(seed)
+        with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning):
+            warnings.simplefilter("ignore")
+            return optuna.samplers.TPESampler(
+                n_startup_trials=min(10, max(3, self.trials // 3)),  # a short search too has some trials that learn
+                multivariate=True,
+                group=True,
+                constant_liar=True,
+                seed=seed,
+            )
+
+    def record(self, number: int, metrics: Mapping[str, Any]) -> bool:
+        """Takes an epoch's metrics. Nothing changes with an epoch that is known, a trial that has ended, or a report without a score,
+        which comes with a checkpoint within an epoch.
+
+        Args:
+            number: of the trial.
+            metrics: `epoch` (from 1) and the objectives.
+
+        Returns:
+            Whether the trial is to be stopped early.
+        """
+        trial, epoch = self._open.get(number), int(metrics["epoch"])
+        if trial is None or self.plan.objectives[0] not in metrics or _attribute(epoch) in trial.user_attrs:
+            return False
+        if len(self.plan.objectives) == 1 and epoch not in self._reported(number):
+            trial.report(float(metrics[self.plan.objectives[0]]), epoch)
+        trial.set_user_attr(_attribute(epoch), {name: metrics[name] for name in _KEPT_METRICS if name in metrics})
+        if epoch >= self.epochs:
+            self._complete(trial)
+        elif self.plan.prunes and trial.should_prune():
+            del self._open[number]
+            self._failures = []
+            self.study.tell(number, state=TrialState.PRUNED)
+            return True
+        return False
+
+    def _reported(self, number: int) -> Collection[int]:
+        """Epochs whose score Optuna has; a kill may have come between that and our own note."""
+        return self.study.get_trials(deepcopy=False)[number].intermediate_values
+
+    def _complete(self, trial: optuna.Trial) -> None:
+        best = best_epoch(trial.user_attrs, self.plan.objectives[0])
+        if best is None:
+            self.fail(
+                trial.number, "nan", f"{self.plan.objectives[0]} is nan in every epoch: no image of val has a label"
+            )
+            return
+        del self._open[trial.number]
+        self._failures = []
+        self.study.tell(trial.number, [best[objective] for objective in self.plan.objectives])
+
+    def fail(self, number: int, kind: str, reason: str) -> None:
+        """Takes the failure of a trial; one that has ended is left as it is. The third of a kind in a row stops the search."""
+        trial = self._open.pop(number, None)
+        if trial is None:
+            return
+        trial.set_user_attr("failure", reason)
+        self.study.tell(number, state=TrialState.FAIL)
+        if self._failures and self._failures[-1][0] != kind:
+            self._failures = []
+        self._failures.append((kind, reason))
+        if len(self._failures) == ALIKE_FAILURES:
+            self.stopped_because = f"{ALIKE_FAILURES} trials in a row failed alike ({kind}); the last one: {reason}"
+
+    def best(self) -> FrozenTrial | None:
+        """The best trial by the first objective; a trial that was stopped early counts with what it reached."""
+        objective = self.plan.objectives[0]
+        scored = [
+            (best[objective], trial)
+            for trial in self.frozen(TrialState.COMPLETE, TrialState.PRUNED)
+            if (best := best_epoch(trial.user_attrs, objective)) is not None
+        ]
+        choose = min if objective in MINIMIZED else max
+        return choose(scored, key=lambda pair: pair[0])[1] if scored else None
+
+    def config_of(self, trial: FrozenTrial) -> ExperimentConfig:
+        """The config of a trial, as `msrn train --config` runs it again: into `runs`, under a name of its own."""
+        config = self.plan.config.with_overrides(self.space.overrides(trial.params))
+        return config.with_overrides({"train.storage": "runs", "train.run_name": None})
+
+
+def _attribute(epoch: int) -> str:
+    """The user attribute of a trial that holds the metrics of an epoch."""
+    return f"epoch {epoch:04d}"
+
+
+def epochs_of(attributes: Mapping[str, Any]) -> list[dict[str, float]]:
+    """Metrics of each epoch that a trial has reported, in order, with `epoch`."""
+    return [
+        {"epoch": int(name.split()[1])} | values
+        for name, values in sorted(attributes.items())
+        if name.startswith("epoch ")
+    ]
+
+
+def best_epoch(attributes: Mapping[str, Any], objective: str) -> dict[str, float] | None:
+    """Metrics of the epoch whose checkpoint training keeps as the best; None where it is nan in all."""
+    epochs = [epoch for epoch in epochs_of(attributes) if not math.isnan(epoch[objective])]
+    sign = -1 if objective in MINIMIZED else 1
+    return max(epochs, key=lambda epoch: sign * epoch[objective], default=None)
