@@ -132,11 +132,11 @@ def test_what_cannot_work_is_refused_at_once(cluster: Cluster) -> None:
 
 def test_a_notice_a_lost_machine_a_stopped_job_and_the_same_job_again(cluster: Cluster) -> None:
     worker = cluster.hosts[1]
-    options = f"--train.storage {SHARED}/runs --train.run-name run --or-resume --resources.num-workers 1..2"
+    options = f"--train.storage {SHARED}/runs --train.run-name faults --or-resume --resources.num-workers 1..2"
     job = cluster.submit(options)
     cluster.wait_for(job, r"training on 2 x cpu in float32")
     cluster.wait_for(job, r"epoch 1/8  train/loss")
-    assert cluster.state("run")[1] == "running"
+    assert cluster.state("faults")[1] == "running"
 
     # the machine is told that it will be taken away: a checkpoint at once, and the run goes on without it
     worker.run(
@@ -151,14 +151,14 @@ def test_a_notice_a_lost_machine_a_stopped_job_and_the_same_job_again(cluster: C
     cluster.wait_for(job, r"epoch 4/8  train/loss")
 
     cluster.on_laptop(f"ray job stop --address http://localhost:8265 {job}")
-    assert cluster.state("run")[1] == "interrupted"
+    assert cluster.state("faults")[1] == "interrupted"
     job = cluster.submit(options)
     cluster.wait_for(job, r"val mAP \d")
-    lines = [json.loads(line) for line in (cluster.hosts.shared / "runs/run/metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (cluster.hosts.shared / "runs/faults/metrics.jsonl").read_text().splitlines()]
     assert [(line["epoch"], line["train/images"]) for line in lines] == [
         (epoch, NUM_IMAGES) for epoch in range(1, EPOCHS + 1)
     ]
-    assert cluster.state("run")[1:3] == ["finished", "8/8"]
+    assert cluster.state("faults")[1:3] == ["finished", "8/8"]
     assert lines[-1]["train/loss"] < 0.8 * lines[0]["train/loss"], "it learned"
 
 

@@ -43,7 +43,7 @@ def all_reduce(rank: int, world: int, folder: str) -> None:
 def link(world: int) -> float:
     """Bytes a second between the processes of a ring."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(all_reduce, (world, folder), nprocs=world)
+        multiprocessing.spawn(all_reduce, (world, folder), nprocs=world)  # type: ignore[attr-defined,no-untyped-call]  # untyped in torch
         seconds = float((Path(folder) / "seconds").read_text(encoding="utf-8"))
     return 2 * (world - 1) / world * LINK_BYTES / seconds
 
@@ -80,7 +80,7 @@ def main() -> None:
             machine = Machine(world, flops * share, speed, memory * min(1, share), overlap=0.0)
             predicted = predict_step(cost, machine, IMAGES / world).total
             with tempfile.TemporaryDirectory() as folder:
-                multiprocessing.spawn(worker, (world, folder, PRESET, LABELS, IMAGES, head, False), nprocs=world)
+                multiprocessing.spawn(worker, (world, folder, PRESET, LABELS, IMAGES, head, False), nprocs=world)  # type: ignore[attr-defined,no-untyped-call]  # untyped in torch
                 measured = float((Path(folder) / "seconds").read_text(encoding="utf-8"))
             print(
                 f"  {world} workers, {head:12s} predicted {predicted:6.2f} s  measured {measured:6.2f} s  {predicted / measured:5.2f}",
