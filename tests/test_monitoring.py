@@ -90,7 +90,7 @@ def prometheus(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
     end = time.monotonic() + 90
     while True:
         try:
-            if set(server.ask("label/__name__/values")) >= NAMES:
+            if len(server.ask("query", query='{__name__=~"ray_msrn_.+"}')["result"]) == len(ranks) * len(NAMES):
                 break
         except OSError:
             pass  # it does not listen yet
