@@ -20,6 +20,8 @@ from .sampling import Rows, TrainPlan
 Mask = npt.NDArray[np.bool_]
 _NAMED = 10  # rows that an error names
 
+RECALLED = "could not be decoded before the interruption"  # why a row is unreadable, until it is met again
+
 
 @dataclass(frozen=True)
 class Account:

@@ -259,7 +259,7 @@ class TrainSettings(Settings):
     """Steps between two progress reports (and two checks for a non-finite loss)."""
     hang_minutes: Positive = 10.0
     """A worker that does nothing for so long, stopped or waiting for images, is named and its process ended, minutes; after a fifth of it
-    a line warns. Must be longer than a step, its compilation or the saving of a checkpoint takes."""
+    a line warns. Must be longer than building the model, a step, its compilation or the saving of a checkpoint takes."""
     checkpoint_every: Interval = "10 minutes"
     """How often an epoch is saved half-way, to go on from there after an interruption: "200 steps" of an epoch, "10 minutes" (seen
     every `log_every` steps), or None: only at an epoch's end, as is done anyway."""
@@ -293,7 +293,7 @@ class ResourceSettings(Settings):
     cpus_per_worker: Count = 1
     """CPUs that a worker reserves beside those that decode images."""
     wait_minutes: Positive = 20.0
-    """How long to wait for room for `num_workers`, minutes: for machines that a growing cluster starts, or that come back after a loss."""
+    """How long to wait for room for `num_workers`: machines that a growing cluster starts, or one in place of a lost node, minutes."""
     dashboard: bool = False
     """Start Ray's dashboard with a cluster on this machine (a cluster that is joined has its own)."""
 

@@ -17,5 +17,9 @@ class NoDecodeCpuError(UserError):
     """The workers hold every CPU of the cluster and would wait for images for ever; fewer workers can go on."""
 
 
+class StoppedEarlyError(Exception):
+    """Ends a training run from inside Ray Train's controller, which then frees its workers: a search has seen enough of it."""
+
+
 class AccountingError(RuntimeError):
     """Images of an epoch were trained on twice, too early or not at all; training stops rather than go on with a wrong epoch."""

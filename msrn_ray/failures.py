@@ -17,7 +17,7 @@ class Failures(ray.train.UserCallback):
         events: gets a line for each failure.
     """
 
-    def __init__(self, events: Queue | None) -> None:
+    def __init__(self, events: Queue) -> None:
         self._events = events
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
@@ -26,9 +26,8 @@ class Failures(ray.train.UserCallback):
         for error in worker_exceptions.values():
             if isinstance(error, (UserError, AccountingError)):
                 raise error
-        if self._events is not None:
-            # where a rank is lost the others fail too, and may be seen first
-            rank, error = min(worker_exceptions.items(), key=lambda item: not hasattr(item[1], "health_check_failure"))
-            reason = str(getattr(error, "health_check_failure", error)).strip() or type(error).__name__
-            event = {"kind": "failure", "text": f"worker {rank} failed: {reason.splitlines()[0]}"}
-            self._events.actor.put.remote(event)  # type: ignore[attr-defined]  # without waiting: Ray Train's own loop calls this
+        # where a rank is lost the others fail too, and may be seen first
+        rank, error = min(worker_exceptions.items(), key=lambda item: not hasattr(item[1], "health_check_failure"))
+        reason = str(getattr(error, "health_check_failure", error)).strip() or type(error).__name__
+        event = {"kind": "failure", "text": f"worker {rank} failed: {reason.splitlines()[0]}"}
+        self._events.actor.put.remote(event)  # type: ignore[attr-defined]  # without waiting: Ray Train's own loop calls this

@@ -6,6 +6,7 @@ array. An execution of Ray Data goes on over the ends of epochs, and the next on
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,8 +21,10 @@ import pyarrow as pa
 import ray
 import ray.data
 import torch
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from . import distributed
+from .accounting import RECALLED
 from .config import DataSettings
 from .errors import UserError
 from .sampling import EvalPlan, TrainPlan
@@ -33,6 +36,7 @@ Columns = dict[str, npt.NDArray[Any]]
 _TENSORS = ("image", "target", "row")
 _EXECUTION_BLOCKS = 512  # Ray Data looks at all blocks of an execution before the first one starts, about 1 ms each
 _LEAD_BLOCKS = 16  # left of an execution when the next one is started
+_SCHEDULE_SECONDS = 0.05  # a block of 64 images takes longer to decode
 _BLOCKS_A_TASK = (
     3  # room in the object store for each: the block it writes, one that is finished, one that is being consumed
 )
@@ -65,7 +69,8 @@ class BadImages:
 
     def add(self, image: BadImage) -> None:
         """Notes a row that is met."""
-        self.seen.setdefault(image.row, image)
+        if image.row not in self.seen or self.seen[image.row].reason == RECALLED:
+            self.seen[image.row] = image
         self.in_epoch.add(image.row)
 
     def gather(self) -> dict[int, BadImage]:
@@ -77,8 +82,24 @@ class BadImages:
         return set().union(*distributed.all_gather(self.in_epoch))
 
 
+class Paced(ExecutionCallback):
+    """Lets a step of Ray Data's scheduling loop take `_SCHEDULE_SECONDS` at least.
+
+    A step waits for tasks that run, but not where all of them have ended and there is no room yet for what they decoded. So it is while
+    training is the slower side: the loop would turn without a pause, on a core and with the interpreter's lock that the training needs.
+    """
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def on_execution_step(self, executor: Any) -> None:
+        """A step has ended."""
+        time.sleep(max(0.0, self._last + _SCHEDULE_SECONDS - time.monotonic()))
+        self._last = time.monotonic()
+
+
 def limit_ray_data(num_cpus: float) -> None:
-    """Sets this process's Ray Data: row order kept, no progress bars, and how many decode tasks of one CPU it hands out at a time.
+    """Sets this process's Ray Data: row order kept, no progress bars, how many decode tasks of one CPU it hands out at a time, `Paced`.
 
     These are twice `num_cpus`: Ray Data looks for finished tasks ten times a second, so each core needs a next task that already waits.
     """
@@ -86,6 +107,7 @@ def limit_ray_data(num_cpus: float) -> None:
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True  # the plan's order is the contract with the engine
     context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=2 * num_cpus)
+    context.custom_execution_callback_classes = [Paced]
 
 
 def train_epochs(

@@ -7,7 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,18 @@ def fit(settings: ResourceSettings, cpus: float, gpus: int, owner: str = "the cl
     return Allocation(now, use_gpu, settings.cpus_per_worker, elastic, settings.gpus_per_worker)
 
 
+def with_fewer(before: Allocation, settings: ResourceSettings) -> Allocation | None:
+    """What the cluster has room for now beside a CPU that decodes; None where that is not less than `before`."""
+    if before.elastic is None:
+        return None
+    cpus, gpus = _there()
+    after = fit(settings, cpus / before.runs, gpus)
+    fewest, most = before.elastic[0], after.num_workers
+    if most >= before.elastic[1]:
+        return None
+    return replace(after, elastic=(fewest, most) if fewest < most else None, runs=before.runs)
+
+
 def _there() -> tuple[float, int]:
     """CPUs and GPUs of the cluster now."""
     there = ray.cluster_resources()
@@ -210,7 +222,8 @@ def check_shared(storage: Path) -> None:
     probe = storage / f".probe_{secrets.token_hex(8)}"
     probe.touch()
     try:
-        blind = [address for node, address in nodes.items() if not _is_seen(node, str(probe))]
+        looks = {node: _look(node, str(probe)) for node in nodes}  # all at once
+        blind = [address for node, address in nodes.items() if not _is_seen(looks[node])]
     finally:
         probe.unlink()
     if blind:
@@ -220,10 +233,13 @@ def check_shared(storage: Path) -> None:
         )
 
 
-def _is_seen(node: str, path: str) -> bool:
-    here = NodeAffinitySchedulingStrategy(node, soft=False)
+def _look(node: str, path: str) -> ray.ObjectRef[bool]:
+    return _exists.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(path)
+
+
+def _is_seen(look: ray.ObjectRef[bool]) -> bool:
     try:
-        return bool(ray.get(_exists.options(scheduling_strategy=here).remote(path), timeout=120))
+        return bool(ray.get(look, timeout=120))
     except ray.exceptions.RayError:  # the node was lost meanwhile, or it does not answer; no storage will mend that
         return True
 

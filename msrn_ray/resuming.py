@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from .word_vectors import LEARNED
 
 DATA_FILE = "data.json"
 LIST_FILE = "checkpoint_manager_snapshot.json"  # Ray Train's list of the run's checkpoints, which it writes in place
-LIST_COPY = f".{LIST_FILE}"  # as it was before the last checkpoint; `NO_LIST` while there was none
+LIST_COPY = f".{LIST_FILE}"  # as it was before the last checkpoint; `NO_LIST` until the first is in it
 NO_LIST = "{}"
 CHECKPOINT_NAME = re.compile(r"\.?epoch_\d{4,}(_step_\d{6,})?_[0-9a-f]+")  # with a dot while it is written
 _MAY_CHANGE = (
@@ -107,10 +108,13 @@ def check_data(folder: Path, data: Mapping[str, str]) -> None:
         )
 
 
-def check_list(folder: Path) -> None:
+def check_list(folder: Path) -> bool:
     """Mends Ray Train's list of checkpoints where an interruption cut it off; without it a run would begin anew.
 
     A run that was interrupted before its first checkpoint was in that list does begin anew, and that checkpoint is deleted.
+
+    Returns:
+        Whether that is so.
 
     Raises:
         UserError: if there are checkpoints, but neither the list nor its copy can be read.
@@ -118,18 +122,27 @@ def check_list(folder: Path) -> None:
     saved, copy = folder / LIST_FILE, folder / LIST_COPY
     checkpoints = [path for path in folder.glob("epoch_*") if CHECKPOINT_NAME.fullmatch(path.name)]
     if not checkpoints or _is_whole(saved):
-        return
-    if not _is_whole(copy):
+        return False
+    if not _is_whole(copy) or (len(checkpoints) > 1 and copy.read_text(encoding="utf-8") == NO_LIST):
         raise UserError(
             f"{saved}: Ray Train's list of the checkpoints is missing or cut off; put it back from a copy, or delete the"
             f" folders epoch_* beside it to train from the beginning"
         )
     if copy.read_text(encoding="utf-8") != NO_LIST:
         shutil.copyfile(copy, saved)
-        return
-    for path in checkpoints:
-        shutil.rmtree(path)
+        return False
+    shutil.rmtree(checkpoints[0])
     saved.unlink(missing_ok=True)
+    return True
+
+
+def keep_list(folder: Path, text: str) -> None:
+    """Writes the copy of Ray Train's list, whole or not at all."""
+    with (folder / f".{LIST_COPY}").open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(folder / f".{LIST_COPY}", folder / LIST_COPY)
 
 
 def _is_whole(path: Path) -> bool:

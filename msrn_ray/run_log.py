@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .accounting import RECALLED
 from .checkpoint import BEST_FILE
 from .run_state import METRICS_FILE, read_history
 
@@ -151,15 +152,20 @@ class RunLog:
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
                 rows = list(csv.reader(file))
-        known = {(row[0], row[1]) for row in rows}  # a resumed run meets the same files again
-        fresh = [[event["split"], uri, reason] for uri, reason in event["images"] if (event["split"], uri) not in known]
-        if not fresh:
-            return
+        known = {(row[0], row[1]): row for row in rows}  # a resumed run meets the same files again
+        fresh = []
+        for uri, reason in event["images"]:
+            row = known.get((event["split"], uri))
+            if row is None:
+                fresh.append([event["split"], uri, reason])
+            elif row[2] == RECALLED:
+                row[2] = reason
         partial = path.with_name(f".{path.name}")
         with partial.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([*rows, *fresh])
         os.replace(partial, path)
-        self.say(f"{event['split']}: {len(fresh)} images could not be decoded and are left out, see {path}")
+        if fresh:
+            self.say(f"{event['split']}: {len(fresh)} images could not be decoded and are left out, see {path}")
 
     def _on_failure(self, event: Event) -> None:
         self.say(event["text"])

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .config import load_config
-from .errors import UserError
+from .errors import StoppedEarlyError, UserError
 
 State = Literal["running", "finished", "failed", "interrupted", "unknown"]
 CONFIG_FILE, METRICS_FILE, STATE_FILE = "config.yaml", "metrics.jsonl", "state.json"
@@ -90,6 +90,9 @@ def kept_state(folder: Path, beat_seconds: float = _BEAT_SECONDS) -> Iterator[No
         ended = {"state": "interrupted", "reason": "stopped"}
         raise
     except BaseException as error:
+        if isinstance(getattr(error, "controller_failure", None), StoppedEarlyError):
+            ended = {"state": "finished", "reason": "stopped early"}
+            raise
         ended["reason"] = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise
     finally:

@@ -21,7 +21,7 @@ from . import distributed
 from .checkpoint import Checkpoint, TrainState, save_checkpoint, save_train_state
 from .engine import Trainee
 from .errors import UserError
-from .resuming import CHECKPOINT_NAME, LIST_COPY, LIST_FILE, NO_LIST
+from .resuming import CHECKPOINT_NAME, LIST_FILE, NO_LIST, keep_list
 
 SCORE = "checkpoint_score"  # Ray Train keeps the checkpoint with the largest, the later of equals, and the latest
 NO_SCORE, WITHIN_EPOCH = -1.0, -2.0  # where val/mAP is nan, and where there is none: below any val/mAP
@@ -117,11 +117,11 @@ def report_checkpoint(run: Path, metrics: Mapping[str, Any], checkpoint: Checkpo
         return name
     partial = run / f".{name}"
     try:
-        ray.train.get_all_reported_checkpoints()  # waits until Ray Train has listed the checkpoint before
-        first = not (run / LIST_FILE).is_file()
-        known = NO_LIST if first else (run / LIST_FILE).read_text(encoding="utf-8")
-        (run / f".{LIST_COPY}").write_text(known, encoding="utf-8")
-        os.replace(run / f".{LIST_COPY}", run / LIST_COPY)
+        first = not ray.train.get_all_reported_checkpoints()  # waits until Ray Train has listed the checkpoint before
+        if first:
+            keep_list(run, NO_LIST)
+        elif (run / LIST_FILE).is_file():  # shared storage may show it later
+            keep_list(run, (run / LIST_FILE).read_text(encoding="utf-8"))
         if checkpoint is None:
             save_train_state(partial, state)
         else:
@@ -143,6 +143,8 @@ def report_checkpoint(run: Path, metrics: Mapping[str, Any], checkpoint: Checkpo
     )
     if first:
         ray.train.get_all_reported_checkpoints()  # who has seen that there is a checkpoint can go on from it
+        if (run / LIST_FILE).is_file():
+            keep_list(run, (run / LIST_FILE).read_text(encoding="utf-8"))
     return name
 
 

@@ -1,4 +1,4 @@
-"""Ray Train around the engine: `build_trainer` is the one builder that training, evaluation and search use.
+"""Ray Train around the engine: `build_trainer` is the one builder that training and search use.
 
 Data: sample tables go into the object store once; each worker streams its share through `pipeline`; rank 0 sends plain events to the
 driver and reports metrics and checkpoints to Ray Train.
@@ -36,7 +36,7 @@ from .errors import AccountingError, NoDecodeCpuError, UserError
 from .failures import Failures
 from .label_graph import LabelCounts
 from .materials import Materials, describe, gather_materials
-from .resources import Allocation, allocate, check_shared, connect
+from .resources import Allocation, allocate, check_shared, connect, with_fewer
 from .resuming import DATA_FILE, check_batch, check_data, check_list, check_resumable, describe_data
 from .run_log import RunLog
 from .run_state import CONFIG_FILE, FAILURE_FILE, check_stopped, kept_state
@@ -94,7 +94,7 @@ def build_trainer(
     allocation: Allocation,
     *,
     run_name: str,
-    events: Queue | None = None,
+    events: Queue,
     callbacks: Sequence[ray.train.UserCallback] = (),
 ) -> TorchTrainer:
     """The TorchTrainer of a training run; Ray must be up.
@@ -130,10 +130,10 @@ def build_trainer(
             run_name,
             config.train.storage,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),
-            failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]  # typed as Train V1
+            failure_config=ray.train.FailureConfig(
                 max_failures=config.train.max_failures,
-                # a try to start workers lasts a minute; without a limit a cluster that lost a machine for good would be waited for for ever
-                controller_failure_limit=math.ceil(config.resources.wait_minutes),
+                # workers that find no room, a minute each time: where a lost node does not come back, Ray would wait for ever
+                controller_failure_limit=max(1, math.ceil(config.resources.wait_minutes)),  # type: ignore[call-arg]  # typed as V1
             ),
             callbacks=[Failures(events), *callbacks],
         ),
@@ -175,6 +175,8 @@ def listening(events: Queue, log: RunLog, watchdog: Watchdog) -> Iterator[None]:
                 for event in events.get_nowait_batch(min(events.qsize(), 64)):
                     if event["kind"] == "start":
                         watchdog.restart()
+                    if event["kind"] == "failure":
+                        watchdog.forget()
                     if event["kind"] == "beat":
                         watchdog.hear(event)
                     elif not failure:
@@ -256,7 +258,8 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
     data = describe_data(materials.splits, config)
     if resume:
         check_data(folder, data)
-        check_list(folder)
+        if check_list(folder):
+            print("its first checkpoint was cut off before Ray Train knew of it; the run begins anew", flush=True)
     for line in describe(materials, config):
         print(line, flush=True)
     print("starting Ray and the workers (the first run on a machine also compiles kernels)", flush=True)
@@ -318,7 +321,7 @@ def run_in_folder(
         try:
             with kept_state(folder), listening(events, log, watchdog):
                 build = partial(build_trainer, config, placed, run_name=folder.name, events=events, callbacks=callbacks)
-                result = _run_elastic(build, config.resources, allocation)
+                result = run_elastic(build, config.resources, allocation, log.say)
         except ray.train.TrainingFailedError:
             if watchdog.verdict is None:
                 raise
@@ -330,17 +333,31 @@ def run_in_folder(
     return log, result
 
 
-def _run_elastic(
-    build: Callable[[Allocation], TorchTrainer], settings: ResourceSettings, allocation: Allocation
+def run_elastic(
+    build: Callable[[Allocation], TorchTrainer],
+    settings: ResourceSettings,
+    allocation: Allocation,
+    say: Callable[[str], None],
 ) -> ray.train.Result:
-    """`run_trainer`, again with fewer workers where a lost node leaves as many CPUs as workers: Ray Train would take them all."""
+    """`run_trainer`, again with fewer workers where Ray Train has started one for every CPU, as it does after the loss of a node.
+
+    Args:
+        build: the trainer for an allocation; it goes on from the last checkpoint.
+        settings, allocation: what was asked for, and what the run takes at first.
+        say: prints a line for the user.
+
+    Raises:
+        NoDecodeCpuError: where fewer workers would not help.
+    """
     while True:
         try:
             return run_trainer(build(allocation))
         except NoDecodeCpuError:
-            before, allocation = allocation, allocate(settings)
-            if before.elastic is None or allocation.num_workers >= before.elastic[1]:
+            fewer = with_fewer(allocation, settings)
+            if fewer is None:
                 raise
+            allocation = fewer
+            say(f"every CPU left is held by a worker; going on with {allocation.num_workers}, so that one decodes")
 
 
 def run_trainer(trainer: TorchTrainer) -> ray.train.Result:

@@ -62,6 +62,11 @@ class Watchdog:
         self.verdict, self._warned = None, False
         self._heard.clear()
 
+    def forget(self) -> None:
+        """Forgets the ranks of workers that Ray Train ends because one of them failed, and what they may still say."""
+        self._ended |= {_process(heard.beat) for heard in self._heard.values()}
+        self._heard.clear()
+
     def hear(self, beat: Mapping[str, Any]) -> None:
         """Takes in one beat."""
         rank = int(beat["rank"])

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ import ray.train.torch
 import torch
 
 from . import distributed
-from .accounting import Account, Ledger
+from .accounting import RECALLED, Account, Ledger
 from .checkpoint import Checkpoint, load_checkpoint, load_train_state
 from .config import ExperimentConfig
 from .ema import copy_buffers
@@ -46,7 +46,6 @@ from .saving import (
 from .scoring import score_split, split_metrics
 from .telemetry import EPOCH_GAUGES, Gauges, Pulse, StoreMeter
 from .trainee import build_network, build_trainee
-from .types import Batch
 from .watchdog import beat_seconds
 
 BLOCK_ROWS = 64  # rows of a train decode task: larger ones start later, smaller ones cost more in scheduling
@@ -66,11 +65,12 @@ class Worker:
 
     Args:
         loop_config: see `build_trainer`.
-        pulse: where it notes what it does, if anyone listens.
+        pulse: where it notes what it does.
     """
 
-    def __init__(self, loop_config: dict[str, Any], pulse: Pulse | None) -> None:
+    def __init__(self, loop_config: dict[str, Any], pulse: Pulse) -> None:
         self.loop, self.pulse = loop_config, pulse
+        pulse.note("building the model")
         self.config = ExperimentConfig.model_validate(loop_config["config"])
         self.counts: LabelCounts = loop_config["counts"]
         self.folder = Path(loop_config["folder"])
@@ -78,7 +78,7 @@ class Worker:
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.samples: dict[str, pa.Table] = {}
         self.bad = {split: BadImages() for split in loop_config["tables"]}
-        self.told: dict[str, set[int]] = {split: set() for split in loop_config["tables"]}
+        self.told: dict[str, dict[int, str]] = {split: {} for split in loop_config["tables"]}
         self.gauges = Gauges(loop_config["run_name"], self.rank)
         self.store: StoreMeter | None = None
         limit_ray_data(decode_cpus(self.world, self.config.resources.cpus_per_worker, loop_config["runs"]))
@@ -120,7 +120,7 @@ class Worker:
         )
 
     def send(self, kind: str, **content: Any) -> None:
-        if self.rank == 0 and self.loop["events"] is not None:
+        if self.rank == 0:
             self.loop["events"].put({"kind": kind, **content})
 
     def image_ids(self, rows: list[int]) -> list[str]:
@@ -167,7 +167,7 @@ class Worker:
             rows = np.flatnonzero(account.unreadable).tolist()
             uris = ray.get(self.loop["tables"]["train"])["uri"].take(pa.array(rows, pa.int64())).to_pylist()
             for row, uri in zip(rows, uris, strict=True):
-                self.bad["train"].add(BadImage(row, uri, "could not be decoded before the interruption"))
+                self.bad["train"].add(BadImage(row, uri, RECALLED))
 
     def reported(self) -> list[dict[str, Any]]:
         """Metrics of the epochs whose checkpoints Ray Train holds, as lines of metrics.jsonl."""
@@ -177,12 +177,12 @@ class Worker:
 
     def run(self) -> None:
         """Trains, with figures of the object store."""
-        with ExitStack() as stack:
-            self.store = stack.enter_context(StoreMeter()) if self.rank == 0 else None
+        with StoreMeter() if self.rank == 0 else nullcontext() as self.store:
             self.train()
 
     def train(self) -> None:
         """Takes up the latest checkpoint, trains what is left, scores test once."""
+        self.pulse.note("taking up the checkpoint")
         start = self.resume()
         if self.rank == 0:
             clear_leftovers(self.folder)
@@ -209,7 +209,7 @@ class Worker:
                 self.bad["train"].begin_epoch()
             train_one_epoch(
                 self.trainee,
-                self.watch(batches, epoch + 1, "in a step", stats.steps + 1),
+                self.pulse.watch(batches, epoch + 1, "in a step", stats.steps + 1),
                 stats,
                 num_steps=plan.num_steps,
                 step_rows=plan.step_rows,
@@ -245,18 +245,11 @@ class Worker:
             metrics |= self.score("val", self.evaluated, epoch + 1) | self.store_figures()
             metrics["epoch_seconds"] = before + time.perf_counter() - began
             self.gauges.set({name: metrics[name] for name in EPOCH_GAUGES if name in metrics})
-            self.note("saving the checkpoint")
+            self.pulse.note("saving the checkpoint")
             self.save_epoch(metrics, epoch + 1)
             left += time.perf_counter() - paused
         if self.loop["sizes"]["test"]:
             self.score_test()
-
-    def watch(self, batches: Iterator[Batch], epoch: int, doing: str, first_step: int = 1) -> Iterator[Batch]:
-        return batches if self.pulse is None else self.pulse.watch(batches, epoch, doing, first_step)
-
-    def note(self, doing: str) -> None:
-        if self.pulse is not None:
-            self.pulse.note(doing)
 
     def store_figures(self) -> dict[str, int]:
         """Object store use since the workers started, over all nodes; on rank 0, whose metrics are kept."""
@@ -310,8 +303,8 @@ class Worker:
             BadImagesError: on all ranks alike, with the names, once there are too many.
         """
         images = self.bad[split].gather()
-        fresh = [image for row, image in sorted(images.items()) if row not in self.told[split]]
-        self.told[split].update(images)
+        fresh = [image for row, image in sorted(images.items()) if self.told[split].get(row) != image.reason]
+        self.told[split] = {row: image.reason for row, image in images.items()}
         if fresh:
             self.send("bad", split=split, images=[(image.uri, image.reason) for image in fresh])
         if len(images) > self.bad_limit(split):
@@ -332,7 +325,7 @@ class Worker:
             self.config,
             self.device,
             self.bad[split],
-            watch=partial(self.watch, epoch=epoch, doing=f"scoring {split}"),
+            watch=partial(self.pulse.watch, epoch=epoch, doing=f"scoring {split}"),
         )
         num_bad = self.collect_bad(split)
         return split_metrics(split, scores, self.counts.names) | {f"{split}/bad_images": num_bad}
@@ -386,9 +379,6 @@ def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def train_loop_per_worker(loop_config: dict[str, Any], worker: type[Worker] = Worker) -> None:
     """Ray Train's entry of each worker, with signs of life for the driver from the start; see `build_trainer` for `loop_config`."""
-    with ExitStack() as stack:
-        pulse = None
-        if loop_config["events"] is not None:
-            seconds = beat_seconds(loop_config["config"]["train"]["hang_minutes"])
-            pulse = stack.enter_context(Pulse(loop_config["events"], distributed.rank(), seconds))
+    seconds = beat_seconds(loop_config["config"]["train"]["hang_minutes"])
+    with Pulse(loop_config["events"], distributed.rank(), seconds) as pulse:
         worker(loop_config, pulse).run()

@@ -231,6 +231,7 @@ def test_bad_images_one_that_is_gone_and_workers_as_many_as_there_is_room_for(
     reasons = {row["uri"]: row["reason"] for row in rows}
     assert "No such file" in reasons[uris[17]]
     assert reasons[uris[3]] == "not an image of a known format"
+    assert reasons[uris[BAD]] == "the file is empty"
 
 
 def test_a_node_that_dies_leaves_as_many_cpus_as_workers(scenes: Path, tmp_path: Path) -> None:

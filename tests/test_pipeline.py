@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from msrn_ray import pipeline
 from msrn_ray.config import DataSettings
-from msrn_ray.pipeline import BadImages, decode_rows, eval_batches, limit_ray_data, train_epochs
+from msrn_ray.pipeline import BadImages, Paced, decode_rows, eval_batches, limit_ray_data, train_epochs
 from msrn_ray.sampling import EvalPlan, TrainPlan
 from msrn_ray.types import SampleTable
 
@@ -74,6 +75,29 @@ def test_an_epoch_can_be_left_in_its_middle(local_ray: None, table: SampleTable)
         first = next(next(epochs))
         assert first.row.tolist() == plan.epoch(0)[0][:2].tolist()
         del epochs
+
+
+@pytest.mark.ray
+def test_a_slow_consumer_leaves_ray_data_idle(
+    local_ray: None, table: SampleTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once there is no room for another decoded block, Ray Data's loop would turn without a pause beside the training."""
+    limit_ray_data(2)
+    steps, paced = [], Paced.on_execution_step
+
+    def counted(self: Paced, executor: object) -> None:
+        steps.append(1)
+        paced(self, executor)
+
+    monkeypatch.setattr(Paced, "on_execution_step", counted)
+    plan = TrainPlan(11, 2, 0, 1, seed=3, first_epoch=0, epochs=50, block_size=2)
+    epochs = train_epochs(ray.put(table.table), plan, SETTINGS, BadImages())
+    next(next(epochs))
+    time.sleep(1)  # all the room is taken
+    before = len(steps)
+    time.sleep(1)
+    assert 0 < len(steps) - before <= 21
+    del epochs
 
 
 @pytest.mark.ray

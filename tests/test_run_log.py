@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from msrn_ray import run_log
+from msrn_ray.accounting import RECALLED
 from msrn_ray.run_log import RunLog, draw_curves
 
 
@@ -317,6 +318,13 @@ def test_an_epoch_that_only_ray_train_knows_is_taken_up(tmp_path: Path, log: Run
     assert [line["epoch"] for line in history(tmp_path)] == [1, 2]
     assert best(tmp_path) == "checkpoint_2\n"
     resumed.close()
+
+
+def test_the_reason_of_a_bad_image_is_put_in_when_it_is_known(tmp_path: Path, log: RunLog, screen: io.StringIO) -> None:
+    for reason in (RECALLED, "empty", "cut"):
+        log.handle({"kind": "bad", "split": "train", "images": [("a.jpg", reason)]})
+    assert (tmp_path / "bad_images.csv").read_text().splitlines() == ["split,uri,reason", "train,a.jpg,empty"]
+    assert screen.getvalue().count("could not be decoded and are left out") == 1
 
 
 def test_a_bad_image_is_listed_once(tmp_path: Path, log: RunLog) -> None:

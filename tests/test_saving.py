@@ -30,7 +30,7 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> Reports:
     """What Ray Train would be handed."""
     calls: Reports = []
     monkeypatch.setattr(ray.train, "report", lambda metrics, **more: calls.append({"metrics": metrics, **more}))
-    monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", list)
+    monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", lambda: list(calls))
     return calls
 
 
@@ -67,11 +67,30 @@ def test_a_finished_epoch_and_one_that_is_not(tmp_path: Path, reports: Reports) 
 
 
 def test_ray_trains_list_is_copied_before_it_is_written_again(tmp_path: Path, reports: Reports) -> None:
+    reports.append({})  # one that it has listed
     (tmp_path / LIST_FILE).write_text('{"checkpoint_results": []}')
     report_checkpoint(tmp_path, {"epoch": 1}, None, state_of(0, 5))
     (tmp_path / LIST_FILE).write_text("")
-    check_list(tmp_path)
+    assert not check_list(tmp_path)
     assert (tmp_path / LIST_FILE).read_text() == '{"checkpoint_results": []}'
+
+
+def test_the_first_list_is_copied_as_soon_as_it_is_there(
+    tmp_path: Path, reports: Reports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a list that is lost before the second checkpoint would cost the first."""
+
+    def listed() -> Reports:
+        if reports:
+            (tmp_path / LIST_FILE).write_text('{"checkpoint_results": [1]}')
+        return list(reports)
+
+    monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", listed)
+    name = report_checkpoint(tmp_path, {"epoch": 1}, None, state_of(0, 5))
+    (tmp_path / LIST_FILE).write_text("")
+    assert not check_list(tmp_path)
+    assert (tmp_path / LIST_FILE).read_text() == '{"checkpoint_results": [1]}'
+    assert (tmp_path / name).is_dir()
 
 
 @pytest.mark.parametrize("cut", ["", None])
@@ -81,8 +100,12 @@ def test_a_first_checkpoint_that_ray_train_had_not_listed(tmp_path: Path, report
     (tmp_path / "epoch_notes").mkdir()
     if cut is not None:
         (tmp_path / LIST_FILE).write_text(cut)
-    check_list(tmp_path)
+    assert check_list(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [LIST_COPY, "epoch_notes"]
+    for name in ("epoch_0001_5f", "epoch_0002_60"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="list of the checkpoints is missing or cut off"):
+        check_list(tmp_path)  # more than the first: a list has been lost
 
 
 def test_another_label_graph_is_refused_before_anything_is_taken_up() -> None:

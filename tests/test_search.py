@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -30,17 +31,19 @@ from optuna.trial import TrialState
 from ray.train._internal.storage import StorageContext
 from ray.tune.experiment import Trial
 from rich.console import Console
-from sqlalchemy.exc import SQLAlchemyError
 
 from msrn_ray.__main__ import _parse
+from msrn_ray.checkpoint import find_model_file
 from msrn_ray.config import ResourceSettings, load_config
 from msrn_ray.errors import NonFiniteLossError, UserError
 from msrn_ray.presets import PRESETS
 from msrn_ray.resources import Allocation
+from msrn_ray.run_log import METRICS_FILE
 from tuning.desk import DeskClient
 from tuning.options import Search
 from tuning.report import cost, level_rows, page, write_results
-from tuning.search import mlflow_callbacks, own_machine_runs, search, share
+from tuning.room import own_machine_runs, share
+from tuning.search import mlflow_callbacks, search
 from tuning.study import SearchStudy, create_study
 from tuning.trial import StoppedEarlyError, TrialReports, describe_failure
 from tuning.tune import SearchProgress, SearchStopper, StudySearcher
@@ -113,7 +116,7 @@ def parse(*argv: str) -> Search:
 
 def test_the_default_search_is_small_and_one_of_a_preset_is_the_preset() -> None:
     small = parse().experiment
-    assert (small.data.image_size, small.train.epochs, small.resources.num_workers) == (64, 3, 1)
+    assert (small.data.image_size, small.train.epochs, small.resources.num_workers) == (64, 5, 1)
     assert parse("--train.epochs", "6").experiment.train.epochs == 6
     coco = parse("coco2014", "--data.root", "x").experiment
     assert coco == PRESETS["coco2014"].config.with_overrides({"data.root": "x", "resources.num_workers": 1})
@@ -130,6 +133,10 @@ def test_the_default_search_is_small_and_one_of_a_preset_is_the_preset() -> None
         (("--protocol", "paper"), "published test split; search with honest"),
         (("scenes", "--objectives", "val/mAP", "val/mAP"), "--objectives: name at least one, each once"),
         (("--space", "nowhere.yaml"), r"--space nowhere\.yaml: cannot be read"),
+        (
+            ("--study-storage", "sqlite:////nowhere/study.db"),
+            "--study-storage sqlite:.*: cannot be used .*unable to open",
+        ),
     ],
 )
 def test_what_a_user_can_get_wrong_is_said_before_anything_is_written(
@@ -365,11 +372,10 @@ def start(log: Path, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 def trials_of(folder: Path) -> list[optuna.trial.FrozenTrial]:
-    """The trials of a search that is running, none before its study is there."""
-    try:
-        return optuna.load_study(storage=f"sqlite:///{folder / 'study.db'}", study_name=folder.name).get_trials()
-    except (KeyError, SQLAlchemyError):
+    """The trials of a search that is running, none before Tune has begun: whoever opens a study that is being made makes it too."""
+    if not list(folder.glob("tune-*")):
         return []
+    return optuna.load_study(storage=f"sqlite:///{folder / 'study.db'}", study_name=folder.name).get_trials()
 
 
 @pytest.mark.ray
@@ -418,6 +424,14 @@ def test_a_search_that_is_killed_goes_on_and_repeats_nothing(tmp_path: Path) -> 
     assert f"best val/mAP {best.value:.4f} (trial {best.number})" in log.read_text()
     assert (folder / "report.html").stat().st_size > 10_000
     assert list(again.glob("*/events.out.tfevents*")), "TensorBoard reads the trials"
+    with (folder / ".driver").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="is being searched by another process"):
+            search(parse("--resume", str(folder)))
+    trial_folder = folder / "trial_0001"
+    assert load_config(trial_folder / "config.yaml").model.tau == after[1].params["model.tau"]
+    assert find_model_file(trial_folder).parent.parent == trial_folder, "a trial is a run that can be used"
+    assert [line["epoch"] for line in map(json.loads, (trial_folder / METRICS_FILE).read_text().splitlines())] == [1, 2]
     with pytest.raises(UserError, match=r"a search goes on as it was \(optim\.lr was 0\.0005, now 0\.1\)"):
         search(parse("--resume", str(folder), "--optim.lr", "0.1"))
     with pytest.raises(UserError, match=r"goes on as it was \(--sampler\)"):

@@ -9,8 +9,13 @@ import pytest
 from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 
-from msrn_ray.errors import AccountingError, BadImagesError, UserError
-from msrn_ray.trainer import Failures, run_trainer
+from msrn_ray.config import ResourceSettings
+from msrn_ray.errors import AccountingError, BadImagesError, NoDecodeCpuError, UserError
+from msrn_ray.failures import Failures
+from msrn_ray.resources import Allocation
+from msrn_ray.trainer import run_elastic, run_trainer
+
+from .test_resources import cluster
 
 
 class Told:
@@ -39,7 +44,6 @@ def test_a_lost_worker_is_named_before_those_that_miss_it() -> None:
         {"kind": "failure", "text": "worker 1 failed: The actor died unexpectedly"},
         {"kind": "failure", "text": "worker 2 failed: MemoryError"},
     ]
-    Failures(None).after_exception(None, {0: RuntimeError("nobody listens, as in a search")})
 
 
 def failing(failure: Exception) -> Any:
@@ -67,3 +71,50 @@ def test_room_that_never_comes_back_is_told_with_the_numbers(monkeypatch: pytest
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 3.0, "GPU": 1.0})
     with pytest.raises(UserError, match=r"no room for 2 workers .* 3 CPUs and 1 GPUs now.*num_workers.*--resume"):
         run_trainer(failing(ControllerError(WorkerGroupStartupTimeoutError(2))))
+
+
+@pytest.mark.parametrize(
+    ("left", "settings", "before", "tried"),
+    [
+        ({"CPU": 2.0}, {"num_workers": "1..3"}, Allocation(3, False, 1, (1, 3)), [1]),
+        ({"CPU": 5.0}, {"num_workers": "2..6"}, Allocation(6, False, 1, (2, 6)), [4]),
+        ({"CPU": 6.0}, {"num_workers": "1..3"}, Allocation(3, False, 1, (1, 3), runs=2), [2]),
+        (
+            {"CPU": 64.0, "GPU": 8.0},
+            {"num_workers": "1..8", "cpus_per_worker": 8},
+            Allocation(7, True, 8, (1, 8)),
+            [7],
+        ),
+        (
+            {"CPU": 4.0},
+            {"num_workers": "1..3"},
+            Allocation(3, False, 1, (1, 3)),
+            [],
+        ),  # there are enough: no reason to try
+        ({"CPU": 2.0}, {"num_workers": 3}, Allocation(3, False, 1), []),
+    ],
+)
+def test_fewer_workers_until_a_cpu_decodes(
+    monkeypatch: pytest.MonkeyPatch,
+    left: dict[str, float],
+    settings: dict[str, Any],
+    before: Allocation,
+    tried: list[int],
+) -> None:
+    """They never suffice here: each attempt takes fewer than the one before, and the end is an error."""
+    cluster(monkeypatch, cpus=left["CPU"], gpus=left.get("GPU"))
+    attempts: list[Allocation] = []
+    said: list[str] = []
+
+    def build(allocation: Allocation) -> Any:
+        attempts.append(allocation)
+        return failing(ControllerError(NoDecodeCpuError("no CPU")))
+
+    with pytest.raises(NoDecodeCpuError):
+        run_elastic(build, ResourceSettings(**settings), before, said.append)
+    assert attempts[0] == before
+    assert [one.num_workers for one in attempts[1:]] == tried
+    assert all(
+        one.runs == before.runs and (one.elastic or (0, one.num_workers))[1] == one.num_workers for one in attempts[1:]
+    )
+    assert len(said) == len(tried)

@@ -15,13 +15,13 @@ import ray.train
 import torch
 from torch import nn
 
-from msrn_ray.accounting import Account
+from msrn_ray.accounting import RECALLED, Account
 from msrn_ray.checkpoint import TrainState, save_train_state
 from msrn_ray.config import ExperimentConfig, ModelSettings
 from msrn_ray.engine import EpochStats, Trainee
 from msrn_ray.errors import UserError
 from msrn_ray.model import build_model, choose_attention_kernels
-from msrn_ray.pipeline import BadImages
+from msrn_ray.pipeline import BadImage, BadImages
 from msrn_ray.saving import get_rng
 from msrn_ray.trainee import amp_dtype
 from msrn_ray.types import SampleTable
@@ -100,10 +100,12 @@ def resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resume:
         uris = [f"/{row}.jpg" for row in range(NUM_ROWS)]
         table = SampleTable.from_columns(uris, uris, np.zeros((NUM_ROWS, 1), np.int8), ("x",), "made").table
         worker.loop = {"sizes": {"train": NUM_ROWS}, "fingerprint": "same", "tables": {"train": table}}
-        worker.config = ExperimentConfig().with_overrides({"train.batch_size": 4, "train.epochs": 3})
+        worker.config = ExperimentConfig().with_overrides(
+            {"train.batch_size": 4, "train.epochs": 3, "data.max_bad_fraction": 0.1}
+        )
         worker.rank, worker.world, worker.device = 0, 1, CPU
         worker.trainee = trainee()
-        worker.bad, worker.told = {"train": BadImages()}, {"train": set()}
+        worker.bad, worker.told = {"train": BadImages()}, {"train": {}}
         torch.manual_seed(77)
         return worker, worker.resume()
 
@@ -129,7 +131,14 @@ def test_a_worker_goes_on_within_an_epoch(resume: Resume) -> None:
     assert torch.equal(torch.get_rng_state(), state.rng[0]["cpu"])
     (row,) = np.flatnonzero(account.unreadable).tolist()
     assert [(image.row, image.uri) for image in worker.bad["train"].seen.values()] == [(row, f"/{row}.jpg")]
-    assert worker.told["train"] == {row}, "the driver knows of it"
+    sent: list[dict[str, object]] = []
+    worker.send = lambda kind, **content: sent.append({"kind": kind, **content})  # type: ignore[method-assign]
+    told = {"kind": "bad", "split": "train", "images": [(f"/{row}.jpg", RECALLED)]}
+    assert (worker.collect_bad("train"), worker.collect_bad("train")) == (1, 1)
+    assert sent == [told], "the driver may not know of it"
+    worker.bad["train"].add(BadImage(row, f"/{row}.jpg", "the file is empty"))
+    assert worker.collect_bad("train") == 1
+    assert sent == [told, told | {"images": [(f"/{row}.jpg", "the file is empty")]}], "and not why"
     worker.rank = 5
     worker.resume()
     assert torch.equal(torch.get_rng_state(), state.rng[0]["cpu"]), "more ranks than there were share the states"

@@ -14,7 +14,7 @@ from msrn_ray.config import ExperimentConfig
 from .plan import Objective, SamplerName
 
 # So that a first search on two cores ends within ten minutes
-_SMALL = {"data.image_size": 64, "train.epochs": 3}
+_SMALL = {"data.image_size": 64, "train.epochs": 5}
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Search:
     """Search the hyper-parameters of a preset; the best trial becomes a config for `msrn train --config`."""
 
     preset: tyro.conf.Positional[PresetName] = "scenes"
-    """Experiment that every trial starts from, and the first trial; `scenes` is searched at 64 pixels and 3 epochs."""
+    """Experiment that every trial starts from, and the first trial; `scenes` is searched at 64 pixels and 5 epochs."""
     config: Path | None = None
     """Start from this saved YAML or JSON instead of a preset."""
     resume: Path | None = None

@@ -6,11 +6,14 @@ Tune does with them, `report.py` and `view.py` what a person looks at. This file
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
-import math
+import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,22 +21,22 @@ from typing import Any
 import optuna
 import ray
 import ray.tune
-import torch
 from rich.console import Console
 
-from msrn_ray.config import ExperimentConfig, ResourceSettings
+from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
 from msrn_ray.materials import Materials, gather_materials
-from msrn_ray.resources import Allocation, allocate, connect, usable_cores
+from msrn_ray.resources import Allocation, allocate, connect
 from msrn_ray.resuming import check_batch, describe_data, flatten
 from msrn_ray.run_state import CONFIG_FILE
-from msrn_ray.trainer import absolute_paths, place
+from msrn_ray.trainer import Placed, absolute_paths, place
 from tuning.desk import open_desk
 from tuning.options import Search
 from tuning.plan import Plan
 from tuning.report import write_results
+from tuning.room import own_machine_runs, share
 from tuning.space_file import DEFAULT_SPACE, build_space, read_space
-from tuning.study import SearchStudy, create_study, open_study
+from tuning.study import SearchStudy, create_study, open_storage, open_study
 from tuning.trial import run_trial
 from tuning.tune import SearchProgress, SearchStopper, StudySearcher
 from tuning.view import SearchView
@@ -56,6 +59,9 @@ def search(options: Search) -> Path:
     """
     _check(options)
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would tell of every trial beside our table
+    logging.getLogger("ray.tune").setLevel(
+        logging.CRITICAL
+    )  # tracebacks of failed trials, which are in tune-*/*/error.txt
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's new output cannot be silenced
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # with its own, Ctrl-C looks like the end of the search
     config = absolute_paths(options.experiment)
@@ -68,33 +74,55 @@ def search(options: Search) -> Path:
     entries = read_space(options.space)
     if options.resume is None:
         build_space(entries, config, space_source)  # before the data are read
+    if options.study_storage is not None:
+        open_storage(options.study_storage)
     materials, data = _gather(config)
     url = options.study_storage or f"sqlite:///{folder / STUDY_FILE}"
-    if options.resume is not None:
-        study = _reopen(options, config, folder, url, name)
-        study.check_data(data["fingerprint"], data["data"])
-    connect(config.resources, runs=options.max_concurrent or own_machine_runs(config.resources))
-    allocation = share(allocate(config.resources), options.max_concurrent, ray.cluster_resources())
-    if options.resume is None:
-        plan = Plan(
-            config=config,
-            entries=entries,
-            sampler=options.sampler,
-            objectives=options.objectives,
-            early_stopping=options.early_stopping,
-            data=data["fingerprint"],
-            source=data["data"],
-        )
-        _make_folder(folder, config.with_overrides({"train.run_name": name}))
-        study = create_study(url, name, plan, options.trials or (None if options.sampler == "grid" else _TRIALS))
+    with ExitStack() as stack:
+        if options.resume is not None:
+            stack.enter_context(_alone(folder))
+            study = _reopen(options, config, folder, url, name)
+            study.check_data(data["fingerprint"], data["data"])
+        connect(config.resources, runs=options.max_concurrent or own_machine_runs(config.resources))
+        allocation = share(allocate(config.resources), options.max_concurrent, ray.cluster_resources())
+        if options.resume is None:
+            plan = Plan(
+                config=config,
+                entries=entries,
+                sampler=options.sampler,
+                objectives=options.objectives,
+                early_stopping=options.early_stopping,
+                data=data["fingerprint"],
+                source=data["data"],
+            )
+            _make_folder(folder, config.with_overrides({"train.run_name": name}))
+            stack.enter_context(_alone(folder))
+            study = create_study(url, name, plan, options.trials or (None if options.sampler == "grid" else _TRIALS))
+        stopper = SearchStopper(None if options.time_budget is None else 60 * options.time_budget)
+        trial_config = config.with_overrides({"train.storage": str(folder)})
+        _tune(study, url, trial_config, place(materials, data), allocation, stopper, loggers)
+    return folder
+
+
+def _tune(
+    study: SearchStudy,
+    url: str,
+    config: ExperimentConfig,
+    placed: Placed,
+    allocation: Allocation,
+    stopper: SearchStopper,
+    loggers: list[Any],
+) -> None:
+    """Runs the trials of a study that are left, shows them and writes the results into the search folder, `train.storage`.
+
+    Raises:
+        UserError: if trials are left for another reason than the time, or none was scored.
+    """
+    folder = Path(config.train.storage)
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     _announce(console, study, allocation, folder)
-    desk = open_desk(url, name)
-    stopper = SearchStopper(None if options.time_budget is None else 60 * options.time_budget)
-    trial_config = config.with_overrides({"train.storage": str(folder)})
-    trainable = ray.tune.with_parameters(
-        run_trial, config=trial_config, placed=place(materials, data), allocation=allocation, desk=desk
-    )
+    desk = open_desk(url, study.study.study_name)
+    trainable = ray.tune.with_parameters(run_trial, config=config, placed=placed, allocation=allocation, desk=desk)
     view = SearchView(study, console)
     tuner = ray.tune.Tuner(
         # it only waits for its workers, so it takes no CPU; Tune refuses an empty request
@@ -125,7 +153,6 @@ def search(options: Search) -> Path:
             view.show()
             write_results(study, folder, console)
     _conclude(study, desk.stopped_because(), stopper, folder)
-    return folder
 
 
 def _gather(config: ExperimentConfig) -> tuple[Materials, dict[str, str]]:
@@ -201,50 +228,29 @@ def _reopen(options: Search, config: ExperimentConfig, folder: Path, url: str, n
     return study
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps other drivers from the search of a folder; the system lets go of it when this one dies, however that happens.
+
+    Raises:
+        UserError: if another driver has it.
+    """
+    with (folder / ".driver").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder} is being searched by another process; wait for its end, or start a new search"
+            ) from None
+        yield
+
+
 def _make_folder(folder: Path, config: ExperimentConfig) -> None:
     try:
         folder.mkdir(parents=True)
         config.save(folder / CONFIG_FILE)
     except OSError as error:
         raise UserError(f"train.storage {folder}: cannot be written ({error.strerror})") from None
-
-
-def own_machine_runs(settings: ResourceSettings) -> int:
-    """Trials at a time on a cluster that is started on this machine: a core, and its part of a GPU, for each worker."""
-    workers, _ = settings.worker_range or (1, 1)
-    room = usable_cores() // (workers * settings.cpus_per_worker)
-    gpus = 0 if settings.use_gpu is False else torch.cuda.device_count()
-    if gpus:
-        room = min(room, math.floor(gpus / (workers * settings.gpus_per_worker) + 1e-9))
-    return max(1, room)
-
-
-def share(allocation: Allocation, asked: int | None, there: dict[str, float]) -> Allocation:
-    """The allocation of a trial, with how many of them run at a time.
-
-    Tune does not count what a trial's workers take, so this does: trials that wait for each other's workers would wait for ever.
-
-    Args:
-        allocation: of one trial alone.
-        asked: trials at a time, or None for as many as there is room for.
-        there: the cluster's resources.
-
-    Raises:
-        UserError: if there is not room for as many as are asked for, with what there is.
-    """
-    cpus = allocation.num_workers * allocation.cpus_per_worker
-    room = math.floor(there["CPU"] / (cpus + 1))
-    each = f"{cpus} CPUs for workers, 1 for decoding"
-    if allocation.use_gpu:
-        gpus = allocation.num_workers * allocation.gpus_per_worker
-        room = min(room, math.floor(there["GPU"] / gpus + 1e-9))
-        each += f", {gpus:g} GPUs"
-    if (asked or 1) > room:
-        have = f"{there['CPU']:g} CPUs and {there.get('GPU', 0):g} GPUs"
-        raise UserError(
-            f"--max-concurrent {asked or 1} has no room: a trial takes {each}; the cluster has {have}, enough for {room}"
-        )
-    return replace(allocation, runs=asked or room)
 
 
 def _announce(console: Console, study: SearchStudy, allocation: Allocation, folder: Path) -> None:

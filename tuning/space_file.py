@@ -76,7 +76,8 @@ def build_space(entries: Mapping[str, Any], base: ExperimentConfig, source: str)
         try:
             parameter = _parameter(path, raw, base, parameters)
         except UserError as error:
-            raise UserError(f"{source}: {path}: {str(error).removeprefix('config: ')}") from None
+            reason = str(error).removeprefix("config: ").removeprefix(f"{path}: ")
+            raise UserError(f"{source}: {path}: {reason}") from None
         if parameter is not None:
             parameters[path] = parameter
     if not parameters:

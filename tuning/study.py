@@ -48,7 +48,7 @@ def create_study(url: str, name: str, plan: Plan, trials: int | None) -> SearchS
     random.Random(plan.config.train.seed).shuffle(points)  # a grid that is cut short has seen all of its range
     try:
         study = optuna.create_study(
-            storage=_storage(url),
+            storage=open_storage(url),
             study_name=name,
             directions=["minimize" if objective in MINIMIZED else "maximize" for objective in plan.objectives],
         )
@@ -74,7 +74,7 @@ def open_study(url: str, name: str, trials: int | None = None) -> SearchStudy:
         UserError: if there is none.
     """
     try:
-        study = optuna.load_study(storage=_storage(url), study_name=name)
+        study = optuna.load_study(storage=open_storage(url), study_name=name)
     except KeyError:
         raise UserError(f"{_shown(url)} has no study {name}; name its storage with --study-storage") from None
     if _PLAN not in study.user_attrs:
@@ -84,7 +84,12 @@ def open_study(url: str, name: str, trials: int | None = None) -> SearchStudy:
     return SearchStudy(study)
 
 
-def _storage(url: str) -> optuna.storages.RDBStorage:
+def open_storage(url: str) -> optuna.storages.RDBStorage:
+    """The storage of studies; a database that is empty gets its tables.
+
+    Raises:
+        UserError: if it cannot be used, or the driver of its database is not installed.
+    """
     try:
         return optuna.storages.RDBStorage(url)
     except ImportError as error:
@@ -125,7 +130,7 @@ class SearchStudy:
         self._failures: list[tuple[str, str]] = []  # kind and reason of those in a row
         self._left = [trial.number for trial in self.frozen(TrialState.RUNNING)]
         study.pruner = optuna.pruners.SuccessiveHalvingPruner(
-            min_resource=max(1, self.epochs // REDUCTION**2), reduction_factor=REDUCTION
+            min_resource=math.ceil(self.epochs / REDUCTION**2), reduction_factor=REDUCTION
         )
 
     @property
@@ -280,7 +285,7 @@ def epochs_of(attributes: Mapping[str, Any]) -> list[dict[str, float]]:
 
 
 def best_epoch(attributes: Mapping[str, Any], objective: str) -> dict[str, float] | None:
-    """Metrics of the epoch whose checkpoint training keeps as the best; None where it is nan in all."""
+    """Metrics of a trial's best epoch, the later of equals as training keeps it; None where the objective is nan in all."""
     epochs = [epoch for epoch in epochs_of(attributes) if not math.isnan(epoch[objective])]
     sign = -1 if objective in MINIMIZED else 1
-    return max(epochs, key=lambda epoch: sign * epoch[objective], default=None)
+    return max(epochs, key=lambda epoch: (sign * epoch[objective], epoch["epoch"]), default=None)

@@ -12,6 +12,7 @@ import torch
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from msrn_ray.config import ExperimentConfig
+from msrn_ray.errors import StoppedEarlyError
 from msrn_ray.resources import Allocation
 from msrn_ray.resuming import check_list
 from msrn_ray.trainer import Placed, run_in_folder
@@ -24,10 +25,6 @@ OUT_OF_MEMORY = (torch.OutOfMemoryError, ray.exceptions.OutOfMemoryError, Memory
 def trial_name(number: int) -> str:
     """The run folder of a trial; the same name again goes on from its last checkpoint."""
     return f"trial_{number:04d}"
-
-
-class StoppedEarlyError(Exception):
-    """Ends a training run from inside Ray Train's controller, which then frees its workers."""
 
 
 class TrialReports(ray.train.UserCallback):
