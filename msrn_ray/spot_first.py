@@ -6,7 +6,7 @@ environment of the head: `RAY_AUTOSCALER_UTILIZATION_SCORER=msrn_ray.spot_first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
@@ -16,8 +16,8 @@ SPOT = "_spot"  # ends the name of a kind of machine
 
 
 def score(
-    node_resources: Mapping[str, float],
-    resources: Sequence[Mapping[str, float]],
+    node_resources: dict[str, Real],
+    resources: list[dict[str, Real]],
     node_type: str,
     *,
     node_availability_summary: NodeAvailabilitySummary,
