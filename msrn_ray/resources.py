@@ -16,6 +16,7 @@ import ray.autoscaler.sdk
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from .cluster_file import can_grow_to
 from .config import ResourceSettings
 from .errors import NoDecodeCpuError, UserError
 
@@ -111,7 +112,8 @@ def allocate(settings: ResourceSettings) -> Allocation:
     Raises:
         UserError: if they ask for more than there is or can be, with both numbers; Ray itself would wait for ever.
     """
-    most = ray._private.state.state.get_max_resources_from_cluster_config()  # None where nothing starts machines
+    # None where nothing starts machines
+    most = ray._private.state.state.get_max_resources_from_cluster_config() or can_grow_to()
     if most:
         _wait_for_machines(settings, most)
     return fit(settings, *_there())
