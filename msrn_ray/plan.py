@@ -1,7 +1,9 @@
 """How long a run will take on GPUs that one does not have yet: arithmetic on counted operations and stated assumptions; no Ray.
 
 A step is the computing of a GPU's images, the update of the weights, and what of the exchange of gradients (ring all-reduce) does not
-hide behind the backward pass. `python -m tests.benchmarks.plan` compares the same formula with 1, 2 and 4 workers on CPUs.
+hide behind the backward pass. `python -m tests.benchmarks.plan` compares the same formula with 1, 2 and 4 workers on CPUs. What it cannot
+know: which part of its peak a GPU reaches (`efficiency` is an assumption, not a measurement), how well the exchange really hides, and
+waiting for images where decoding is short of CPUs.
 """
 
 from __future__ import annotations
