@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from tuning.options import Search, default_search
 
-from .cluster_commands import Cluster, Runs
+from .cluster_commands import Cluster, Plan, Runs
 from .commands import Evaluate, ImportOfficial, Predict, Presets, Train, first_positional, starting_config
 from .config import describe_errors
 from .data_commands import Doctor, Graph, Prepare
@@ -32,6 +32,7 @@ _COMMANDS = {
     "doctor": Doctor,
     "runs": Runs,
     "cluster": Cluster,
+    "plan": Plan,
     "presets": Presets,
     "import-official": ImportOfficial,
 }

@@ -12,14 +12,15 @@ from typing import Any
 import click
 import jsonschema
 import ray
-import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from .cluster_file import machine_resources, most_resources, read_cluster
 from .config import ExperimentConfig
 from .errors import UserError
 from .resources import fit
+from .spot_first import SPOT, score
 
 PLACEHOLDER = "CHANGE-ME"
 _PINNED = (
@@ -32,33 +33,6 @@ _PINNED = (
 _EXCLUDED = (".git", ".venv", "runs")  # gigabytes that no machine needs
 _PIN = re.compile(r"(?<![\w.-])([A-Za-z][\w.-]*)(?:\[[\w,]+\])?==([\w.]+)")
 _OPEN_TO_ALL = ("0.0.0.0/0", "::/0")
-_SIZES = {"large": 2, "xlarge": 4} | {f"{factor}xlarge": 4 * factor for factor in (2, 4, 8, 12, 16, 24, 32, 48)}
-_GPUS = {  # machines of AWS with GPUs: how many each size has
-    "g4dn": {"xlarge": 1, "2xlarge": 1, "4xlarge": 1, "8xlarge": 1, "12xlarge": 4, "16xlarge": 1},
-    "g5": {
-        "xlarge": 1,
-        "2xlarge": 1,
-        "4xlarge": 1,
-        "8xlarge": 1,
-        "12xlarge": 4,
-        "16xlarge": 1,
-        "24xlarge": 4,
-        "48xlarge": 8,
-    },
-    "g6": {
-        "xlarge": 1,
-        "2xlarge": 1,
-        "4xlarge": 1,
-        "8xlarge": 1,
-        "12xlarge": 4,
-        "16xlarge": 1,
-        "24xlarge": 4,
-        "48xlarge": 8,
-    },
-    "p4d": {"24xlarge": 8},
-    "p5": {"48xlarge": 8},
-}
-_CPU_FAMILIES = ("c5", "c6i", "c7i", "m5", "m6i", "m7i", "r5", "r6i")
 
 
 def check_cluster(path: Path) -> list[str]:
@@ -83,34 +57,18 @@ def check_cluster(path: Path) -> list[str]:
     return [*findings, *_versions(config), *_starts(config), *_openings(config), *_files(config), *_machines(config)]
 
 
-def read_cluster(path: Path) -> dict[str, Any]:
-    """The file's content.
-
-    Raises:
-        UserError: if it is missing, not YAML, or not a mapping with a provider.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    if (
-        not isinstance(content, dict)
-        or not isinstance(content.get("provider"), dict)
-        or "type" not in content["provider"]
-    ):
-        raise UserError(f"{path}: not a file for `ray up`, it names no provider.type")
-    return content
-
-
 def check_preset(path: Path, config: ExperimentConfig) -> str:
     """What an experiment gets of the cluster at its largest, in words.
 
     Raises:
-        UserError: if that is not enough, with both numbers.
+        UserError: if that is not enough, with both numbers, or if the file does not say.
     """
-    cpus, gpus = most_resources(read_cluster(path))
+    most = most_resources(prepare_config(read_cluster(path)))
+    if most is None:
+        raise UserError(
+            "machines of your own do not say in the file what they have; the run itself says when it is not enough"
+        )
+    cpus, gpus = most["CPU"], most["GPU"]
     allocation = fit(config.resources, cpus, gpus, owner=f"{path} at its largest has")
     if allocation.num_workers > config.train.batch_size:
         raise UserError(
@@ -122,29 +80,6 @@ def check_preset(path: Path, config: ExperimentConfig) -> str:
         f"{config.preset}: {allocation.num_workers} workers with {device} each, {config.train.batch_size / allocation.num_workers:g} images"
         f" a step each, and {left:g} CPUs a worker that decode"
     )
-
-
-def most_resources(raw: Mapping[str, Any]) -> tuple[float, int]:
-    """CPUs and GPUs of the cluster when all its machines are there.
-
-    Raises:
-        UserError: if the file does not say, as for machines of one's own.
-    """
-    if raw["provider"]["type"] != "aws":
-        raise UserError(
-            "machines of your own do not say in the file what they have; the run itself says when it is not enough"
-        )
-    kinds, head = raw["available_node_types"], raw["head_node_type"]
-    counts = {name: 1 if name == head else kind.get("max_workers", raw["max_workers"]) for name, kind in kinds.items()}
-    groups: dict[str, int] = {}  # kinds of the same machine stand in for each other
-    for name, kind in kinds.items():
-        key = str(kind["node_config"].get("InstanceType"))
-        groups[key] = max(groups.get(key, 0), counts[name])
-    first = {str(kind["node_config"].get("InstanceType")): kind["resources"] for kind in kinds.values()}
-    totals = [
-        sum(first[key].get(resource, 0) * number for key, number in groups.items()) for resource in ("CPU", "GPU")
-    ]
-    return float(totals[0]), int(totals[1])
 
 
 def _placeholders(tree: Any, place: str = "") -> Iterator[str]:
@@ -195,6 +130,13 @@ def _starts(config: Mapping[str, Any]) -> Iterator[str]:
             "head_start_ray_commands: add `export RAY_enable_autoscaler_v2=0;` before ray start; Ray's newer autoscaler never starts the"
             " workers of provider local"
         )
+    rule = f"RAY_AUTOSCALER_UTILIZATION_SCORER={score.__module__}.{score.__name__}"
+    spot = any(_is_spot(kind) for kind in config["available_node_types"].values())
+    if spot and not (rule in head and "RAY_enable_autoscaler_v2=0" in head):
+        yield (
+            f"head_start_ray_commands: add `export RAY_enable_autoscaler_v2=0 {rule};` before ray start; else Ray asks for spot machines"
+            " for ever where AWS has none left"
+        )
 
 
 def _openings(config: Mapping[str, Any]) -> Iterator[str]:
@@ -230,10 +172,12 @@ def _machines(config: Mapping[str, Any]) -> Iterator[str]:
     for name, kind in config["available_node_types"].items():
         machine = kind["node_config"]
         place = f"available_node_types.{name}"
-        market = machine.get("InstanceMarketOptions", {}).get("MarketType")
-        if market == "spot" and name == head:
+        spot = _is_spot(kind)
+        if spot and name == head:
             yield f"{place}: the head must not be a spot machine, a run ends with it"
-        if market == "spot" and config["provider"].get("cache_stopped_nodes", True):
+        if spot and name != head and not name.endswith(SPOT):
+            yield f"{place}: name it {name}{SPOT}, so that it is asked for before the same machine on demand"
+        if spot and config["provider"].get("cache_stopped_nodes", True):
             yield "provider.cache_stopped_nodes: must be false with spot machines, which cannot be stopped"
         if not machine.get("ImageId"):
             yield f"{place}: add node_config.ImageId; Ray's default image is too old for torch"
@@ -244,11 +188,6 @@ def _machines(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{place}: resources say {numbers}, a {machine['InstanceType']} has {known['CPU']} and {known['GPU']}"
 
 
-def machine_resources(name: str) -> dict[str, int] | None:
-    """CPUs and GPUs of a machine of AWS; None where it is not one of the usual ones."""
-    family, _, size = name.partition(".")
-    if family in _CPU_FAMILIES and size in _SIZES:
-        return {"CPU": _SIZES[size], "GPU": 0}
-    if size not in _GPUS.get(family, {}):
-        return None
-    return {"CPU": _SIZES[size], "GPU": _GPUS[family][size]}
+def _is_spot(kind: Mapping[str, Any]) -> bool:
+    market: str | None = kind["node_config"].get("InstanceMarketOptions", {}).get("MarketType")
+    return market == "spot"

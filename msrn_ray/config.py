@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import UserError
+from .yaml_file import read_yaml
 
 Level = Literal["layer1", "layer2", "layer3", "layer4"]
 LEVELS: tuple[Level, ...] = ("layer1", "layer2", "layer3", "layer4")
@@ -405,12 +406,7 @@ def load_config(path: Path) -> ExperimentConfig:
     Raises:
         UserError: if the file is missing, is not YAML/JSON, or holds a wrong field.
     """
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except OSError as error:
-        raise UserError(f"config {path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path}: not YAML or JSON ({' '.join(str(error).split())})") from None
+    tree = read_yaml(path, f"config {path}")
     if not isinstance(tree, dict):
         raise UserError(f"config {path}: a mapping of settings is expected, not {type(tree).__name__}")
     return config_from_dict(tree, source=f"config {path}")

@@ -104,20 +104,26 @@ class SavePoints:
         steps: save after each so many steps of an epoch, or None.
         seconds: save at the first check so long after the last checkpoint, or None.
         last: when that was (`time.monotonic`).
+        is_warned: whether a machine is about to be taken away; asked on every rank at each check, and the same on all. The first check
+            that is warned saves.
     """
 
     save: Callable[[EpochStats], None]
     steps: int | None = None
     seconds: float | None = None
     last: float = field(default_factory=time.monotonic)
+    is_warned: Callable[[], bool] = lambda: False
+    answered: bool = False
 
     def is_step(self, steps: int) -> bool:
         """Whether to save after so many steps of the epoch."""
         return self.steps is not None and steps % self.steps == 0
 
     def is_time(self) -> bool:
-        """Whether this rank's time is up."""
-        return self.seconds is not None and time.monotonic() - self.last >= self.seconds
+        """Whether this rank's time is up, or a machine's."""
+        warned = self.is_warned()
+        news, self.answered = warned and not self.answered, warned
+        return news or (self.seconds is not None and time.monotonic() - self.last >= self.seconds)
 
     def restart(self) -> None:
         """Starts the clock again; to be called after every checkpoint."""

@@ -16,6 +16,7 @@ import ray.autoscaler.sdk
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from .cluster_file import can_grow_to
 from .config import ResourceSettings
 from .errors import NoDecodeCpuError, UserError
 
@@ -52,14 +53,18 @@ def connect(settings: ResourceSettings, *, runs: int = 1) -> None:
         runs: training runs at the same time.
 
     Raises:
-        UserError: if the machine has fewer cores than the workers need.
+        UserError: if the cluster cannot be joined, or the machine has fewer cores than the workers need.
     """
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(**quiet)
+        except ConnectionError as error:
+            raise UserError(_why_not_joined(address, error)) from None
         return
     cores = usable_cores()
     gpus = 0 if settings.use_gpu is False else torch.cuda.device_count()
@@ -82,6 +87,15 @@ def connect(settings: ResourceSettings, *, runs: int = 1) -> None:
     )
 
 
+def _why_not_joined(address: str, error: ConnectionError) -> str:
+    if "InvalidAuthToken" in str(error.__cause__):  # Ray has put it into words
+        return (
+            f"RAY_ADDRESS {address}: the cluster refuses this machine's token (401); set RAY_AUTH_MODE=token, with the token that it"
+            " was started with in ~/.ray/auth_token or RAY_AUTH_TOKEN"
+        )
+    return f"RAY_ADDRESS {address}: no cluster answers there ({error})"
+
+
 def usable_cores() -> int:
     """Cores that this process may use; where the system does not say (macOS), the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -98,7 +112,8 @@ def allocate(settings: ResourceSettings) -> Allocation:
     Raises:
         UserError: if they ask for more than there is or can be, with both numbers; Ray itself would wait for ever.
     """
-    most = ray._private.state.state.get_max_resources_from_cluster_config()  # None where nothing starts machines
+    # None where nothing starts machines
+    most = ray._private.state.state.get_max_resources_from_cluster_config() or can_grow_to()
     if most:
         _wait_for_machines(settings, most)
     return fit(settings, *_there())

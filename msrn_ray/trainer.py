@@ -25,6 +25,7 @@ import ray
 import ray.train
 import ray.train.torch
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
@@ -369,6 +370,13 @@ def run_trainer(trainer: TorchTrainer) -> ray.train.Result:
         for error in errors:
             if isinstance(error, (UserError, AccountingError)):
                 raise error from None
+            if isinstance(error, WorkerGroupStartupTimeoutError):
+                there = ray.cluster_resources()
+                raise UserError(
+                    f"no room for {error.num_workers} workers for longer than resources.wait_minutes: the cluster has"
+                    f" {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs now; bring its machines back, or lower"
+                    " resources.num_workers, and go on with --resume"
+                ) from None
         raise
     except SystemExit:  # Ray's handler of SIGINT stops the workers and then exits
         raise KeyboardInterrupt from None

@@ -86,6 +86,8 @@ class Worker:
         self.trainee = self._build()
         train = self.config.train
         self.save_points = SavePoints(self.save_within, train.checkpoint_steps, train.checkpoint_seconds)
+        if train.checkpoint_every is not None:
+            self.save_points.is_warned = lambda: ray.train.get_preemption_info() is not None
 
     def _build(self) -> Trainee:
         config, counts = self.config, self.counts

@@ -1,7 +1,7 @@
 """Machines for tests of a cluster, made on this one: each a network, process and mount namespace with an SSH server of its own.
 
-Their traffic stays between them: they hang on a bridge that is in a namespace too, the one from which `ray up` is called. Each sees
-this machine's files, and its own changes to them; `SHARED` is one folder for all. Needs root, iproute2, openssh-server and rsync.
+Their traffic stays between them: they hang on a bridge in a namespace of its own. Each sees this machine's files, and its own changes
+to them; `SHARED` is one folder for all. Needs root, iproute2, openssh-server and rsync.
 """
 
 from __future__ import annotations
@@ -66,7 +66,17 @@ class Host:
 
     def run(self, command: str, timeout: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Runs a command line on the machine, in a login shell, with the output of both kinds as `stdout`."""
-        words = ["nsenter", f"--target={self.init}", "--mount", "--uts", "--net", "--pid", "--root", *_shell(command)]
+        words = [
+            "nsenter",
+            f"--target={self.init}",
+            "--mount",
+            "--uts",
+            "--net",
+            "--pid",
+            "--root",
+            "--wd",
+            *_shell(command),
+        ]
         done = subprocess.run(
             words,
             stdout=subprocess.PIPE,

@@ -18,6 +18,7 @@ PACKAGE = Path(msrn_ray.__file__).parent
 ROOT = PACKAGE.parent
 RAY_MODULES = {
     "cluster_check",
+    "spot_first",
     "inspection",
     "pipeline",
     "prepare",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
@@ -18,16 +21,14 @@ import ray
 import yaml
 from packaging.requirements import Requirement
 from ray._private.runtime_env.packaging import create_package
+from ray.autoscaler._private.loader import load_function_or_class
+from ray.autoscaler._private.node_provider_availability_tracker import NodeProviderAvailabilityTracker
+from ray.autoscaler._private.resource_demand_scheduler import get_nodes_for
+from ray.autoscaler.node_launch_exception import NodeLaunchException
 
 from msrn_ray.__main__ import main
-from msrn_ray.cluster_check import (
-    PLACEHOLDER,
-    check_cluster,
-    check_preset,
-    machine_resources,
-    most_resources,
-    read_cluster,
-)
+from msrn_ray.cluster_check import PLACEHOLDER, check_cluster, check_preset
+from msrn_ray.cluster_file import can_grow_to, machine_resources, most_resources, read_cluster
 from msrn_ray.errors import UserError
 from msrn_ray.presets import PRESETS
 
@@ -129,6 +130,13 @@ def open_port(first: int, last: int, source: str) -> Change:
         (GPU_YAML, in_type("head", InstanceMarketOptions={"MarketType": "spot"}), ["head must not be a spot"]),
         (GPU_YAML, lambda c: c["provider"].pop("cache_stopped_nodes"), ["cache_stopped_nodes: must be false"]),
         (GPU_YAML, in_type("gpu_spot", ImageId=""), ["gpu_spot: add node_config.ImageId"]),
+        (GPU_YAML, lambda c: in_all(c, "RAY_AUTOSCALER", "X"), ["SCORER=msrn_ray.spot_first.score;` before ray start"]),
+        (GPU_YAML, lambda c: in_all(c, "RAY_enable_autoscaler_v2=0", ""), ["add `export RAY_enable_autoscaler_v2=0"]),
+        (
+            GPU_YAML,
+            lambda c: c["available_node_types"].update(cheap=c["available_node_types"].pop("gpu_spot")),
+            ["available_node_types.cheap: name it cheap_spot"],
+        ),
         (
             GPU_YAML,
             in_type("gpu_on_demand", InstanceType="g5.12xlarge"),
@@ -184,16 +192,45 @@ def test_the_machines_are_what_their_maker_says() -> None:
 
 
 def test_spot_and_on_demand_machines_stand_in_for_each_other(tmp_path: Path) -> None:
-    """4 GPU machines at most, not 8, of one kind or the other; the spot ones first."""
+    """4 machines at most, not 4 of each kind; those that decode are of that number."""
     file = filled_in(GPU_YAML, tmp_path)
-    assert most_resources(read_cluster(file)) == (64.0, 4)
     kinds = read_cluster(file)["available_node_types"]
     spot, other = kinds["gpu_spot"], kinds["gpu_on_demand"]
-    assert spot.pop("priority") > other.get("priority", 0)
     assert spot["node_config"].pop("InstanceMarketOptions") == {"MarketType": "spot"}
     assert spot == other
-    more = filled_in(GPU_YAML, tmp_path, lambda c: c["available_node_types"]["decode"].update(max_workers=2))
-    assert most_resources(read_cluster(more)) == (96.0, 4)
+    assert most_resources(read_cluster(file)) == can_grow_to(file) == {"CPU": 64, "GPU": 4}
+    decoding = lambda c: c["available_node_types"]["decode"].update(min_workers=1, max_workers=1)  # noqa: E731
+    assert most_resources(read_cluster(filled_in(GPU_YAML, tmp_path, decoding))) == {"CPU": 64, "GPU": 3}
+    fewer = lambda c: [c["available_node_types"][name].update(max_workers=1) for name in ("gpu_spot", "gpu_on_demand")]  # noqa: E731
+    assert most_resources(read_cluster(filled_in(GPU_YAML, tmp_path, fewer))) == {"CPU": 32, "GPU": 2}
+    assert can_grow_to(tmp_path / "missing.yaml") is can_grow_to(filled_in(LOCAL_YAML, tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    ("refused", "expected"),
+    [
+        ([], {"gpu_spot": 2}),
+        (["gpu_spot"], {"gpu_on_demand": 2}),
+        (["gpu_on_demand"], {"gpu_spot": 2}),
+        (["gpu_spot", "gpu_on_demand"], {"gpu_spot": 2}),
+    ],
+)
+def test_where_spot_machines_are_refused_the_same_is_asked_for_on_demand(
+    refused: list[str], expected: dict[str, int]
+) -> None:
+    """Ray's own loop over the file's machines, with the rule that the file names, for two workers and a CPU that decodes."""
+    config = read_cluster(GPU_YAML)
+    tracker = NodeProviderAvailabilityTracker()
+    for name in refused:
+        tracker.update_node_availability(
+            name, int(time.time()), NodeLaunchException("InsufficientInstanceCapacity", "", None)
+        )
+    (rule,) = re.findall(r"RAY_AUTOSCALER_UTILIZATION_SCORER=([\w.]+)", " ".join(config["head_start_ray_commands"]))
+    chosen, missing = get_nodes_for(
+        config["available_node_types"], {}, config["head_node_type"], 4, [{"CPU": 1, "GPU": 1}] * 2 + [{"CPU": 1}],
+        partial(load_function_or_class(rule), node_availability_summary=tracker.summary()),
+    )  # fmt: skip
+    assert (chosen, missing) == (expected, [])
 
 
 def test_what_a_preset_gets(tmp_path: Path) -> None:

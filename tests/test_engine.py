@@ -423,6 +423,9 @@ def test_save_points_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     points.restart()
     assert not points.is_time()
     assert not points.is_step(60)
+    warnings = iter([False, True, True, False, True])
+    warned = SavePoints(lambda stats: None, is_warned=lambda: next(warnings))
+    assert [warned.is_time() for _ in range(5)] == [False, True, False, False, True], "once for each warning"
     never = SavePoints(lambda stats: None)
     now[0] += 1e9
     assert not never.is_time()

@@ -272,6 +272,27 @@ def test_a_cluster_is_joined_as_it_is(started: list[dict[str, Any]], monkeypatch
     assert not {"address", "num_cpus", "include_dashboard"} & set(call), "a joined cluster takes no such settings"
 
 
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        (
+            RuntimeError("Last connection error: AuthenticationError: RPC error: InvalidAuthToken: ..."),
+            r"10\.0\.0\.1:6379: the cluster refuses this machine's token \(401\)",
+        ),
+        (TimeoutError("timed out"), r"10\.0\.0\.1:6379: no cluster answers there \(Failed to connect\)"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined(monkeypatch: pytest.MonkeyPatch, cause: Exception, words: str) -> None:
+    def refuse(**_: Any) -> None:
+        raise ConnectionError("Failed to connect") from cause
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(UserError, match=words):
+        connect(ResourceSettings())
+
+
 def test_ray_that_is_up_is_left_alone(started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     connect(ResourceSettings(num_workers=100))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 
 from msrn_ray.config import ResourceSettings
 from msrn_ray.errors import AccountingError, BadImagesError, NoDecodeCpuError, UserError
@@ -65,6 +65,12 @@ def test_an_error_that_the_user_can_mend_is_raised_as_itself(wrap: Any) -> None:
 def test_other_failures_stay_ray_trains() -> None:
     with pytest.raises(TrainingFailedError, match="lost"):
         run_trainer(failing(WorkerGroupError("lost", {0: RuntimeError("lost")})))
+
+
+def test_room_that_never_comes_back_is_told_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 3.0, "GPU": 1.0})
+    with pytest.raises(UserError, match=r"no room for 2 workers .* 3 CPUs and 1 GPUs now.*num_workers.*--resume"):
+        run_trainer(failing(ControllerError(WorkerGroupStartupTimeoutError(2))))
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
-import yaml
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic import Field, ValidationError
 
 from msrn_ray.config import ExperimentConfig, Settings, describe_errors
 from msrn_ray.errors import UserError
+from msrn_ray.yaml_file import read_yaml
 
 from .space import Parameter, Space, choice_name, value_of
 
@@ -43,12 +43,7 @@ def read_space(path: Path | None) -> dict[str, Any]:
         UserError: if the file cannot be read or is not a mapping.
     """
     file = path or DEFAULT_SPACE
-    try:
-        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--space {file}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--space {file}: not YAML ({' '.join(str(error).split())})") from None
+    entries = read_yaml(file, f"--space {file}")
     if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries):
         raise UserError(
             f"--space {file}: a mapping of config paths is expected, such as `model.tau: {{low: 0.1, high: 0.5}}`"
