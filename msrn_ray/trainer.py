@@ -6,6 +6,7 @@ driver and reports metrics and checkpoints to Ray Train.
 
 from __future__ import annotations
 
+import _thread
 import json
 import math
 import os
@@ -327,12 +328,24 @@ def run_in_folder(
         ray.get_runtime_context().get_node_id(), soft=False
     )  # else it is lost with another node
     events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    watchdog = Watchdog(config.train.hang_minutes, log.say)
+    # elsewhere, as in a search, nothing can interrupt Ray Train
+    in_main = threading.current_thread() is threading.main_thread()
+    watchdog = Watchdog(
+        config.train.hang_minutes,
+        log.say,
+        wait_minutes=config.resources.wait_minutes if in_main else math.inf,
+        give_up=_thread.interrupt_main,
+    )
     try:
         try:
             with kept_state(folder), listening(events, log, watchdog):
                 build = partial(build_trainer, config, placed, run_name=folder.name, events=events, callbacks=callbacks)
-                result = run_elastic(build, config.resources, allocation, log.say)
+                try:
+                    result = run_elastic(build, config.resources, allocation, log.say)
+                except KeyboardInterrupt:
+                    if watchdog.abandoned is None:
+                        raise
+                    raise UserError(watchdog.abandoned) from None
         except ray.train.TrainingFailedError:
             if watchdog.verdict is None:
                 raise
