@@ -20,6 +20,9 @@ from .cluster_file import can_grow_to
 from .config import ResourceSettings
 from .errors import NoDecodeCpuError, UserError
 
+# Between two requests for machines: a cluster has one request at a time, and runs that are going on overwrite it every 20 s
+_ASK_SECONDS = 5.0
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -184,21 +187,22 @@ def _wait_for_machines(settings: ResourceSettings, most: Mapping[str, int]) -> N
     bundle = {"CPU": settings.cpus_per_worker} | ({"GPU": 1} if allocation.use_gpu else {})
     firmly = settings.model_copy(update={"use_gpu": allocation.use_gpu})
     end = time.monotonic() + 60 * settings.wait_minutes
-    asked = False
+    asked: float | None = None
     try:
         while not _is_enough(firmly):
-            if not asked:
+            if asked is None:
                 print(
                     f"waiting for machines for {fewest} workers; the cluster has {_there()[0]:g} CPUs and {_there()[1]} GPUs now",
                     flush=True,
                 )
+            if asked is None or time.monotonic() >= asked + _ASK_SECONDS:
+                asked = time.monotonic()
                 ray.autoscaler.sdk.request_resources(bundles=[*[bundle] * fewest, {"CPU": 1}])
-                asked = True
             if time.monotonic() > end:
                 fit(firmly, *_there(), owner=f"after resources.wait_minutes={settings.wait_minutes:g} the cluster has")
             time.sleep(1)
     finally:
-        if asked:
+        if asked is not None:
             ray.autoscaler.sdk.request_resources(bundles=[])  # else they would stay for ever; now the workers hold them
 
 

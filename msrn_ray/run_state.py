@@ -116,6 +116,10 @@ def check_stopped(folder: Path, beat_seconds: float = _BEAT_SECONDS) -> None:
         return
     if said["host"] == socket.gethostname() and not _is_alive(said["pid"]):
         return
+    print(
+        f"{folder} says that it is trained on {said['host']}; looking {3 * beat_seconds:g} s for a sign of life of its driver",
+        flush=True,
+    )
     first, end = _touched(path), time.monotonic() + 3 * beat_seconds
     while time.monotonic() < end:
         if _touched(path) != first:
@@ -133,7 +137,11 @@ def list_runs(storage: Path) -> list[RunSummary]:
     """
     if not storage.is_dir():
         raise UserError(f"{storage}: no folder; give the train.storage of the runs")
-    runs = [summarize(path.parent) for path in storage.glob(f"*/{CONFIG_FILE}")]
+    runs = [
+        summarize(path.parent)
+        for path in storage.glob(f"*/{CONFIG_FILE}")
+        if not path.parent.name.startswith(".")  # made half-way, see `trainer`
+    ]
     return sorted(runs, key=lambda run: (-run.seen if run.seen == run.seen else math.inf, run.name))
 
 

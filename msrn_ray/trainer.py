@@ -6,9 +6,12 @@ driver and reports metrics and checkpoints to Ray Train.
 
 from __future__ import annotations
 
+import _thread
 import json
 import math
 import os
+import secrets
+import shutil
 import signal
 import sys
 import threading
@@ -44,6 +47,10 @@ from .saving import SCORE
 from .watchdog import Watchdog
 from .word_vectors import LEARNED
 from .worker import train_loop_per_worker
+
+# Ray Train's view of the cluster is up to 20 s old: how long it tries to start workers before it looks again, and how often it looks
+# whether there is room for more
+_ROOM_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,8 @@ def build_trainer(
     """
     # how long until a checkpoint is listed, a lost worker or the end is seen; Ray Train's own is 2 s
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # after the loss of a node Ray Train asks for as many workers as before once more, for 60 s by default
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{_ROOM_SECONDS:g}")
     loop_config = {
         "config": config.to_dict(),
         "tables": placed.tables,
@@ -132,8 +141,8 @@ def build_trainer(
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),
             failure_config=ray.train.FailureConfig(
                 max_failures=config.train.max_failures,
-                # workers that find no room, a minute each time: where a lost node does not come back, Ray would wait for ever
-                controller_failure_limit=max(1, math.ceil(config.resources.wait_minutes)),  # type: ignore[call-arg]  # typed as V1
+                # workers that find no room: where a lost node does not come back, Ray would wait for ever
+                controller_failure_limit=math.ceil(60 * config.resources.wait_minutes / _ROOM_SECONDS),  # type: ignore[call-arg]  # typed as V1
             ),
             callbacks=[Failures(events), *callbacks],
         ),
@@ -156,6 +165,7 @@ def scaling(allocation: Allocation) -> ray.train.ScalingConfig:
     """Ray Train's scaling for an allocation."""
     return ray.train.ScalingConfig(
         num_workers=allocation.elastic or allocation.num_workers,  # type: ignore[arg-type]  # typed as Train V1
+        elastic_resize_monitor_interval_s=_ROOM_SECONDS,  # type: ignore[call-arg]  # alike
         use_gpu=allocation.use_gpu,
         resources_per_worker={"CPU": allocation.cpus_per_worker}
         | ({"GPU": allocation.gpus_per_worker} if allocation.use_gpu else {}),
@@ -303,7 +313,9 @@ def run_in_folder(
     folder = Path(config.train.storage) / config.train.run_name
     try:
         check_shared(folder.parent)
-        folder.mkdir(parents=True, exist_ok=not fresh)
+        if fresh:
+            make_folder(folder, config)
+        folder.mkdir(parents=True, exist_ok=True)
         config.save(folder / f".{CONFIG_FILE}")
         os.replace(folder / f".{CONFIG_FILE}", folder / CONFIG_FILE)
         (folder / f".{DATA_FILE}").write_text(json.dumps(placed.data, indent=2) + "\n", encoding="utf-8")
@@ -316,12 +328,24 @@ def run_in_folder(
         ray.get_runtime_context().get_node_id(), soft=False
     )  # else it is lost with another node
     events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    watchdog = Watchdog(config.train.hang_minutes, log.say)
+    # elsewhere, as in a search, nothing can interrupt Ray Train
+    in_main = threading.current_thread() is threading.main_thread()
+    watchdog = Watchdog(
+        config.train.hang_minutes,
+        log.say,
+        wait_minutes=config.resources.wait_minutes if in_main else math.inf,
+        give_up=_thread.interrupt_main,
+    )
     try:
         try:
             with kept_state(folder), listening(events, log, watchdog):
                 build = partial(build_trainer, config, placed, run_name=folder.name, events=events, callbacks=callbacks)
-                result = run_elastic(build, config.resources, allocation, log.say)
+                try:
+                    result = run_elastic(build, config.resources, allocation, log.say)
+                except KeyboardInterrupt:
+                    if watchdog.abandoned is None:
+                        raise
+                    raise UserError(watchdog.abandoned) from None
         except ray.train.TrainingFailedError:
             if watchdog.verdict is None:
                 raise
@@ -331,6 +355,22 @@ def run_in_folder(
             (folder / FAILURE_FILE).write_text(f"{error}\n", encoding="utf-8")
         raise
     return log, result
+
+
+def make_folder(folder: Path, config: ExperimentConfig) -> None:
+    """Makes a run folder with its config in it, or none: one without could neither be resumed nor begun anew.
+
+    Raises:
+        OSError: if it is there already, or cannot be written.
+    """
+    partial = folder.with_name(f".{folder.name}_{secrets.token_hex(4)}")
+    partial.mkdir(parents=True)
+    try:
+        config.save(partial / CONFIG_FILE)
+        os.rename(partial, folder)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def run_elastic(

@@ -1,7 +1,9 @@
-"""Names the rank that hangs: the driver's ear for the ranks' signs of life (`telemetry.Pulse`), and its hand that ends a hung process."""
+"""Names the rank that hangs: the driver's ear for the ranks' signs of life (`telemetry.Pulse`), and its hand that ends a hung process, or a
+run that has no room for its workers."""
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -15,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from .telemetry import DONE, WAITING
 
 _BEAT_SECONDS = 5.0  # between two signs of life
+_ALONE_SECONDS = 60.0  # without any worker, after which a line says so; starting them takes up to half of it
 _WARN_PART = 0.2  # of `train.hang_minutes`, after which a line warns
 
 
@@ -45,12 +48,28 @@ class Watchdog:
         hang_minutes: a rank that takes longer over one batch is hung.
         say: prints a line for the user.
         end: ends the process of a beat; False if it was not there any more.
+        wait_minutes: a run without any worker for so long is given up: where too few machines are left, Ray Train waits for ever.
+        give_up: ends the run.
+
+    Attributes:
+        verdict: which rank hung, until new workers have started.
+        abandoned: why the run was given up.
     """
 
     def __init__(
-        self, hang_minutes: float, say: Callable[[str], None], end: Callable[[Mapping[str, Any]], bool] | None = None
+        self,
+        hang_minutes: float,
+        say: Callable[[str], None],
+        end: Callable[[Mapping[str, Any]], bool] | None = None,
+        *,
+        wait_minutes: float = math.inf,
+        give_up: Callable[[], None] = lambda: None,
     ) -> None:
         self.verdict: str | None = None
+        self.abandoned: str | None = None
+        self._wait_minutes, self._give_up = wait_minutes, give_up
+        self._last = time.monotonic()  # when any rank was heard
+        self._waiting = False  # that this was said
         self._limit = hang_minutes * 60
         self._hang_minutes, self._say, self._end = hang_minutes, say, end or end_process
         self._heard: dict[int, _Heard] = {}
@@ -69,6 +88,7 @@ class Watchdog:
 
     def hear(self, beat: Mapping[str, Any]) -> None:
         """Takes in one beat."""
+        self._last, self._waiting = time.monotonic(), False
         rank = int(beat["rank"])
         if _process(beat) in self._ended:
             return
@@ -78,8 +98,9 @@ class Watchdog:
             self._heard[rank] = _Heard(beat, time.monotonic())
 
     def look(self) -> None:
-        """Warns of the rank that takes long, once until all go on; ends the process of one that is hung."""
+        """Warns of the rank that takes long, once until all go on; ends the process of one that is hung, or a run without workers."""
         now = time.monotonic()
+        self._look_for_any(now)
         late = {rank for rank, heard in self._heard.items() if heard.idle(now) > _WARN_PART * self._limit}
         if not late:
             self._warned = False
@@ -100,6 +121,21 @@ class Watchdog:
             )
             self._say(f"{described}: its process was ended")
         self._heard.clear()  # the others only waited for it
+
+    def _look_for_any(self, now: float) -> None:
+        if self._wait_minutes == math.inf:
+            return
+        if now - self._last > _ALONE_SECONDS and not self._waiting:
+            self._say(
+                f"no worker has started yet; waiting for room, resources.wait_minutes={self._wait_minutes:g} at most"
+            )
+            self._waiting = True
+        if now - self._last > 60 * self._wait_minutes and self.abandoned is None:
+            self.abandoned = (
+                f"no room for the workers for longer than resources.wait_minutes={self._wait_minutes:g}; bring the cluster's machines"
+                " back, or lower resources.num_workers, and go on with --resume"
+            )
+            self._give_up()
 
     def _guilt(self, rank: int, now: float) -> tuple[bool, bool, int, int, float]:
         heard = self._heard[rank]

@@ -7,6 +7,7 @@ to them; `SHARED` is one folder for all. Needs root, iproute2, openssh-server an
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,13 +21,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = "/mnt/msrn"  # on every machine
-PROGRAMS = ("ip", "unshare", "nsenter", "sshd", "ssh", "ssh-keygen", "rsync")
+PATIENCE = 400.0  # seconds until something that takes some on a quiet machine
+PROGRAMS = ("ip", "unshare", "nsenter", "setpriv", "sshd", "ssh", "ssh-keygen", "rsync")
 
 _MACHINE = r"""
 set -eu
 base=$1; root=$base/root; address=$2; name=$3; key=$4; shared=$5; path=$6; home=$7
 mount --make-rprivate /
-mount -t tmpfs -o size=4g tmpfs $base
+mount -t tmpfs -o size=1g tmpfs $base
 mkdir $base/upper $base/work $root
 mount -t overlay overlay -o lowerdir=/,upperdir=$base/upper,workdir=$base/work $root
 mount --rbind /dev $root/dev
@@ -55,16 +57,16 @@ class Host:
     Attributes:
         name: its host name.
         address: on the bridge.
-        namespace: its network namespace.
+        port: where it hangs on the bridge: namespace and interface.
         init: its first process, by this machine's number; with it ends everything on the machine.
     """
 
     name: str
     address: str
-    namespace: str
+    port: tuple[str, str]
     init: int
 
-    def run(self, command: str, timeout: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def run(self, command: str, timeout: float = PATIENCE, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Runs a command line on the machine, in a login shell, with the output of both kinds as `stdout`."""
         words = [
             "nsenter",
@@ -91,16 +93,24 @@ class Host:
         return done
 
     def processes(self, pattern: str) -> list[int]:
-        """Processes whose command line has the pattern, by the machine's numbers."""
-        return [int(word) for word in self.run(f"pgrep -f '{pattern}' || true").stdout.split()]
+        """Processes whose command line has the regular expression, by the machine's numbers."""
+        listed = [line.split(maxsplit=1) for line in self.run("ps -ewwo pid=,args=").stdout.splitlines()]
+        return [int(pid) for pid, command in listed if re.search(pattern, command) and "<defunct>" not in command]
+
+    def kill(self, pattern: str) -> None:
+        """SIGKILL of all such processes; some have to be there."""
+        numbers = self.processes(pattern)
+        assert numbers, f"{self.name}: no process {pattern}"
+        # with the first, others may go by themselves
+        self.run(f"kill -KILL {' '.join(map(str, numbers))}", check=False)
 
     def cut_off(self) -> None:
-        """Takes the network away; nothing tells the others."""
-        subprocess.run(["ip", "-n", self.namespace, "link", "set", "eth0", "down"], check=True)
+        """Takes the network away: what the machine sends is lost, and nothing tells it or the others."""
+        _ip("-n", self.port[0], "link", "set", self.port[1], "nomaster")
 
     def join(self) -> None:
         """Gives the network back."""
-        subprocess.run(["ip", "-n", self.namespace, "link", "set", "eth0", "up"], check=True)
+        _ip("-n", self.port[0], "link", "set", self.port[1], "master", "br0")
 
 
 @dataclass
@@ -143,6 +153,7 @@ def started(number: int) -> Iterator[Hosts]:
     key, shared, bridge = folder / "key", folder / "shared", f"msrn-{os.getpid()}-b"
     machines: list[Host] = []
     shells: list[subprocess.Popen[bytes]] = []
+    namespaces = [bridge]
     try:
         shared.mkdir()
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
@@ -153,6 +164,7 @@ def started(number: int) -> Iterator[Hosts]:
             address, namespace, name = f"10.77.0.{index + 2}", f"msrn-{os.getpid()}-{index}", f"host-{index}"
             base = folder / name
             base.mkdir()
+            namespaces.append(namespace)
             _ip("netns", "add", namespace)
             _ip("-n", namespace, "link", "set", "lo", "up")
             _ip("-n", bridge, "link", "add", f"v{index}", "type", "veth", "peer", "name", "eth0", "netns", namespace)
@@ -160,6 +172,7 @@ def started(number: int) -> Iterator[Hosts]:
             _ip("-n", namespace, "addr", "add", f"{address}/24", "dev", "eth0")
             _ip("-n", namespace, "link", "set", "eth0", "up")
             inside = [
+                *("setpriv", "--pdeathsig", "KILL"),  # where the test itself is killed
                 "unshare",
                 "--mount",
                 "--pid",
@@ -179,26 +192,42 @@ def started(number: int) -> Iterator[Hosts]:
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 )  # fmt: skip
             shells.append(shell)
-            machines.append(Host(name, address, namespace, _first_process(shell, folder / f"{name}.log")))
+            init = _first_process(shell, folder / f"{name}.log")
+            machines.append(Host(name, address, (bridge, f"v{index}"), init))
         yield Hosts(machines, shared, key)
     finally:
         for shell in shells:
-            shell.send_signal(signal.SIGKILL)  # its child goes with it, and with that one every process of the machine
-            shell.wait()
-        for host in machines:
-            subprocess.run(["ip", "netns", "del", host.namespace])
-        subprocess.run(["ip", "netns", "del", bridge])
+            _end(shell)
+        for namespace in namespaces:
+            subprocess.run(["ip", "netns", "del", namespace])
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end(shell: subprocess.Popen[bytes]) -> None:
+    """Ends a machine and waits for that: with its process 1, a child of the shell, goes every process on it."""
+    first = _children(shell)
+    shell.send_signal(signal.SIGKILL)  # --kill-child
+    shell.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in first):
+        time.sleep(0.05)
+
+
+def _children(shell: subprocess.Popen[bytes]) -> list[int]:
+    try:
+        return [int(word) for word in Path(f"/proc/{shell.pid}/task/{shell.pid}/children").read_text().split()]
+    except FileNotFoundError:  # it has ended
+        return []
 
 
 def _first_process(shell: subprocess.Popen[bytes], log: Path) -> int:
     """The machine's process 1, once its SSH server listens."""
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while "Server listening" not in log.read_text():
         assert shell.poll() is None, f"a test host did not start: {log.read_text()}"
         assert time.monotonic() < end, f"a test host does not come up: {log.read_text()}"
         time.sleep(0.05)
-    return int(Path(f"/proc/{shell.pid}/task/{shell.pid}/children").read_text().split()[0])
+    (first,) = _children(shell)
+    return first
 
 
 def _which(program: str) -> str | None:

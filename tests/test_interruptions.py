@@ -244,8 +244,7 @@ def test_a_node_that_dies_leaves_as_many_cpus_as_workers(scenes: Path, tmp_path:
         cluster.wait_for_nodes()
         record = tmp_path / "record"
         config = config_of(scenes, tmp_path, **{"resources.num_workers": "1..3", "train.epochs": 1})
-        # Ray Train asks for as many workers as before once more, for 60 s by default
-        driver = start_driver(config, record, RAY_ADDRESS=cluster.address, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="20")
+        driver = start_driver(config, record, RAY_ADDRESS=cluster.address)
         wait_for_step(driver, record, (0, 3))
         cluster.remove_node(node, allow_graceful=False)
         told = driver.communicate(timeout=200)[0]

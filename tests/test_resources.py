@@ -124,6 +124,19 @@ def test_a_cluster_that_grows_is_waited_for(
     assert len(growing.asked) == 2, "there are enough already"
 
 
+def test_a_request_that_another_run_overwrites_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train and Ray Data ask for what their own runs need, and the last request counts."""
+
+    class Overwritten(Growing):
+        def sleep(self, seconds: float) -> None:
+            super().sleep(seconds)
+            self.asked.append([])
+
+    growing = Overwritten(monkeypatch, {"CPU": 0.0}, {"CPU": 64, "GPU": 4})
+    assert allocate(ResourceSettings(num_workers=3)) == Allocation(3, True, 1)
+    assert growing.clock < 20, "three machines, each of them asked for within a few seconds"
+
+
 def test_what_never_comes_is_an_error_with_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     growing = Growing(monkeypatch, {"CPU": 16.0, "GPU": 1.0}, {"CPU": 64, "GPU": 4}, works=False)
     with pytest.raises(

@@ -136,7 +136,9 @@ def test_a_killed_driver_leaves_an_interrupted_run_that_may_go_on(tmp_path: Path
     )
 
 
-def test_a_driver_on_a_lost_machine_is_watched_for_a_sign_of_life(tmp_path: Path) -> None:
+def test_a_driver_on_a_lost_machine_is_watched_for_a_sign_of_life(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its clock may be wrong, so the time of the last touch says nothing: only a new touch does."""
     run = make_run(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt), kept_state(run):
@@ -146,6 +148,8 @@ def test_a_driver_on_a_lost_machine_is_watched_for_a_sign_of_life(tmp_path: Path
     for seconds in (0, -3600, 3600):
         age(run, seconds)
         check_stopped(run, beat_seconds=0.05)
+        told = capsys.readouterr().out
+        assert told == f"{run} says that it is trained on elsewhere; looking 0.15 s for a sign of life of its driver\n"
     with kept_state(make_run(tmp_path / "other"), beat_seconds=0.05):
         other = tmp_path / "other"
         with pytest.raises(UserError, match=r"other is still trained"):
@@ -172,6 +176,7 @@ def test_the_list(tmp_path: Path) -> None:
         age(tmp_path / name, seconds)
     make_run(tmp_path / "silent")
     (make_run(tmp_path / "damaged") / CONFIG_FILE).write_text("train: {epochs: none}")
+    make_run(tmp_path / ".new_5f")  # cut off while it was made
     (tmp_path / "no run").mkdir()
     (tmp_path / "file").touch()
     with (tmp_path / "new" / METRICS_FILE).open("a") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +10,12 @@ import pytest
 from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 
-from msrn_ray.config import ResourceSettings
+from msrn_ray.config import ExperimentConfig, ResourceSettings, load_config
 from msrn_ray.errors import AccountingError, BadImagesError, NoDecodeCpuError, UserError
 from msrn_ray.failures import Failures
 from msrn_ray.resources import Allocation
-from msrn_ray.trainer import run_elastic, run_trainer
+from msrn_ray.run_state import CONFIG_FILE
+from msrn_ray.trainer import make_folder, run_elastic, run_trainer
 
 from .test_resources import cluster
 
@@ -44,6 +46,28 @@ def test_a_lost_worker_is_named_before_those_that_miss_it() -> None:
         {"kind": "failure", "text": "worker 1 failed: The actor died unexpectedly"},
         {"kind": "failure", "text": "worker 2 failed: MemoryError"},
     ]
+
+
+def test_a_run_folder_is_there_with_its_config_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while it is made, the run can begin anew; and what is there already stays as it is."""
+    saved = ExperimentConfig.save
+
+    def save_and_be_killed(config: ExperimentConfig, path: Path) -> None:
+        saved(config, path)
+        raise SystemExit
+
+    run = tmp_path / "runs/run"
+    with monkeypatch.context() as patch:
+        patch.setattr(ExperimentConfig, "save", save_and_be_killed)
+        with pytest.raises(SystemExit):
+            make_folder(run, ExperimentConfig())
+    assert not run.exists()
+    make_folder(run, ExperimentConfig())
+    assert load_config(run / CONFIG_FILE) == ExperimentConfig()
+    with pytest.raises(OSError, match="not empty"):
+        make_folder(run, ExperimentConfig(preset="voc2007"))
+    assert load_config(run / CONFIG_FILE) == ExperimentConfig()
+    assert len(list(tmp_path.glob("runs/*"))) == 2, "what the kill left behind, and the run"
 
 
 def failing(failure: Exception) -> Any:

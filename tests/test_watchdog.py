@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from msrn_ray import trainer, watchdog
+from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
 from msrn_ray.presets import PRESETS
+from msrn_ray.run_state import list_runs
 from msrn_ray.telemetry import DONE, WAITING
 from msrn_ray.trainer import train
 from msrn_ray.watchdog import Watchdog, beat_seconds
@@ -76,6 +78,25 @@ def test_a_silent_rank_is_named_warned_of_once_and_ended(scene: Scene) -> None:
     scene.now += 100
     scene.watchdog.look()
     assert scene.ended == [1001], "the other rank only waited for it"
+
+
+def test_a_run_without_workers_is_given_up_when_the_wait_is_over(scene: Scene) -> None:
+    """At its start, or after a fault; any worker's sign of life counts, of a rank that is ended too."""
+    given_up: list[float] = []
+    waits = Watchdog(60.0, scene.said.append, wait_minutes=2.0, give_up=lambda: given_up.append(scene.now))
+    for _ in range(5):
+        scene.now += 100
+        waits.hear({"rank": 0, "doing": DONE, "node_id": "n", "pid": 1000})
+        waits.look()
+    heard = scene.now
+    assert (scene.said, given_up, waits.abandoned) == ([], [], None)
+    for _ in range(50):
+        scene.now += 5
+        waits.look()
+    assert scene.said == ["no worker has started yet; waiting for room, resources.wait_minutes=2 at most"]
+    assert given_up == [heard + 125]
+    assert waits.abandoned is not None
+    assert "no room for the workers for longer than resources.wait_minutes=2;" in waits.abandoned
 
 
 @pytest.mark.parametrize(
@@ -167,6 +188,26 @@ def test_signs_of_life_come_often_enough() -> None:
     assert [beat_seconds(minutes) for minutes in (0.1, 0.5, 10, 600)] == [pytest.approx(1.0), 5.0, 5.0, 5.0]
 
 
+def endless(folder: Path, name: str) -> ExperimentConfig:
+    """Two workers on a few images, for far longer than the test."""
+    root = make_coco(folder / "data", {"train": [[0], [1], [2], [0, 1]] * 4, "val": [[0], [1, 2]]})
+    return PRESETS["scenes"].config.with_overrides(
+        {
+            "data.dataset": "coco",
+            "data.root": str(root),
+            "data.image_size": 64,
+            "model.embed_dim": 16,
+            "model.compile": "off",
+            "train.epochs": 200,
+            "train.max_failures": 0,
+            "train.batch_size": 4,
+            "train.storage": str(folder / "runs"),
+            "train.run_name": name,
+            "resources.num_workers": 2,
+        }
+    )
+
+
 class StopsRankOne(Watchdog):
     """Stops the process of rank 1 when both ranks make steps, and is less patient from then on."""
 
@@ -188,22 +229,7 @@ def test_a_stopped_process_ends_the_run_with_its_name(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(trainer, "Watchdog", StopsRankOne)
-    root = make_coco(tmp_path / "data", {"train": [[0], [1], [2], [0, 1]] * 4, "val": [[0], [1, 2]]})
-    config = PRESETS["scenes"].config.with_overrides(
-        {
-            "data.dataset": "coco",
-            "data.root": str(root),
-            "data.image_size": 64,
-            "model.embed_dim": 16,
-            "model.compile": "off",
-            "train.epochs": 200,
-            "train.max_failures": 0,
-            "train.batch_size": 4,
-            "train.storage": str(tmp_path / "runs"),
-            "train.run_name": "hung",
-            "resources.num_workers": 2,
-        }
-    )
+    config = endless(tmp_path, "hung")
     try:
         with pytest.raises(UserError, match=r"rank 1 .*no sign of life.*train\.hang_minutes=10") as caught:
             train(config)
@@ -218,3 +244,15 @@ def test_a_stopped_process_ends_the_run_with_its_name(
     assert f"process {StopsRankOne.stopped})" in str(caught.value)
     assert (tmp_path / "runs/hung/failure.txt").read_text().strip() == str(caught.value)
     assert "its process was ended" in capsys.readouterr().out
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_that_finds_no_room_in_time_ends_with_that_error(local_ray: None, tmp_path: Path) -> None:
+    """It does not, since no worker starts within two seconds."""
+    config = endless(tmp_path, "waits").with_overrides({"resources.wait_minutes": 0.03})
+    with pytest.raises(UserError, match=r"no room for the workers for longer than resources\.wait_minutes=0\.03;"):
+        train(config)
+    (run,) = list_runs(tmp_path / "runs")
+    assert (run.state, run.epoch) == ("failed", 0)
+    assert "wait_minutes" in run.reason

@@ -1,0 +1,167 @@
+"""A cluster as a user makes it, of machines that the tests make: `ray up cluster/local.yaml`, and jobs that train on it."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from msrn_ray.checkpoint import MODEL_FILE, load_checkpoint, load_train_state
+from msrn_ray.datasets.scenes import generate_scenes
+
+from . import hosts
+from .hosts import PATIENCE, ROOT, SHARED, Hosts
+
+NUM_IMAGES = 50
+FILE = f"{SHARED}/local.yaml"
+RUNS = f"{SHARED}/runs"
+# A constant rate and frozen statistics: with any number of workers, and however long the whole run, an epoch ends in the same weights
+RUN = (
+    f"python -m msrn_ray train scenes --data.dataset coco --data.root {SHARED}/scenes --data.image-size 64 --model.embed-dim 32"
+    " --model.compile off --model.frozen-batchnorm --optim.name sgd --optim.lr 0.01 --optim.schedule constant --train.amp off"
+    " --train.batch-size 10 --train.log-every 1 --resources.cpus-per-worker 2"
+)
+T = TypeVar("T")
+_RAY = "raylet|gcs_server|ray::|ray/_private|ray/dashboard"
+
+
+@dataclass
+class Cluster:
+    """Head and worker are `hosts[0]` and `hosts[1]`; `ray up` was called on `hosts[2]`. There is room for one train worker on each."""
+
+    hosts: Hosts
+
+    def on_laptop(self, command: str, check: bool = True) -> str:
+        """What a user's command prints, in the project's folder, with the token."""
+        words = f"cd {ROOT}; export RAY_AUTH_MODE=token; {command}"
+        return self.hosts[2].run(words, check=check).stdout
+
+    def submit(self, run: str, options: str) -> str:
+        """Submits a training run as the README does, once both machines are there; its job's name."""
+        self.wait_for_machines()
+        command = f"{RUN} --train.storage {RUNS} --train.run-name {run} --or-resume {options}"
+        told = self.on_laptop(
+            "ray job submit --address http://localhost:8265 --working-dir . --no-wait"
+            f" --metadata-json '{json.dumps({'job_name': run})}' -- {command}"
+        )
+        return re.findall(r"Job '(raysubmit_\w+)' submitted", told)[0]
+
+    def stop(self, job: str) -> None:
+        """`ray job stop`, which waits for its end."""
+        self.on_laptop(f"ray job stop --address http://localhost:8265 {job}")
+
+    def log(self, job: str) -> str:
+        """What a job has printed so far."""
+        return self.hosts[0].run(f"cat /tmp/ray/session_latest/logs/job-driver-{job}.log || true").stdout
+
+    def wait_for(self, job: str, pattern: str, times: int = 1) -> str:
+        """The job's log, once it has the pattern so many times."""
+
+        def found() -> str | None:
+            log = self.log(job)
+            assert "Traceback" not in log, log
+            return log if len(re.findall(pattern, log)) >= times else None
+
+        return wait(found, lambda: f"{pattern} never came:\n{self.log(job)}", every=0.5)
+
+    def wait_for_machines(self) -> None:
+        """Waits until both machines of the cluster are there; Ray starts a lost one again by itself."""
+
+        def both() -> bool:  # `ray status` goes on counting a machine that is lost
+            listed = self.hosts[0].run("RAY_AUTH_MODE=token ray list nodes -f state=ALIVE --format json", check=False)
+            return listed.stdout.count('"state": "ALIVE"') == 2
+
+        wait(both, lambda: "the worker never came", every=1)
+
+    def wait_for_checkpoint(self, run: str, epoch: int, after: float = 0.0) -> float:
+        """When there is a checkpoint of the epoch, counted from 1, or of a later one; written `after` that time (seconds since 1970)."""
+
+        def written() -> float | None:
+            for folder in self.checkpoints(run):
+                try:
+                    if int(folder.name.split("_")[1]) >= epoch and folder.stat().st_mtime > after:
+                        return folder.stat().st_mtime
+                except FileNotFoundError:  # a later one took its place
+                    pass
+            return None
+
+        return wait(written, lambda: f"run {run} did not get to epoch {epoch}", every=0.05)
+
+    def checkpoints(self, run: str) -> list[Path]:
+        """Folders of a run's checkpoints."""
+        return list((self.hosts.shared / "runs" / run).glob("epoch_*"))
+
+    def lines(self, run: str) -> list[dict[str, Any]]:
+        """The lines of a run's metrics.jsonl."""
+        path = self.hosts.shared / "runs" / run / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def state(self, run: str) -> list[str]:
+        """The line of `msrn runs` for a run, in words."""
+        lines = self.hosts[0].run(f"cd {ROOT}; python -m msrn_ray runs {RUNS}").stdout.splitlines()
+        return next(line.split() for line in lines if line.startswith(f"{run} "))
+
+    def kill_ray(self, number: int) -> None:
+        """SIGKILL of all that Ray has on a machine."""
+        self.hosts[number].kill(_RAY)
+
+    def has_ray(self, number: int) -> bool:
+        """Whether anything of Ray is on a machine."""
+        return bool(self.hosts[number].processes(_RAY))
+
+    def assert_whole(self, run: str) -> None:
+        """Each epoch so far trained on every image once, and what is kept can be read.
+
+        The run itself compares the rows that it trained on with the order of the epoch, and ends where they differ, see `accounting`.
+        """
+        lines = self.lines(run)
+        assert [(line["epoch"], line["train/images"], line["train/bad_images"]) for line in lines] == [
+            (epoch, NUM_IMAGES, 0) for epoch in range(1, len(lines) + 1)
+        ]
+        kept = self.checkpoints(run)
+        assert kept
+        for folder in kept:
+            load_train_state(folder)
+            if (folder / MODEL_FILE).exists():
+                load_checkpoint(folder)
+
+
+def wait(look: Callable[[], T | None], complaint: Callable[[], str], every: float) -> T:
+    """What `look` gives once it is true."""
+    end = time.monotonic() + PATIENCE
+    while not (found := look()):
+        assert time.monotonic() < end, complaint()
+        time.sleep(every)
+    return found
+
+
+@contextmanager
+def brought_up() -> Iterator[Cluster]:
+    """Up from the project's own file, filled in; three logical CPUs a machine, so that workers with two each lie on different ones."""
+    with hosts.started(3) as machines:
+        generate_scenes(machines.shared / "scenes", num_train=NUM_IMAGES, num_val=13, num_test=10)
+        text = (ROOT / "cluster/local.yaml").read_text(encoding="utf-8")
+        for place, value in (("HEAD", machines[0].address), ("WORKER", machines[1].address), ("USER", "root")):
+            text = text.replace(f"{place}-CHANGE-ME", value)
+        text = text.replace("ray start", "ray start --num-cpus=3 --object-store-memory=300000000")
+        content = yaml.safe_load(
+            text.replace("export RAY_AUTH_MODE", "export RAY_raylet_start_wait_time_s=200 RAY_AUTH_MODE")
+        )
+        install = content["metadata"]["install"]
+        content["setup_commands"] = ["true" if line == install else line for line in content["setup_commands"]]
+        content["auth"]["ssh_private_key"] = "~/.ssh/id"
+        (machines.shared / "local.yaml").write_text(yaml.safe_dump(content))
+        made = Cluster(machines)
+        made.on_laptop("ray get-auth-token --generate")
+        made.on_laptop(f"python -m msrn_ray cluster check {FILE}")
+        made.on_laptop(f"ray up -y {FILE}")
+        made.on_laptop(f"nohup ray dashboard {FILE} >/dev/null 2>&1 </dev/null &")
+        made.wait_for_machines()
+        yield made
