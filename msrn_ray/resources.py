@@ -24,6 +24,9 @@ from .errors import NoDecodeCpuError, UserError
 _ASK_SECONDS = 5.0
 
 
+_OWN_ADDRESS = "127.0.0.1"
+
+
 @dataclass(frozen=True)
 class Allocation:
     """What the run takes.
@@ -85,9 +88,14 @@ def connect(settings: ResourceSettings, *, runs: int = 1) -> None:
         address="local",
         num_cpus=(2 if gpus else 1) * cores + runs * workers * settings.cpus_per_worker,
         include_dashboard=settings.dashboard,
-        _node_ip_address="127.0.0.1",
+        _node_ip_address=_OWN_ADDRESS,
         **quiet,
     )
+
+
+def is_own_cluster() -> bool:
+    """Whether `connect` started the cluster on this machine, where no other can join it."""
+    return all(node["NodeManagerAddress"] == _OWN_ADDRESS for node in ray.nodes())
 
 
 def _why_not_joined(address: str, error: ConnectionError) -> str:

@@ -39,7 +39,7 @@ from .errors import AccountingError, NoDecodeCpuError, UserError
 from .failures import Failures
 from .label_graph import LabelCounts
 from .materials import Materials, describe, gather_materials
-from .resources import Allocation, allocate, check_shared, connect, with_fewer
+from .resources import Allocation, allocate, check_shared, connect, is_own_cluster, with_fewer
 from .resuming import DATA_FILE, check_batch, check_data, check_list, check_resumable, describe_data
 from .run_log import RunLog
 from .run_state import CONFIG_FILE, FAILURE_FILE, check_stopped, kept_state
@@ -118,6 +118,8 @@ def build_trainer(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # after the loss of a node Ray Train asks for as many workers as before once more, for 60 s by default
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{_ROOM_SECONDS:g}")
+    # the process that listens for a machine's notice of its end; nobody gives one to a cluster that was started for this run
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(not is_own_cluster()))
     loop_config = {
         "config": config.to_dict(),
         "tables": placed.tables,
@@ -194,7 +196,7 @@ def listening(events: Queue, log: RunLog, watchdog: Watchdog) -> Iterator[None]:
                 watchdog.look()
                 if last and events.empty():
                     return
-                stop.wait(0.1)
+                stop.wait(0.25)
         except Exception as error:  # whatever it is, it is raised again in the main thread
             failure.append(error)
 
