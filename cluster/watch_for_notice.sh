@@ -6,7 +6,7 @@ metadata=${NOTICE_SERVER:-http://169.254.169.254/latest}
 seconds=${NOTICE_SECONDS:-110}
 
 announce() {
-  python - "$seconds" <<'PYTHON'
+  python - "$seconds" <<'PYTHON' && exit # else it is tried again
 import subprocess, sys
 import ray
 ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
@@ -17,7 +17,6 @@ subprocess.run(
     check=True,
 )
 PYTHON
-  exit
 }
 
 trap announce TERM

@@ -244,7 +244,7 @@ def train_one_epoch(
         save = inside and save_points.is_step(stats.steps)
         if stats.steps % log_every == 0 or save or not inside:
             stats.seconds = before + time.perf_counter() - start
-            is_time = _report(window, stats, save_points.is_time(), count_bad(), on_progress, name_rows)
+            is_time = _report(window, stats, inside and save_points.is_time(), count_bad(), on_progress, name_rows)
             if inside and (save or is_time):
                 save_points.save(stats)
                 save_points.restart()

@@ -123,8 +123,10 @@ def allocate(settings: ResourceSettings) -> Allocation:
     Raises:
         UserError: if they ask for more than there is or can be, with both numbers; Ray itself would wait for ever.
     """
-    # None where nothing starts machines
-    most = ray._private.state.state.get_max_resources_from_cluster_config() or can_grow_to()
+    # None where nothing starts machines; a cluster of this process's own does not grow, whatever the machine's file says of another
+    most = ray._private.state.state.get_max_resources_from_cluster_config()
+    if not most and os.environ.get("RAY_ADDRESS"):
+        most = can_grow_to()
     if most:
         _wait_for_machines(settings, most)
     return fit(settings, *_there())

@@ -55,14 +55,25 @@ def check_resumable(folder: Path, config: ExperimentConfig) -> None:
     saved, now = (flatten(one.to_dict()) for one in (load_config(folder / CONFIG_FILE), config))
     if config.train.epochs < load_config(folder / CONFIG_FILE).train.epochs:
         raise UserError(f"{folder}: train.epochs can be raised when a run goes on, not lowered")
-    changed = [name for name in now if saved[name] != now[name] and not name.startswith(MAY_CHANGE + MAY_MOVE)]
-    if LEARNED in (saved["data.word_vectors"], now["data.word_vectors"]):  # not a file that was moved
-        changed += ["data.word_vectors"] * (saved["data.word_vectors"] != now["data.word_vectors"])
+    changed = changed_settings(saved, now, MAY_CHANGE + MAY_MOVE)
     if changed:
-        details = ", ".join(f"{name} was {saved[name]!r}, now {now[name]!r}" for name in changed)
         raise UserError(
-            f"{folder}: a run goes on with its own settings ({details}); start a new run with --config for others"
+            f"{folder}: a run goes on with its own settings ({', '.join(changed)}); start a new run with --config for others"
         )
+
+
+def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any], may_change: tuple[str, ...]) -> list[str]:
+    """The flat settings that differ though they may not, each with both values.
+
+    Args:
+        saved, now: as `flatten` gives them.
+        may_change: beginnings of the paths that may.
+    """
+    changed = [name for name in now if saved[name] != now[name] and not name.startswith(may_change)]
+    vectors = "data.word_vectors"
+    if LEARNED in (saved[vectors], now[vectors]) and saved[vectors] != now[vectors] and vectors not in changed:
+        changed.append(vectors)  # not a file that was moved
+    return [f"{name} was {saved[name]!r}, now {now[name]!r}" for name in changed]
 
 
 def check_batch(config: ExperimentConfig, num_images: int) -> None:
@@ -137,12 +148,13 @@ def check_list(folder: Path) -> bool:
 
 
 def listed_metrics(folder: Path) -> list[dict[str, Any]]:
-    """What was reported with the checkpoints that a run folder keeps, by epoch; nothing where there is no list yet."""
+    """What was reported with the checkpoints of whole epochs that a run folder keeps, by epoch; nothing where there is no list yet."""
     if not _is_whole(folder / LIST_FILE):
         return []
     content = json.loads((folder / LIST_FILE).read_text(encoding="utf-8"))
     listed = [entry["metrics"] for entry in content.get("checkpoint_results", [])]
-    return sorted(listed, key=lambda metrics: int(metrics["epoch"]))
+    whole = [metrics for metrics in listed if "val/mAP" in metrics]  # one within an epoch has no score
+    return sorted(whole, key=lambda metrics: int(metrics["epoch"]))
 
 
 def keep_list(folder: Path, text: str) -> None:

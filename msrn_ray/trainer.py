@@ -119,7 +119,8 @@ def build_trainer(
     # after the loss of a node Ray Train asks for as many workers as before once more, for 60 s by default
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{_ROOM_SECONDS:g}")
     # the process that listens for a machine's notice of its end; nobody gives one to a cluster that was started for this run
-    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(not is_own_cluster()))
+    if is_own_cluster():
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     loop_config = {
         "config": config.to_dict(),
         "tables": placed.tables,
@@ -143,8 +144,10 @@ def build_trainer(
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),
             failure_config=ray.train.FailureConfig(
                 max_failures=config.train.max_failures,
-                # workers that find no room: where a lost node does not come back, Ray would wait for ever
-                controller_failure_limit=math.ceil(60 * config.resources.wait_minutes / _ROOM_SECONDS),  # type: ignore[call-arg]  # typed as V1
+                # tries to find room over the whole run; where the watchdog can interrupt Ray Train, it limits each wait instead
+                controller_failure_limit=-1  # type: ignore[call-arg]  # typed as V1
+                if threading.current_thread() is threading.main_thread()
+                else math.ceil(60 * config.resources.wait_minutes / _ROOM_SECONDS),
             ),
             callbacks=[Failures(events), *callbacks],
         ),
@@ -193,9 +196,10 @@ def listening(events: Queue, log: RunLog, watchdog: Watchdog) -> Iterator[None]:
                         watchdog.hear(event)
                     elif not failure:
                         write(event)
-                watchdog.look()
-                if last and events.empty():
-                    return
+                if events.empty():  # else a beat may wait behind a write that took long
+                    watchdog.look()
+                    if last:
+                        return
                 stop.wait(0.25)
         except Exception as error:  # whatever it is, it is raised again in the main thread
             failure.append(error)

@@ -127,10 +127,11 @@ class Watchdog:
             return
         if now - self._last > _ALONE_SECONDS and not self._waiting:
             self._say(
-                f"no worker has started yet; waiting for room, resources.wait_minutes={self._wait_minutes:g} at most"
+                f"no sign of life of any worker for {_ALONE_SECONDS:g} s; waiting for room, resources.wait_minutes={self._wait_minutes:g}"
+                " at most"
             )
             self._waiting = True
-        if now - self._last > 60 * self._wait_minutes and self.abandoned is None:
+        if now - self._last > _ALONE_SECONDS + 60 * self._wait_minutes and self.abandoned is None:
             self.abandoned = (
                 f"no room for the workers for longer than resources.wait_minutes={self._wait_minutes:g}; bring the cluster's machines"
                 " back, or lower resources.num_workers, and go on with --resume"

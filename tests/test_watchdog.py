@@ -93,8 +93,8 @@ def test_a_run_without_workers_is_given_up_when_the_wait_is_over(scene: Scene) -
     for _ in range(50):
         scene.now += 5
         waits.look()
-    assert scene.said == ["no worker has started yet; waiting for room, resources.wait_minutes=2 at most"]
-    assert given_up == [heard + 125]
+    assert scene.said == ["no sign of life of any worker for 60 s; waiting for room, resources.wait_minutes=2 at most"]
+    assert given_up == [heard + 185]
     assert waits.abandoned is not None
     assert "no room for the workers for longer than resources.wait_minutes=2;" in waits.abandoned
 
@@ -248,8 +248,11 @@ def test_a_stopped_process_ends_the_run_with_its_name(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_run_that_finds_no_room_in_time_ends_with_that_error(local_ray: None, tmp_path: Path) -> None:
+def test_a_run_that_finds_no_room_in_time_ends_with_that_error(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It does not, since no worker starts within two seconds."""
+    monkeypatch.setattr(watchdog, "_ALONE_SECONDS", 0.2)
     config = endless(tmp_path, "waits").with_overrides({"resources.wait_minutes": 0.03})
     with pytest.raises(UserError, match=r"no room for the workers for longer than resources\.wait_minutes=0\.03;"):
         train(config)

@@ -39,8 +39,8 @@ def open_mlflow(uri: str, search: str) -> MlflowRuns:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    client = MlflowClient(uri)
     try:
+        client = MlflowClient(uri)
         client.get_experiment_by_name(search)
     except MlflowException as error:
         reason = " ".join(str(error).split())[:200]

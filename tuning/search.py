@@ -29,7 +29,7 @@ from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
 from msrn_ray.materials import Materials, gather_materials
 from msrn_ray.resources import Allocation, allocate, connect
-from msrn_ray.resuming import MAY_CHANGE, MAY_MOVE, check_batch, describe_data, flatten
+from msrn_ray.resuming import MAY_CHANGE, MAY_MOVE, changed_settings, check_batch, describe_data, flatten
 from msrn_ray.run_state import CONFIG_FILE, check_stopped
 from msrn_ray.trainer import Placed, absolute_paths, place
 from tuning.desk import open_desk
@@ -283,11 +283,7 @@ def _reopen(options: Search, config: ExperimentConfig, folder: Path, url: str, n
         changed.append("--space")
     saved, now = flatten(study.plan.config.to_dict()), flatten(config.to_dict())
     may_change = tuple(path for path in MAY_CHANGE + MAY_MOVE if path != "train.epochs")
-    changed += [
-        f"{path} was {saved[path]!r}, now {now[path]!r}"
-        for path in now
-        if saved[path] != now[path] and not path.startswith(may_change)
-    ]
+    changed += changed_settings(saved, now, may_change)
     if changed:
         raise UserError(
             f"{folder}: a search goes on as it was ({', '.join(changed)}); start a new one for other settings"

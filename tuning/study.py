@@ -145,7 +145,6 @@ class SearchStudy:
         self.stopped_because: str | None = None
         self._open: dict[int, optuna.Trial] = {}
         self._failures: list[str] = []  # kinds of those in a row
-        self._left = [trial.number for trial in self.frozen(TrialState.RUNNING)]
         study.pruner = optuna.pruners.SuccessiveHalvingPruner(
             min_resource=math.ceil(self.epochs / REDUCTION**2), reduction_factor=REDUCTION
         )
@@ -175,13 +174,15 @@ class SearchStudy:
         self.study.set_user_attr(_TRIALS, trials)
 
     def retry_failed(self) -> int:
-        """Puts the points of failed trials at the head of the queue, each failure once; how many. They are trials more."""
+        """Adds the points of failed trials to the queue, each failure once; how many. They are trials more; what is left of a grid that
+        was cut short comes before them."""
         done = self.study.user_attrs.get(_RETRIED, [])
         again = [trial for trial in self.frozen(TrialState.FAIL) if trial.number not in done]
         for trial in again:
             self.study.enqueue_trial(trial.params)
         self.study.set_user_attr(_RETRIED, [*done, *(trial.number for trial in again)])
-        self.trials += len(again)
+        queued = len(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+        self.trials = max(self.trials + len(again), len(self.frozen()) + queued)
         self.study.set_user_attr(_TRIALS, self.trials)
         return len(again)
 
@@ -205,8 +206,9 @@ class SearchStudy:
     def next_trial(self) -> tuple[int, dict[str, Any]] | None:
         """Number and config overrides of the trial to run now; None where all have been given out or the search has stopped."""
         while self.stopped_because is None:
-            if self._left:
-                number = self._left.pop(0)
+            left = [trial.number for trial in self.frozen(TrialState.RUNNING) if trial.number not in self._open]
+            if left:
+                number = left[0]
                 self._seed(number)
                 # Optuna has no public way to go on with a trial; parameters that it has are not drawn again
                 trial = optuna.trial.Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
@@ -215,8 +217,8 @@ class SearchStudy:
                 trial = self.study.ask()
             else:
                 return None
-            self._open[trial.number] = trial
             overrides = self.space.suggest(trial, partial(self._seed, trial.number))
+            self._open[trial.number] = trial
             if _attribute(self.epochs) in trial.user_attrs:  # killed between its last epoch and its end
                 self._complete(trial)
                 continue
@@ -259,7 +261,11 @@ class SearchStudy:
             Whether the trial is to be stopped.
         """
         trial, epoch = self._open.get(number), int(metrics["epoch"])
-        if trial is None or self.plan.objectives[0] not in metrics or _attribute(epoch) in trial.user_attrs:
+        if trial is None or self.plan.objectives[0] not in metrics:
+            return False
+        if _attribute(epoch) in trial.user_attrs:
+            if epoch >= self.epochs:  # the storage did not answer when its end was to be told
+                self._complete(trial)
             return False
         for objective in self.plan.objectives:
             if math.isnan(metrics[objective]):
