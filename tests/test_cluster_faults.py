@@ -75,6 +75,12 @@ def start(cluster: Cluster, run: str, options: str) -> str:
     return job
 
 
+def recovered(cluster: Cluster, job: str, run: str, workers: str = r"\d", times: int = 1) -> float:
+    """When new workers of a job, the `times`th ones that are so many, have saved a checkpoint (seconds since 1970)."""
+    cluster.wait_for(job, rf"training on {workers} x cpu", times=times)
+    return cluster.wait_for_checkpoint(run, 1, after=time.time())
+
+
 def test_only_who_has_the_token_gets_in(cluster: Cluster) -> None:
     listing = "ray job list --address http://localhost:8265"
     assert "SubmissionStatus" not in cluster.on_laptop(listing), "there is no job yet"
@@ -105,8 +111,7 @@ def test_a_killed_worker_on_the_second_machine(cluster: Cluster, quiet: list[dic
     job = start(cluster, "worker", "--resources.num-workers 2")
     fault = time.time()
     cluster.hosts[1].kill("^ray::RayTrainWorker")
-    again = cluster.wait_for_checkpoint("worker", 2, after=fault + 1)
-    tell("killed worker", again - fault)
+    tell("killed worker", recovered(cluster, job, "worker", times=2) - fault)
     log = cluster.wait_for(job, r"val mAP \d")
     assert re.search(rf"worker \d failed: (?s:.*)training on 2 x cpu in .* epochs [2-{EPOCHS}] to {EPOCHS}", log), log
     assert_finished(cluster, "worker")
@@ -119,15 +124,15 @@ def test_a_killed_driver_and_the_same_job_again(cluster: Cluster, quiet: list[di
     fault = time.time()
     cluster.hosts[0].kill("msrn_ray train .*--train.run-name driver")
     wait(
-        lambda: "FAILED" in cluster.on_laptop(f"ray job status --address http://localhost:8265 {job}", check=False),
+        lambda: (
+            "exit code -9" in cluster.on_laptop(f"ray job status --address http://localhost:8265 {job}", check=False)
+        ),
         lambda: "the job lives",
         every=1,
     )
     assert len(cluster.lines("driver")) < EPOCHS, "it was killed half-way"
-    submitted = time.time()
     job = cluster.submit("driver", f"{SHORT} {options}")
-    again = cluster.wait_for_checkpoint("driver", 2, after=submitted)
-    tell("killed driver, submitted again at once", again - fault)
+    tell("killed driver, submitted again at once", recovered(cluster, job, "driver") - fault)
     assert "training on 2 x cpu" in cluster.wait_for(job, r"val mAP \d")
     assert_finished(cluster, "driver")
     assert_as_quiet(cluster, "driver", quiet)
@@ -187,15 +192,13 @@ def test_a_notice_a_lost_machine_one_that_joins_a_stopped_job_and_the_same_job_a
     # and it is taken away
     fault = time.time()
     cluster.kill_ray(1)
-    log = cluster.wait_for(job, r"training on 1 x cpu")
-    tell("lost machine", cluster.wait_for_checkpoint("long", 1, after=time.time()) - fault)
+    tell("lost machine", recovered(cluster, job, "long", workers="1") - fault)
 
     # Ray starts it again
+    before = len(re.findall("training on 2 x cpu", cluster.log(job)))
     cluster.wait_for_machines()
     joined = time.time()
-    before = len(re.findall("training on 2 x cpu", log))
-    cluster.wait_for(job, r"training on 2 x cpu", times=before + 1)
-    tell("joined machine", time.time() - joined)
+    tell("joined machine", recovered(cluster, job, "long", workers="2", times=before + 1) - joined)
 
     cluster.stop(job)
     assert cluster.state("long")[1] == "interrupted"
@@ -216,8 +219,7 @@ def test_a_network_that_is_cut_for_good(cluster: Cluster, quiet: list[dict[str, 
     fault = time.time()
     cluster.hosts[1].cut_off()
     try:
-        cluster.wait_for(job, r"training on 1 x cpu")
-        tell("network cut for good", cluster.wait_for_checkpoint("away", 2, after=time.time()) - fault)
+        tell("network cut for good", recovered(cluster, job, "away", workers="1") - fault)
         cluster.wait_for(job, r"val mAP \d")
         assert_finished(cluster, "away")
         wait(lambda: not cluster.has_ray(1), lambda: "something of Ray is still there", 1)
