@@ -14,6 +14,7 @@ from typing import Any
 import ray
 import ray.autoscaler.sdk
 import torch
+from ray.core.generated import autoscaler_pb2
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .cluster_file import can_grow_to
@@ -146,7 +147,7 @@ def fit(settings: ResourceSettings, cpus: float, gpus: int, owner: str = "the cl
     asked = settings.num_workers or fewest
     if use_gpu and fewest > gpus:
         raise UserError(
-            f"resources.num_workers={asked} needs as many GPUs, {owner} {gpus}; lower it or set resources.use_gpu false"
+            f"resources.num_workers={asked} needs as many GPUs, {owner} {gpus}; lower it or set resources.use_gpu False"
         )
     if fewest > room:
         raise UserError(
@@ -263,6 +264,26 @@ def _is_seen(look: ray.ObjectRef[bool]) -> bool:
 @ray.remote(num_cpus=0, max_retries=0)
 def _exists(path: str) -> bool:
     return os.path.exists(path)
+
+
+def set_aside(node: str, why: str) -> bool:
+    """Tells Ray to start nothing new on a machine; what runs there stays. That lasts until Ray on it is started again.
+
+    Args:
+        node: its id in Ray.
+        why: for Ray's own log.
+
+    Returns:
+        False where there is no other machine to go on with, and nothing was done.
+    """
+    if not any(other["Alive"] and other["NodeID"] != node and other["Resources"].get("CPU") for other in ray.nodes()):
+        return False
+    # the reason decides what runs do, and they save; 0: no end is set to what runs there
+    messages: Any = autoscaler_pb2
+    driver: Any = ray._private.worker.global_worker
+    accepted, refusal = driver.gcs_client.drain_node(node, messages.DRAIN_NODE_REASON_PREEMPTION, why, 0)
+    assert accepted, refusal
+    return True
 
 
 def decode_cpus(num_workers: int, cpus_per_worker: int, runs: int = 1) -> float:

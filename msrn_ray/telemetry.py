@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,9 @@ from ray.util.queue import Queue
 T = TypeVar("T")
 
 WAITING, DONE = "waiting for data", "done"
+LEAST_FREE = (
+    32 * 2**20
+)  # bytes; a new process of Ray on a full disk ends when it first writes to its log, and Ray tries again for ever
 _STORE_SECONDS = 1.0  # between two looks at the object store; a block stays there for longer
 
 GAUGES = {  # metric of a run -> name and description of its gauge
@@ -65,8 +69,8 @@ class Gauges:
 class Pulse:
     """Sends signs of life of one rank from a thread, so that they come while the rank computes or waits.
 
-    A beat is an event of kind `beat`: rank, node (address), node_id, pid, epoch, step (batches taken of the epoch), doing, and
-    idle: seconds since the rank last took or finished something.
+    A beat is an event of kind `beat`: rank, node (address), node_id, pid, epoch, step (batches taken of the epoch), doing,
+    idle: seconds since the rank last took or finished something, and full: Ray's folder on the node where its disk has no room, else None.
 
     Args:
         events: the driver's queue.
@@ -84,6 +88,8 @@ class Pulse:
             "pid": os.getpid(),
         }
         self._events, self._seconds = events, seconds
+        own: Any = ray._private.worker._global_node
+        self._folder: str = own.get_session_dir_path()
         self._state: tuple[int, int, str, float] = (0, 0, "starting", time.monotonic())
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
@@ -123,7 +129,8 @@ class Pulse:
 
     def _send(self) -> None:
         epoch, step, doing, since = self._state
-        now = {"epoch": epoch, "step": step, "doing": doing, "idle": time.monotonic() - since}
+        full = self._folder if shutil.disk_usage(self._folder).free < LEAST_FREE else None
+        now = {"epoch": epoch, "step": step, "doing": doing, "idle": time.monotonic() - since, "full": full}
         put: Any = self._events.actor.put_nowait  # not awaited: the driver's pace is not the rank's
         put.remote({**self._who, **now})
 

@@ -340,7 +340,7 @@ def run_in_folder(
         config.train.hang_minutes,
         log.say,
         wait_minutes=config.resources.wait_minutes if in_main else math.inf,
-        give_up=_thread.interrupt_main,
+        give_up=_thread.interrupt_main if in_main else lambda: None,
     )
     try:
         try:

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from . import resources
 from .telemetry import DONE, WAITING
 
 _BEAT_SECONDS = 5.0  # between two signs of life
@@ -50,6 +51,7 @@ class Watchdog:
         end: ends the process of a beat; False if it was not there any more.
         wait_minutes: a run without any worker for so long is given up: where too few machines are left, Ray Train waits for ever.
         give_up: ends the run.
+        set_aside: takes a node (its id, and why) out of use whose disk is full, since nothing can start there; False if there is no other.
 
     Attributes:
         verdict: which rank hung, until new workers have started.
@@ -64,10 +66,12 @@ class Watchdog:
         *,
         wait_minutes: float = math.inf,
         give_up: Callable[[], None] = lambda: None,
+        set_aside: Callable[[str, str], bool] = resources.set_aside,
     ) -> None:
         self.verdict: str | None = None
         self.abandoned: str | None = None
-        self._wait_minutes, self._give_up = wait_minutes, give_up
+        self._wait_minutes, self._give_up, self._set_aside = wait_minutes, give_up, set_aside
+        self._full: set[str] = set()  # nodes
         self._last = time.monotonic()  # when any rank was heard
         self._waiting = False  # that this was said
         self._limit = hang_minutes * 60
@@ -89,6 +93,8 @@ class Watchdog:
     def hear(self, beat: Mapping[str, Any]) -> None:
         """Takes in one beat."""
         self._last, self._waiting = time.monotonic(), False
+        if beat["full"] and beat["node_id"] not in self._full:
+            self._leave(beat)
         rank = int(beat["rank"])
         if _process(beat) in self._ended:
             return
@@ -121,6 +127,17 @@ class Watchdog:
             )
             self._say(f"{described}: its process was ended")
         self._heard.clear()  # the others only waited for it
+
+    def _leave(self, beat: Mapping[str, Any]) -> None:
+        self._full.add(str(beat["node_id"]))
+        place = f"node {beat['node']}: the disk of {beat['full']} is full"
+        if self._set_aside(beat["node_id"], place):
+            self._say(
+                f"{place}; nothing more is started there until Ray on it is started again, the run goes on with the other nodes"
+            )
+        else:
+            self.abandoned = f"{place}, and there is no other node; make room, and go on with --resume"
+            self._give_up()
 
     def _look_for_any(self, now: float) -> None:
         if self._wait_minutes == math.inf:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,14 +72,14 @@ class Cluster:
 
         return wait(found, lambda: f"{pattern} never came:\n{self.log(job)}", every=0.5)
 
-    def wait_for_machines(self) -> None:
-        """Waits until both machines of the cluster are there; Ray starts a lost one again by itself."""
+    def wait_for_machines(self, number: int = 2) -> None:
+        """Waits until so many machines of the cluster are there; Ray starts a lost one again by itself."""
 
-        def both() -> bool:  # `ray status` goes on counting a machine that is lost
+        def there() -> bool:  # `ray status` goes on counting a machine that is lost
             listed = self.hosts[0].run("RAY_AUTH_MODE=token ray list nodes -f state=ALIVE --format json", check=False)
-            return listed.stdout.count('"state": "ALIVE"') == 2
+            return listed.stdout.count('"state": "ALIVE"') == number
 
-        wait(both, lambda: "the worker never came", every=1)
+        wait(there, lambda: f"there never were {number} machines", every=1)
 
     def wait_for_checkpoint(self, run: str, epoch: int, after: float = 0.0) -> float:
         """When there is a checkpoint of the epoch, counted from 1, or of a later one; written `after` that time (seconds since 1970)."""
@@ -108,9 +109,30 @@ class Cluster:
         lines = self.hosts[0].run(f"cd {ROOT}; python -m msrn_ray runs {RUNS}").stdout.splitlines()
         return next(line.split() for line in lines if line.startswith(f"{run} "))
 
+    def watch(self) -> None:
+        """Starts Prometheus on the head, with the project's file, as the README does."""
+        options = "--config.file=cluster/monitoring/prometheus.yml --web.listen-address=127.0.0.1:9091"
+        self.hosts[0].run(
+            f"cd {ROOT}; nohup prometheus {options} --storage.tsdb.path=/root/prometheus >/root/prometheus.log 2>&1 </dev/null &"
+        )
+
+    def ask_prometheus(self, query: str) -> list[dict[str, Any]]:
+        """What it answers: for each line its labels (`metric`) and its value now (`value`)."""
+        answer = self.hosts[0].run(
+            f"curl -sS --data-urlencode {shlex.quote(f'query={query}')} http://127.0.0.1:9091/api/v1/query"
+        )
+        found: list[dict[str, Any]] = json.loads(answer.stdout)["data"]["result"]
+        return found
+
     def kill_ray(self, number: int) -> None:
         """SIGKILL of all that Ray has on a machine."""
         self.hosts[number].kill(_RAY)
+
+    def restart(self, number: int) -> None:
+        """Ends Ray on a machine, and waits until Ray has started it again."""
+        self.kill_ray(number)
+        self.wait_for_machines(1)
+        self.wait_for_machines()
 
     def has_ray(self, number: int) -> bool:
         """Whether anything of Ray is on a machine."""

@@ -7,6 +7,7 @@ run that nothing disturbed.
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,6 +31,8 @@ def cluster() -> Iterator[Cluster]:
     if reason:
         pytest.skip(reason)
     with brought_up() as made:
+        if shutil.which("prometheus"):
+            made.watch()
         yield made
 
 
@@ -107,6 +110,18 @@ def test_what_cannot_work_is_refused_at_once(cluster: Cluster) -> None:
     assert head.run("ls -A /root/runs").stdout == ""
 
 
+def test_prometheus_on_the_head_sees_both_machines(cluster: Cluster, quiet: list[dict[str, Any]]) -> None:
+    """Each rank's figures come from the machine that it ran on, with the name of the run."""
+    if shutil.which("prometheus") is None:
+        pytest.skip("prometheus is not installed (Debian: prometheus)")
+    lines = cluster.ask_prometheus('last_over_time(ray_msrn_images_per_second{run="quiet"}[1h])')
+    seen = {line["metric"]["rank"]: line["metric"]["instance"].split(":")[0] for line in lines}
+    assert sorted(seen) == ["0", "1"]
+    assert set(seen.values()) == {cluster.hosts[0].address, cluster.hosts[1].address}
+    (epoch,) = cluster.ask_prometheus('max(last_over_time(ray_msrn_epoch{run="quiet"}[1h]))')
+    assert 1 <= float(epoch["value"][1]) <= len(quiet), "Ray passes figures on every 10 s; the last ones may be missed"
+
+
 def test_a_killed_worker_on_the_second_machine(cluster: Cluster, quiet: list[dict[str, Any]], tell: Tell) -> None:
     job = start(cluster, "worker", "--resources.num-workers 2")
     fault = time.time()
@@ -139,17 +154,19 @@ def test_a_killed_driver_and_the_same_job_again(cluster: Cluster, quiet: list[di
 
 
 def test_a_full_disk_on_the_second_machine(cluster: Cluster, quiet: list[dict[str, Any]], tell: Tell) -> None:
-    """Runs, data and images in memory lie elsewhere: it has no effect."""
+    """No process can be started there: images are decoded on the other one. Runs, data and images in memory lie elsewhere."""
     job = start(cluster, "disk", "--resources.num-workers 2")
     worker = cluster.hosts[1]
     assert "No space left" in worker.run("cat /dev/zero > /fills", check=False).stdout
     try:
         fault = time.time()
-        tell("full disk", cluster.wait_for_checkpoint("disk", 2, after=fault) - fault)
+        cluster.wait_for(job, f"node {worker.address}: the disk of /tmp/ray/.* is full; nothing more is started there")
+        tell("full disk", cluster.wait_for_checkpoint("disk", 2, after=time.time()) - fault)
         cluster.wait_for(job, r"val mAP \d")
         assert_finished(cluster, "disk")
     finally:
         worker.run("rm /fills")
+        cluster.restart(1)
     assert_as_quiet(cluster, "disk", quiet)
 
 

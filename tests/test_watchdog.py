@@ -38,8 +38,8 @@ class Scene:
 
         self.watchdog = Watchdog(1.0, self.said.append, end)
 
-    def beat(self, rank: int, doing: str, idle: float, step: int = 7) -> None:
-        place = {"node": "10.0.0.1", "node_id": "n", "pid": 1000 + rank}
+    def beat(self, rank: int, doing: str, idle: float, step: int = 7, full: str | None = None) -> None:
+        place = {"node": "10.0.0.1", "node_id": "n", "pid": 1000 + rank, "full": full}
         self.watchdog.hear({"rank": rank, "epoch": 2, "step": step, "doing": doing, "idle": idle, **place})
 
 
@@ -80,13 +80,44 @@ def test_a_silent_rank_is_named_warned_of_once_and_ended(scene: Scene) -> None:
     assert scene.ended == [1001], "the other rank only waited for it"
 
 
+@pytest.mark.parametrize("others", [True, False])
+def test_a_node_with_a_full_disk_is_set_aside_once_and_where_there_is_no_other_the_run_ends(
+    scene: Scene, others: bool
+) -> None:
+    aside: list[tuple[str, str]] = []
+    given_up: list[float] = []
+
+    def set_aside(node: str, why: str) -> bool:
+        aside.append((node, why))
+        return others
+
+    scene.watchdog = Watchdog(60.0, scene.said.append, give_up=lambda: given_up.append(scene.now), set_aside=set_aside)
+    scene.beat(0, "in a step", idle=0.0)
+    assert aside == []
+    for _ in range(3):
+        scene.beat(0, "in a step", idle=0.0, full="/tmp/ray/session")
+    place = "node 10.0.0.1: the disk of /tmp/ray/session is full"
+    assert aside == [("n", place)]
+    if others:
+        assert (scene.said, given_up, scene.watchdog.abandoned) == (
+            [
+                f"{place}; nothing more is started there until Ray on it is started again, the run goes on with the other nodes"
+            ],
+            [],
+            None,
+        )
+    else:
+        assert (scene.said, given_up) == ([], [scene.now])
+        assert scene.watchdog.abandoned == f"{place}, and there is no other node; make room, and go on with --resume"
+
+
 def test_a_run_without_workers_is_given_up_when_the_wait_is_over(scene: Scene) -> None:
     """At its start, or after a fault; any worker's sign of life counts, of a rank that is ended too."""
     given_up: list[float] = []
     waits = Watchdog(60.0, scene.said.append, wait_minutes=2.0, give_up=lambda: given_up.append(scene.now))
     for _ in range(5):
         scene.now += 100
-        waits.hear({"rank": 0, "doing": DONE, "node_id": "n", "pid": 1000})
+        waits.hear({"rank": 0, "doing": DONE, "node_id": "n", "pid": 1000, "full": None})
         waits.look()
     heard = scene.now
     assert (scene.said, given_up, waits.abandoned) == ([], [], None)
