@@ -28,7 +28,7 @@ from .recorded_run import Kill, Place, Record, read_record, recording
 from .test_train import assert_same_weights, coco_copy, small_config
 from .tiny import make_coco
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.faults]
 
 # Images then do not depend on those beside them, and differences by rounding are not blown up, as AdamW does where gradients are near zero
 COMPARABLE = {"model.frozen_batchnorm": True, "optim.name": "sgd", "optim.lr": 0.01}

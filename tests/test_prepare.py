@@ -408,7 +408,7 @@ def test_few_bad_images_are_listed_and_many_stop_it(local_ray: None, raw: Path, 
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.timeout(400)
 def test_killed_half_way_and_started_again_gives_the_same_bytes(local_ray: None, tmp_path: Path) -> None:
     root = make_coco(tmp_path / "raw", {"train": [[row % 3] for row in range(24)], "val": [[0], [1], [2]]})

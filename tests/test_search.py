@@ -437,7 +437,7 @@ def trials_of(folder: Path) -> list[optuna.trial.FrozenTrial]:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_search_that_is_killed_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
     from msrn_ray.datasets.scenes import generate_scenes
 

@@ -255,7 +255,7 @@ class StopsRankOne(Watchdog):
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_stopped_process_ends_the_run_with_its_name(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
