@@ -81,13 +81,17 @@ class Cluster:
 
         wait(there, lambda: f"there never were {number} machines", every=1)
 
-    def wait_for_checkpoint(self, run: str, epoch: int, after: float = 0.0) -> float:
-        """When there is a checkpoint of the epoch, counted from 1, or of a later one; written `after` that time (seconds since 1970)."""
+    def wait_for_checkpoint(self, run: str, epoch: int, after: float = 0.0, half_way: bool = False) -> float:
+        """When there is a checkpoint of the epoch, counted from 1, or of a later one; written `after` that time (seconds since 1970).
+
+        `half_way`: not one of an epoch's end.
+        """
 
         def written() -> float | None:
             for folder in self.checkpoints(run):
                 try:
-                    if int(folder.name.split("_")[1]) >= epoch and folder.stat().st_mtime > after:
+                    right = int(folder.name.split("_")[1]) >= epoch and (not half_way or "_step_" in folder.name)
+                    if right and folder.stat().st_mtime > after:
                         return folder.stat().st_mtime
                 except FileNotFoundError:  # a later one took its place
                     pass
