@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ _PINNED = (
     "numpy",
     "pyarrow",
 )  # what machines that join later must have in the same version
-_EXCLUDED = (".git", ".venv", "runs")  # gigabytes that no machine needs
+_NOT_TO_COPY = (".git", ".venv", "runs", ".ssh", ".aws")  # gigabytes that no machine needs, or secrets
 _PIN = re.compile(r"(?<![\w.-])([A-Za-z][\w.-]*)(?:\[[\w,]+\])?==([\w.]+)")
 _OPEN_TO_ALL = ("0.0.0.0/0", "::/0")
 
@@ -43,17 +45,13 @@ def check_cluster(path: Path) -> list[str]:
     """
     raw = read_cluster(path)
     findings = list(_placeholders(raw))
-    logging.disable()  # Ray prints what it raises, too
     try:
-        config = prepare_config(raw)
-        validate_config(config)
+        config = _prepared(raw)
     except jsonschema.ValidationError as error:
         place = ".".join(map(str, error.absolute_path))
         return [*findings, f"{place or 'the file'}: {error.message.splitlines()[0]}"]
     except (ValueError, click.ClickException) as error:
         return [*findings, f"Ray refuses it: {error}"]
-    finally:
-        logging.disable(logging.NOTSET)
     return [*findings, *_versions(config), *_starts(config), *_openings(config), *_files(config), *_machines(config)]
 
 
@@ -63,7 +61,7 @@ def check_preset(path: Path, config: ExperimentConfig) -> str:
     Raises:
         UserError: if that is not enough, with both numbers, or if the file does not say.
     """
-    most = most_resources(prepare_config(read_cluster(path)))
+    most = most_resources(_prepared(read_cluster(path)))
     if most is None:
         raise UserError(
             "machines of your own do not say in the file what they have; the run itself says when it is not enough"
@@ -80,6 +78,18 @@ def check_preset(path: Path, config: ExperimentConfig) -> str:
         f"{config.preset}: {allocation.num_workers} workers with {device} each, {config.train.batch_size / allocation.num_workers:g} images"
         f" a step each, and {left:g} CPUs a worker that decode"
     )
+
+
+def _prepared(raw: dict[str, Any]) -> dict[str, Any]:
+    """With Ray's defaults, checked by Ray, which prints what it raises, and a word on files in Docker: that is left out."""
+    logging.disable()
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            config: dict[str, Any] = prepare_config(raw)
+            validate_config(config)
+    finally:
+        logging.disable(logging.NOTSET)
+    return config
 
 
 def _placeholders(tree: Any, place: str = "") -> Iterator[str]:
@@ -119,9 +129,10 @@ def _versions(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _starts(config: Mapping[str, Any]) -> Iterator[str]:
     """The commands that start Ray."""
-    head, workers = (_commands(config, f"{kind}_start_ray_commands") for kind in ("head", "worker"))
-    for field, said in (("head_start_ray_commands", head), ("worker_start_ray_commands", workers)):
-        if "RAY_AUTH_MODE=token" not in said:
+    head = "\n".join(line for line in config["head_start_ray_commands"] if "ray start" in line)
+    for field in ("head_start_ray_commands", "worker_start_ray_commands"):
+        # an entry of its own would set nothing for the next one
+        if not all("RAY_AUTH_MODE=token" in line for line in config[field] if "ray start" in line):
             yield f"{field}: add `export RAY_AUTH_MODE=token;` before ray start, or whoever reaches the machine may run code on it"
     if "--autoscaling-config" not in head:
         yield "head_start_ray_commands: add --autoscaling-config=~/ray_bootstrap_config.yaml, or no other machine is started"
@@ -158,16 +169,22 @@ def _files(config: Mapping[str, Any]) -> Iterator[str]:
     for target, source in config["file_mounts"].items():
         place = Path(source).expanduser()
         if not place.exists():
-            mend = "; make it with `ray get-auth-token --generate`" if target.endswith("auth_token") else ""
-            yield f"file_mounts.{target}: {source} is not there{mend}"
-        missing = [name for name in _EXCLUDED if name not in config["rsync_exclude"]] if place.is_dir() else []
-        if missing:
-            yield f"rsync_exclude: add {', '.join(missing)}, or they are copied to every machine"
+            mend = "make it with `ray get-auth-token --generate`"
+            mend = mend if target.endswith("auth_token") else "call `ray up` in the project's folder"
+            yield f"file_mounts.{target}: {source} is not there; {mend}"
+        unwanted = [name for name in _NOT_TO_COPY if (place / name).exists() and name not in config["rsync_exclude"]]
+        if unwanted:
+            yield f"file_mounts.{target}: {', '.join(unwanted)} would be copied to every machine; name what is needed instead of {source}"
 
 
 def _machines(config: Mapping[str, Any]) -> Iterator[str]:
     if config["provider"]["type"] != "aws":
         return
+    if "boto3" not in _commands(config, "setup_commands", "head_setup_commands"):
+        yield "head_setup_commands: install boto3, with which Ray on the head asks AWS for the other machines"
+    for region in re.findall(r"\.efs\.([\w-]+)\.amazonaws", _commands(config, "setup_commands")):
+        if region != config["provider"]["region"]:
+            yield f"setup_commands: the file system is in {region}, the cluster in {config['provider']['region']}; both must be the same"
     head = config["head_node_type"]
     for name, kind in config["available_node_types"].items():
         machine = kind["node_config"]

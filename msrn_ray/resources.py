@@ -275,6 +275,9 @@ def set_aside(node: str, why: str) -> bool:
 
     Returns:
         False where there is no other machine to go on with, and nothing was done.
+
+    Raises:
+        UserError: if Ray refuses.
     """
     if not any(other["Alive"] and other["NodeID"] != node and other["Resources"].get("CPU") for other in ray.nodes()):
         return False
@@ -282,7 +285,8 @@ def set_aside(node: str, why: str) -> bool:
     messages: Any = autoscaler_pb2
     driver: Any = ray._private.worker.global_worker
     accepted, refusal = driver.gcs_client.drain_node(node, messages.DRAIN_NODE_REASON_PREEMPTION, why, 0)
-    assert accepted, refusal
+    if not accepted:
+        raise UserError(f"{why}, and Ray does not take it out of use ({refusal}); stop Ray there")
     return True
 
 

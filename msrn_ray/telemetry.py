@@ -50,6 +50,13 @@ def _own_node() -> dict[str, Any]:
     return next(node for node in ray.nodes() if node["NodeID"] == here)
 
 
+def _is_full(folder: str) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < LEAST_FREE
+    except OSError:  # it is away, as when Ray is stopped; that ends the run by other means
+        return False
+
+
 class Gauges:
     """The gauges of one rank, on the Prometheus port of its node, with the tags `run` and `rank`."""
 
@@ -129,7 +136,7 @@ class Pulse:
 
     def _send(self) -> None:
         epoch, step, doing, since = self._state
-        full = self._folder if shutil.disk_usage(self._folder).free < LEAST_FREE else None
+        full = self._folder if _is_full(self._folder) else None
         now = {"epoch": epoch, "step": step, "doing": doing, "idle": time.monotonic() - since, "full": full}
         put: Any = self._events.actor.put_nowait  # not awaited: the driver's pace is not the rank's
         put.remote({**self._who, **now})

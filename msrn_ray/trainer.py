@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -279,16 +279,20 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
     for line in describe(materials, config):
         print(line, flush=True)
     print("starting Ray and the workers (the first run on a machine also compiles kernels)", flush=True)
-    connect(config.resources)
-    allocation = allocate(config.resources)
-    try:
-        log, _ = run_in_folder(config, place(materials, data), allocation, fresh=not resume)
-    except KeyboardInterrupt:
-        print(f"interrupted; go on with: msrn train --resume {folder}", file=sys.stderr)
-        raise
-    except ray.train.TrainingFailedError:
-        print(f"the run stopped; once the cause is mended, go on with: msrn train --resume {folder}", file=sys.stderr)
-        raise
+    # whoever resumes the same run while this one still waits for machines must see that it goes on
+    with kept_state(folder) if resume else nullcontext():
+        connect(config.resources)
+        allocation = allocate(config.resources)
+        try:
+            log, _ = run_in_folder(config, place(materials, data), allocation, fresh=not resume)
+        except KeyboardInterrupt:
+            print(f"interrupted; go on with: msrn train --resume {folder}", file=sys.stderr)
+            raise
+        except ray.train.TrainingFailedError:
+            print(
+                f"the run stopped; once the cause is mended, go on with: msrn train --resume {folder}", file=sys.stderr
+            )
+            raise
     best = find_model_file(folder).parent
     metrics = {key: value for key, value in load_checkpoint(best).metrics.items() if key.startswith("val/")} | log.test
     return TrainResult(folder, best, metrics)

@@ -15,6 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from . import resources
+from .errors import UserError
 from .telemetry import DONE, WAITING
 
 _BEAT_SECONDS = 5.0  # between two signs of life
@@ -131,10 +132,13 @@ class Watchdog:
     def _leave(self, beat: Mapping[str, Any]) -> None:
         self._full.add(str(beat["node_id"]))
         place = f"node {beat['node']}: the disk of {beat['full']} is full"
-        if self._set_aside(beat["node_id"], place):
-            self._say(
-                f"{place}; nothing more is started there until Ray on it is started again, the run goes on with the other nodes"
-            )
+        try:
+            others = self._set_aside(beat["node_id"], place)
+        except (UserError, ray.exceptions.RayError) as error:  # the run is tried as it is
+            self._say(str(error))
+            return
+        if others:
+            self._say(f"{place}; nothing more is started there until Ray on it is started again")
         else:
             self.abandoned = f"{place}, and there is no other node; make room, and go on with --resume"
             self._give_up()

@@ -134,7 +134,8 @@ class Cluster:
 
     def restart(self, number: int) -> None:
         """Ends Ray on a machine, and waits until Ray has started it again."""
-        self.kill_ray(number)
+        if self.has_ray(number):  # else it has ended by itself
+            self.kill_ray(number)
         self.wait_for_machines(1)
         self.wait_for_machines()
 

@@ -126,7 +126,21 @@ def open_port(first: int, last: int, source: str) -> Change:
         (LOCAL_YAML, lambda c: in_all(c, "torch==2.14.1", "torch>=2"), ["install torch in one version"]),
         (GPU_YAML, lambda c: in_all(c, "torch==2.14.1", "torch==1.9.0"), ["torch==1.9.0, but the project needs >=2.9"]),
         (GPU_YAML, lambda c: in_all(c, "==2.60.0", "==2.61.0"), [f"ray==2.61.0, but `ray up` here is {ray.__version__}"]),
-        (GPU_YAML, lambda c: c["rsync_exclude"].remove(".venv"), ["rsync_exclude: add .venv"]),
+        (LOCAL_YAML, lambda c: c["file_mounts"].update({"~/all": "."}), ["file_mounts.~/all: .git", "instead of ."]),
+        (LOCAL_YAML, lambda c: c["file_mounts"].update({"~/msrn_ray/x": "x"}), ["x is not there; call `ray up` in the project's folder"]),
+        (GPU_YAML, lambda c: in_all(c, "boto3", "x"), ["head_setup_commands: install boto3"]),
+        (GPU_YAML, lambda c: in_all(c, "efs.us-west-2", "efs.us-east-1"), ["is in us-east-1, the cluster in us-west-2"]),
+        (
+            GPU_YAML,
+            lambda c: c.update(worker_start_ray_commands=["export RAY_AUTH_MODE=token", "ray start --address=$RAY_HEAD_IP:6379"]),
+            ["worker_start_ray_commands: add `export RAY_AUTH_MODE=token"],
+        ),
+        (
+            LOCAL_YAML,
+            lambda c: c.update(head_start_ray_commands=["export RAY_enable_autoscaler_v2=0", *c["head_start_ray_commands"]])
+            or c["head_start_ray_commands"].append(c["head_start_ray_commands"].pop().replace("RAY_enable_autoscaler_v2=0", "")),
+            ["RAY_enable_autoscaler_v2=0"],
+        ),
         (GPU_YAML, in_type("head", InstanceMarketOptions={"MarketType": "spot"}), ["head must not be a spot"]),
         (GPU_YAML, lambda c: c["provider"].pop("cache_stopped_nodes"), ["cache_stopped_nodes: must be false"]),
         (GPU_YAML, in_type("gpu_spot", ImageId=""), ["gpu_spot: add node_config.ImageId"]),
@@ -264,14 +278,14 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "at its largest has 4" in capsys.readouterr().err
 
 
-def test_the_versions_are_those_that_were_tested() -> None:
-    """On the machines, and in pyproject: what is installed here, for both files alike."""
+def test_the_versions_on_the_machines_are_ones_that_the_project_takes() -> None:
+    """For both files alike."""
+    takes = {one.name: one.specifier for one in map(Requirement, requires("msrn-ray") or []) if one.marker is None}
     for file in (GPU_YAML, LOCAL_YAML):
-        text = file.read_text(encoding="utf-8")
-        for requirement in map(Requirement, requires("msrn-ray") or []):
-            if f"{requirement.name}==" in text:
-                version = text.split(f"{requirement.name}==")[1].split()[0].strip("'")
-                assert requirement.specifier.contains(version)
+        pins = dict(re.findall(r"(\w+)(?:\[[\w,]+\])?==([\w.]+)", file.read_text(encoding="utf-8")))
+        assert set(pins) == {"ray", "torch", "torchvision", "numpy", "pyarrow"}
+        assert [name for name in pins if pins[name] not in takes[name]] == []
+        assert pins["ray"] == ray.__version__
 
 
 def test_what_a_job_uploads_is_the_code_and_nothing_else(tmp_path: Path) -> None:

@@ -15,14 +15,33 @@ from typing import Any
 import pytest
 
 from . import hosts
-from .hosts import ROOT
+from .hosts import ROOT, SHARED
 from .made_cluster import FILE, RUN, RUNS, Cluster, brought_up, wait
 
-pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 EPOCHS = 6
 SHORT = f"--train.epochs {EPOCHS} --train.checkpoint-every '2 steps'"
 Tell = Callable[[str, float], None]
+# AWS's server for metadata, as far as notices go: a token first, then 404 until there is a notice
+_NOTICES = """
+import http.server, os
+class Metadata(http.server.BaseHTTPRequestHandler):
+    def answer(self, status, text=b""):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+    def do_PUT(self):
+        right = self.path == "/latest/api/token" and self.headers["X-aws-ec2-metadata-token-ttl-seconds"]
+        self.answer(200, b"secret") if right else self.answer(400)
+    def do_GET(self):
+        if self.headers["X-aws-ec2-metadata-token"] != "secret":
+            return self.answer(401)
+        there = self.path == "/latest/meta-data/spot/instance-action" and os.path.exists("/tmp/instance-action")
+        self.answer(200, b'{"action": "terminate"}') if there else self.answer(404)
+http.server.HTTPServer(("127.0.0.1", 8123), Metadata).serve_forever()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -154,14 +173,14 @@ def test_a_killed_driver_and_the_same_job_again(cluster: Cluster, quiet: list[di
 
 
 def test_a_full_disk_on_the_second_machine(cluster: Cluster, quiet: list[dict[str, Any]], tell: Tell) -> None:
-    """No process can be started there: images are decoded on the other one. Runs, data and images in memory lie elsewhere."""
-    job = start(cluster, "disk", "--resources.num-workers 2")
+    """No process can be started there any more, and the worker there ends where it writes something: the other one goes on."""
+    job = start(cluster, "disk", "--resources.num-workers 1..2")
     worker = cluster.hosts[1]
     assert "No space left" in worker.run("cat /dev/zero > /fills", check=False).stdout
     try:
         fault = time.time()
         cluster.wait_for(job, f"node {worker.address}: the disk of /tmp/ray/.* is full; nothing more is started there")
-        tell("full disk", cluster.wait_for_checkpoint("disk", 2, after=time.time()) - fault)
+        tell("full disk", recovered(cluster, job, "disk", workers="1") - fault)
         cluster.wait_for(job, r"val mAP \d")
         assert_finished(cluster, "disk")
     finally:
@@ -206,17 +225,34 @@ def test_a_lost_machine_one_that_joins_a_notice_a_stopped_job_and_the_same_job_a
     joined = time.time()
     tell("joined machine", recovered(cluster, job, "long", workers="2", times=2) - joined)
 
-    # it is told that it will be taken away; until then only ends of epochs were saved
+    # AWS's server tells that it will be taken away; until then only ends of epochs were saved
     assert not list(cluster.hosts.shared.glob("runs/long/*_step_*"))
+    (cluster.hosts.shared / "notices.py").write_text(_NOTICES)
+    worker.run(f"nohup python {SHARED}/notices.py >/tmp/notices.log 2>&1 </dev/null &")
+    worker.run(
+        f"cd {ROOT}; RAY_AUTH_MODE=token NOTICE_SERVER=http://127.0.0.1:8123/latest NOTICE_SECONDS=60 nohup"
+        " cluster/watch_for_notice.sh >/tmp/notice.log 2>&1 </dev/null &"
+    )
+    time.sleep(10)
+    assert "training on 1" not in cluster.log(job).rpartition("training on 2")[2], "there is no notice yet"
+    fault = time.time()
+    worker.run("touch /tmp/instance-action")
+    saved = cluster.wait_for_checkpoint("long", 1, after=fault, half_way=True)
+    tell("notice, and saved", saved - fault)
+    tell("notice, and on the other machine", recovered(cluster, job, "long", workers="1", times=2) - fault)
+    worker.run("rm /tmp/instance-action")
+    cluster.restart(1)  # it is taken away, and comes back
+    recovered(cluster, job, "long", workers="2", times=3)
+
+    # as other schedulers do it
     fault = time.time()
     worker.run(
         f"cd {ROOT}; RAY_AUTH_MODE=token NOTICE_SERVER=http://127.0.0.1:9 NOTICE_SECONDS=60 nohup cluster/watch_for_notice.sh"
         " >/tmp/notice.log 2>&1 </dev/null & sleep 1; pkill -TERM -f '^/bin/bash cluster/watch_for_notice'"
     )
-    saved = cluster.wait_for_checkpoint("long", 1, after=fault, half_way=True)
-    tell("notice, and saved", saved - fault)
-    tell("notice, and on the other machine", recovered(cluster, job, "long", workers="1", times=2) - fault)
-    cluster.restart(1)  # it is taken away, and comes back
+    tell("SIGTERM, and saved", cluster.wait_for_checkpoint("long", 1, after=fault, half_way=True) - fault)
+    recovered(cluster, job, "long", workers="1", times=3)
+    cluster.restart(1)
 
     cluster.stop(job)
     assert cluster.state("long")[1] == "interrupted"
@@ -229,6 +265,16 @@ def test_a_lost_machine_one_that_joins_a_notice_a_stopped_job_and_the_same_job_a
     assert cluster.state("long")[1] == "interrupted"
     cluster.assert_whole("long")
     assert_as_quiet(cluster, "long", quiet)
+
+    # the same epochs, undisturbed; over so many, rounding in another order grows
+    done = len(cluster.lines("long"))
+    job = cluster.submit("calm", options.replace("1..2", "2"))
+    cluster.wait_for_checkpoint("calm", done)
+    cluster.wait_for(job, f"epoch {done}/1000  train/loss")
+    cluster.stop(job)
+    for line, other in zip(cluster.lines("long"), cluster.lines("calm"), strict=False):
+        assert line["train/loss"] == pytest.approx(other["train/loss"], rel=0.02), line["epoch"]
+        assert line["val/mAP"] == pytest.approx(other["val/mAP"], abs=0.05), line["epoch"]
 
 
 def test_a_network_that_is_cut_for_good(cluster: Cluster, quiet: list[dict[str, Any]], tell: Tell) -> None:

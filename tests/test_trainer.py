@@ -10,14 +10,17 @@ import pytest
 from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 
+from msrn_ray import run_state, trainer
 from msrn_ray.config import ExperimentConfig, ResourceSettings, load_config
 from msrn_ray.errors import AccountingError, BadImagesError, NoDecodeCpuError, UserError
 from msrn_ray.failures import Failures
+from msrn_ray.presets import PRESETS
 from msrn_ray.resources import Allocation
-from msrn_ray.run_state import CONFIG_FILE
-from msrn_ray.trainer import make_folder, run_elastic, run_trainer
+from msrn_ray.run_state import CONFIG_FILE, list_runs
+from msrn_ray.trainer import make_folder, run_elastic, run_trainer, train
 
 from .test_resources import cluster
+from .tiny import make_coco
 
 
 class Told:
@@ -68,6 +71,31 @@ def test_a_run_folder_is_there_with_its_config_or_not_at_all(tmp_path: Path, mon
         make_folder(run, ExperimentConfig(preset="voc2007"))
     assert load_config(run / CONFIG_FILE) == ExperimentConfig()
     assert len(list(tmp_path.glob("runs/*"))) == 2, "what the kill left behind, and the run"
+
+
+def test_a_run_that_waits_for_machines_is_not_resumed_a_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_coco(tmp_path / "data", {"train": [[0], [1], [2], [0, 1]] * 4, "val": [[0], [1, 2]]})
+    config = PRESETS["scenes"].config.with_overrides(
+        {"data.dataset": "coco", "data.root": str(root), "train.storage": str(tmp_path), "train.run_name": "run"}
+    )
+    make_folder(tmp_path / "run", config)
+
+    def wait_for_machines(_: object) -> None:
+        (run,) = list_runs(tmp_path)
+        assert run.state == "running"
+        monkeypatch.setattr(run_state, "socket", SimpleNamespace(gethostname=lambda: "another machine"))
+        with pytest.raises(UserError, match=r"run is still trained, by process \d+"):
+            train(config, resume=True)
+        raise UserError("no machine came")
+
+    monkeypatch.setattr(trainer, "connect", lambda _: None)
+    monkeypatch.setattr(trainer, "allocate", wait_for_machines)
+    with pytest.raises(UserError, match="no machine came"):
+        train(config, resume=True)
+    (run,) = list_runs(tmp_path)
+    assert (run.state, run.reason) == ("failed", "no machine came")
 
 
 def failing(failure: Exception) -> Any:

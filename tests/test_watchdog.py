@@ -100,9 +100,7 @@ def test_a_node_with_a_full_disk_is_set_aside_once_and_where_there_is_no_other_t
     assert aside == [("n", place)]
     if others:
         assert (scene.said, given_up, scene.watchdog.abandoned) == (
-            [
-                f"{place}; nothing more is started there until Ray on it is started again, the run goes on with the other nodes"
-            ],
+            [f"{place}; nothing more is started there until Ray on it is started again"],
             [],
             None,
         )
