@@ -18,12 +18,12 @@ from .config import ExperimentConfig
 from .errors import UserError
 from .model import build_model
 
-# labels, images of train and of test, as the readers give them
+# labels and images of train, as the readers give them
 SIZES = {
-    "scenes": (16, 2_000, 500),
-    "voc2007": (20, 5_011, 4_952),
-    "coco2014": (80, 82_081, 40_504),
-    "nuswide": (81, 161_789, 107_859),
+    "scenes": (16, 2_000),
+    "voc2007": (20, 5_011),
+    "coco2014": (80, 82_081),
+    "nuswide": (81, 161_789),
 }
 ATTENTION = 0.1  # of the backbone's time: measured on CPUs, see the README
 BACKWARD = 2 / 3  # of a step's computing: gradients that are ready are exchanged meanwhile
@@ -168,7 +168,7 @@ def describe_plan(request: Request) -> list[str]:
         f"decoding: {rate / gpus / request.decode_rate:.2f} CPUs a GPU beside the one of its worker, {request.decode_rate:g} images/s each",
         f"an epoch of {images:,} images: {_time(epoch)}; {config.train.epochs} epochs: {_time(3600 * hours)}{price}",
         f"assumed: {request.efficiency:.0%} of the GPUs' peak is reached; attention takes {ATTENTION:.0%} of the backbone's time;",
-        f"the exchange hides behind the backward pass; {request.memory_gbs:g} GB/s of GPU memory; scoring is not counted",
+        f"the exchange hides behind the backward pass; {request.memory_gbs:g} GB/s of GPU memory; scoring and the head machine are not counted",
     ]
     return lines
 

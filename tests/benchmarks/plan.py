@@ -74,7 +74,7 @@ def main() -> None:
         flush=True,
     )
     for world in WORKERS:
-        share = min(world, cores) / world if world > 1 else min(cores, 2)  # one process has all threads
+        share = cores / world  # threads of a process
         speed = link(world) if world > 1 else float("inf")
         for head, cost in costs.items():
             machine = Machine(world, flops * share, speed, memory * min(1, share), overlap=0.0)
