@@ -168,7 +168,7 @@ def describe_plan(request: Request) -> list[str]:
         f"decoding: {rate / gpus / request.decode_rate:.2f} CPUs a GPU beside the one of its worker, {request.decode_rate:g} images/s each",
         f"an epoch of {images:,} images: {_time(epoch)}; {config.train.epochs} epochs: {_time(3600 * hours)}{price}",
         f"assumed: {request.efficiency:.0%} of the GPUs' peak is reached; attention takes {ATTENTION:.0%} of the backbone's time;",
-        f"the exchange hides behind the backward pass; {request.memory_gbs:g} GB/s of GPU memory; scoring and the head machine are not counted",
+        f"the exchange hides behind the backward pass; {request.memory_gbs:g} GB/s of GPU memory; not counted: scoring, the cluster's head",
     ]
     return lines
 
