@@ -32,7 +32,8 @@ _PINNED = (
     "numpy",
     "pyarrow",
 )  # what machines that join later must have in the same version
-_NOT_TO_COPY = (".git", ".venv", "runs", ".ssh", ".aws")  # gigabytes that no machine needs, or secrets
+_EXCLUDED = (".git", ".venv", "runs")  # gigabytes that no machine needs
+_SECRET = (".ssh", ".aws")
 _PIN = re.compile(r"(?<![\w.-])([A-Za-z][\w.-]*)(?:\[[\w,]+\])?==([\w.]+)")
 _OPEN_TO_ALL = ("0.0.0.0/0", "::/0")
 
@@ -129,11 +130,12 @@ def _versions(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _starts(config: Mapping[str, Any]) -> Iterator[str]:
     """The commands that start Ray."""
-    head = "\n".join(line for line in config["head_start_ray_commands"] if "ray start" in line)
     for field in ("head_start_ray_commands", "worker_start_ray_commands"):
         # an entry of its own would set nothing for the next one
-        if not all("RAY_AUTH_MODE=token" in line for line in config[field] if "ray start" in line):
+        starts = [line for line in config[field] if "ray start" in line]
+        if not starts or not all("RAY_AUTH_MODE=token" in line for line in starts):
             yield f"{field}: add `export RAY_AUTH_MODE=token;` before ray start, or whoever reaches the machine may run code on it"
+    head = "\n".join(line for line in config["head_start_ray_commands"] if "ray start" in line)
     if "--autoscaling-config" not in head:
         yield "head_start_ray_commands: add --autoscaling-config=~/ray_bootstrap_config.yaml, or no other machine is started"
     if config["provider"]["type"] == "local" and "RAY_enable_autoscaler_v2=0" not in head:
@@ -172,9 +174,13 @@ def _files(config: Mapping[str, Any]) -> Iterator[str]:
             mend = "make it with `ray get-auth-token --generate`"
             mend = mend if target.endswith("auth_token") else "call `ray up` in the project's folder"
             yield f"file_mounts.{target}: {source} is not there; {mend}"
-        unwanted = [name for name in _NOT_TO_COPY if (place / name).exists() and name not in config["rsync_exclude"]]
-        if unwanted:
-            yield f"file_mounts.{target}: {', '.join(unwanted)} would be copied to every machine; name what is needed instead of {source}"
+        secrets = [name for name in _SECRET if (place / name).exists()]
+        if secrets:
+            yield f"file_mounts.{target}: {', '.join(secrets)} would be copied to every machine; name what is needed instead of {source}"
+    folders = [source for source in config["file_mounts"].values() if Path(source).expanduser().is_dir()]
+    missing = [name for name in _EXCLUDED if name not in config["rsync_exclude"]] if folders else []
+    if missing:
+        yield f"rsync_exclude: add {', '.join(missing)}, or they are copied to every machine"
 
 
 def _machines(config: Mapping[str, Any]) -> Iterator[str]:

@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -266,20 +266,22 @@ def _exists(path: str) -> bool:
     return os.path.exists(path)
 
 
-def set_aside(node: str, why: str) -> bool:
+def set_aside(node: str, why: str, others: Collection[str] = ()) -> bool:
     """Tells Ray to start nothing new on a machine; what runs there stays. That lasts until Ray on it is started again.
 
     Args:
         node: its id in Ray.
         why: for Ray's own log.
+        others: ids of those that were set aside before.
 
     Returns:
-        False where there is no other machine to go on with, and nothing was done.
+        False where no machine would be left to go on with, and nothing was done.
 
     Raises:
         UserError: if Ray refuses.
     """
-    if not any(other["Alive"] and other["NodeID"] != node and other["Resources"].get("CPU") for other in ray.nodes()):
+    left = {each["NodeID"] for each in ray.nodes() if each["Alive"] and each["Resources"].get("CPU")} - {node, *others}
+    if not left:
         return False
     # the reason decides what runs do, and they save; 0: no end is set to what runs there
     messages: Any = autoscaler_pb2

@@ -20,9 +20,8 @@ from ray.util.queue import Queue
 T = TypeVar("T")
 
 WAITING, DONE = "waiting for data", "done"
-LEAST_FREE = (
-    32 * 2**20
-)  # bytes; a new process of Ray on a full disk ends when it first writes to its log, and Ray tries again for ever
+# Bytes: a new process of Ray on a full disk ends when it first writes to its log, and Ray tries again for ever
+_LEAST_FREE = 32 * 2**20
 _STORE_SECONDS = 1.0  # between two looks at the object store; a block stays there for longer
 
 GAUGES = {  # metric of a run -> name and description of its gauge
@@ -52,7 +51,7 @@ def _own_node() -> dict[str, Any]:
 
 def _is_full(folder: str) -> bool:
     try:
-        return shutil.disk_usage(folder).free < LEAST_FREE
+        return shutil.disk_usage(folder).free < _LEAST_FREE
     except OSError:  # it is away, as when Ray is stopped; that ends the run by other means
         return False
 

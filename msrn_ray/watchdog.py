@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,8 @@ class Watchdog:
         end: ends the process of a beat; False if it was not there any more.
         wait_minutes: a run without any worker for so long is given up: where too few machines are left, Ray Train waits for ever.
         give_up: ends the run.
-        set_aside: takes a node (its id, and why) out of use whose disk is full, since nothing can start there; False if there is no other.
+        set_aside: takes a node whose disk is full out of use, since nothing can start there; gets its id, why, and the nodes that were
+            taken out before; False if none would be left.
 
     Attributes:
         verdict: which rank hung, until new workers have started.
@@ -67,7 +68,7 @@ class Watchdog:
         *,
         wait_minutes: float = math.inf,
         give_up: Callable[[], None] = lambda: None,
-        set_aside: Callable[[str, str], bool] = resources.set_aside,
+        set_aside: Callable[[str, str, Collection[str]], bool] = resources.set_aside,
     ) -> None:
         self.verdict: str | None = None
         self.abandoned: str | None = None
@@ -130,10 +131,11 @@ class Watchdog:
         self._heard.clear()  # the others only waited for it
 
     def _leave(self, beat: Mapping[str, Any]) -> None:
+        before = frozenset(self._full)
         self._full.add(str(beat["node_id"]))
         place = f"node {beat['node']}: the disk of {beat['full']} is full"
         try:
-            others = self._set_aside(beat["node_id"], place)
+            others = self._set_aside(beat["node_id"], place, before)
         except (UserError, ray.exceptions.RayError) as error:  # the run is tried as it is
             self._say(str(error))
             return
@@ -141,6 +143,7 @@ class Watchdog:
             self._say(f"{place}; nothing more is started there until Ray on it is started again")
         else:
             self.abandoned = f"{place}, and there is no other node; make room, and go on with --resume"
+            self._say(self.abandoned)  # a trial of a search cannot be given up from here
             self._give_up()
 
     def _look_for_any(self, now: float) -> None:

@@ -126,7 +126,17 @@ def open_port(first: int, last: int, source: str) -> Change:
         (LOCAL_YAML, lambda c: in_all(c, "torch==2.14.1", "torch>=2"), ["install torch in one version"]),
         (GPU_YAML, lambda c: in_all(c, "torch==2.14.1", "torch==1.9.0"), ["torch==1.9.0, but the project needs >=2.9"]),
         (GPU_YAML, lambda c: in_all(c, "==2.60.0", "==2.61.0"), [f"ray==2.61.0, but `ray up` here is {ray.__version__}"]),
-        (LOCAL_YAML, lambda c: c["file_mounts"].update({"~/all": "."}), ["file_mounts.~/all: .git", "instead of ."]),
+        (GPU_YAML, lambda c: c["rsync_exclude"].remove(".venv"), ["rsync_exclude: add .venv"]),
+        (
+            LOCAL_YAML,
+            lambda c: Path("~/.ssh").expanduser().mkdir() or c["file_mounts"].update({"~/all": "~"}),
+            ["file_mounts.~/all: .ssh would be copied to every machine; name what is needed instead of ~"],
+        ),
+        (
+            GPU_YAML,
+            lambda c: c.update(worker_start_ray_commands=["start_ray_here"]),
+            ["worker_start_ray_commands: add `export RAY_AUTH_MODE=token"],
+        ),
         (LOCAL_YAML, lambda c: c["file_mounts"].update({"~/msrn_ray/x": "x"}), ["x is not there; call `ray up` in the project's folder"]),
         (GPU_YAML, lambda c: in_all(c, "boto3", "x"), ["head_setup_commands: install boto3"]),
         (GPU_YAML, lambda c: in_all(c, "efs.us-west-2", "efs.us-east-1"), ["is in us-east-1, the cluster in us-west-2"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,11 +84,11 @@ def test_a_silent_rank_is_named_warned_of_once_and_ended(scene: Scene) -> None:
 def test_a_node_with_a_full_disk_is_set_aside_once_and_where_there_is_no_other_the_run_ends(
     scene: Scene, others: bool
 ) -> None:
-    aside: list[tuple[str, str]] = []
+    aside: list[tuple[str, str, Collection[str]]] = []
     given_up: list[float] = []
 
-    def set_aside(node: str, why: str) -> bool:
-        aside.append((node, why))
+    def set_aside(node: str, why: str, before: Collection[str]) -> bool:
+        aside.append((node, why, before))
         return others
 
     scene.watchdog = Watchdog(60.0, scene.said.append, give_up=lambda: given_up.append(scene.now), set_aside=set_aside)
@@ -97,7 +97,7 @@ def test_a_node_with_a_full_disk_is_set_aside_once_and_where_there_is_no_other_t
     for _ in range(3):
         scene.beat(0, "in a step", idle=0.0, full="/tmp/ray/session")
     place = "node 10.0.0.1: the disk of /tmp/ray/session is full"
-    assert aside == [("n", place)]
+    assert aside == [("n", place, frozenset())]
     if others:
         assert (scene.said, given_up, scene.watchdog.abandoned) == (
             [f"{place}; nothing more is started there until Ray on it is started again"],
@@ -105,8 +105,8 @@ def test_a_node_with_a_full_disk_is_set_aside_once_and_where_there_is_no_other_t
             None,
         )
     else:
-        assert (scene.said, given_up) == ([], [scene.now])
         assert scene.watchdog.abandoned == f"{place}, and there is no other node; make room, and go on with --resume"
+        assert (scene.said, given_up) == ([scene.watchdog.abandoned], [scene.now])
 
 
 def test_a_run_without_workers_is_given_up_when_the_wait_is_over(scene: Scene) -> None:

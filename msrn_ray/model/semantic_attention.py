@@ -32,22 +32,23 @@ from ..errors import UserError
 _CPU_TILE_ELEMENTS, _GPU_TILE_ELEMENTS = 2**18, 2**26
 
 
-def _moments(features: Tensor, tilt: Tensor, extreme: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over positions of w, w x and w x^2, [Q,R] each, where x = P - extreme and w = 2^(tilt x) <= 1.
+def _moments(features: Tensor, tilt: Tensor, extreme: Tensor, center: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over positions of w, w x and w x^2, [Q,R] each, where x = P - center and w = 2^(tilt (P - extreme)) <= 1.
 
     Args:
         features: P, [R,N].
         tilt: q log2 e, [Q,R].
         extreme: [Q,R], where w is 1.
+        center: [Q,R], near the tilted mean, so that the sums are small.
     """
-    offset = features[None] - extreme[..., None]
-    weight = (tilt[..., None] * offset).exp2_()
+    weight = (tilt[..., None] * (features[None] - extreme[..., None])).exp2_()
+    offset = features[None] - center[..., None]
     moment = weight * offset
     return weight.sum(-1), moment.sum(-1), (moment * offset).sum(-1)
 
 
 def _pull_back(features: Tensor, tilt: Tensor, extreme: Tensor, constant: Tensor, slope: Tensor) -> Tensor:
-    """Sum over semantic vectors of w (constant + slope x), [R,N]; constant and slope: [Q,R], the rest as in `_moments`."""
+    """Sum over semantic vectors of w (constant + slope (P - extreme)), [R,N]; constant and slope: [Q,R], the rest as in `_moments`."""
     offset = features[None] - extreme[..., None]
     weight = (tilt[..., None] * offset).exp2_()
     return (weight * (constant[..., None] + slope[..., None] * offset)).sum(0)
@@ -107,13 +108,13 @@ def compile_kernels(device: torch.device, rank: int) -> None:
 @torch.no_grad()
 def _call_kernels(device: torch.device, rank: int) -> None:
     features = torch.zeros(512, 30, device=device)
-    passes: list[tuple[Callable[..., Any], int]] = [(_moments, 2), (_pull_back, 4)]
+    passes: list[tuple[Callable[..., Any], int]] = [(_moments, 3), (_pull_back, 4)]
     for kernel, num_inputs in passes if rank % 2 == 0 else reversed(passes):
         # inputs of their own: one tensor given twice would make a kernel for just that
         _run_compiled(kernel, features, *(torch.zeros(20, 512, device=device) for _ in range(num_inputs)))
     with torch.inference_mode():  # its tensors are of another kind, which the compiler looks at anew
         features, vector = torch.zeros(512, 30, device=device), torch.zeros(20, 512, device=device)
-        _run_compiled(_moments, features, vector, vector.clone())
+        _run_compiled(_moments, features, vector, vector.clone(), vector.clone())
 
 
 def _tilt(semantics: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,12 +136,15 @@ class _TiltedMean(torch.autograd.Function):
         rows = features.transpose(1, 2).reshape(batch * width, positions).contiguous()
         low, high = rows.aminmax(dim=1)
         tilt, extreme = _tilt(semantics, low, high)
-        total, first, second = run(_moments, rows, tilt, extreme)
-        # of P - extreme: where one position has it all nothing cancels, elsewhere some N roundings at most
+        # The tilted mean is near the extreme where one position has most of the weight, near the plain mean where all N others together
+        # have more. A sum of distances from what is near loses nothing when it becomes a mean or a variance
+        plain = rows.mean(1).expand_as(extreme)
+        center = torch.where(tilt * (plain - extreme) > -math.log2(positions), plain, extreme)
+        total, first, second = run(_moments, rows, tilt, extreme, center)
         mean = first / total
-        ctx.save_for_backward(rows, semantics, low, high, total, mean, second / total - mean * mean)
+        ctx.save_for_backward(rows, semantics, low, high, total, center - extreme + mean, second / total - mean * mean)
         ctx.run = run
-        output: Tensor = (extreme + mean).view(-1, batch, width).transpose(0, 1).contiguous()
+        output: Tensor = (center + mean).view(-1, batch, width).transpose(0, 1).contiguous()
         return output
 
     @staticmethod
