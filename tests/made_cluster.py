@@ -30,7 +30,7 @@ RUN = (
     " --train.batch-size 10 --train.log-every 1 --resources.cpus-per-worker 2"
 )
 T = TypeVar("T")
-_RAY = "raylet|gcs_server|ray::|ray/_private|ray/dashboard"
+_RAY = "/raylet/raylet |gcs_server|ray::|ray/_private|ray/dashboard"
 
 
 @dataclass
