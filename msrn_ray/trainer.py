@@ -27,6 +27,7 @@ import pyarrow as pa
 import ray
 import ray.train
 import ray.train.torch
+from ray.data._internal.stats import get_or_create_stats_actor
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.util.queue import Queue
@@ -338,6 +339,8 @@ def run_in_folder(
         ray.get_runtime_context().get_node_id(), soft=False
     )  # else it is lost with another node
     events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    # likewise Ray Data's own: wherever it is first used, it outlives the run, and a machine that is set aside never gets idle and leaves
+    get_or_create_stats_actor()
     # elsewhere, as in a search, nothing can interrupt Ray Train
     in_main = threading.current_thread() is threading.main_thread()
     watchdog = Watchdog(
