@@ -72,14 +72,21 @@ class Cluster:
 
         return wait(found, lambda: f"{pattern} never came:\n{self.log(job)}", every=0.5)
 
-    def wait_for_machines(self, number: int = 2) -> None:
-        """Waits until so many machines of the cluster are there; Ray starts a lost one again by itself."""
+    def nodes(self) -> dict[str, str]:
+        """Ray's id of each machine that is there, by address; `ray status` goes on counting one that is lost."""
+        listed = (
+            self.hosts[0].run("RAY_AUTH_MODE=token ray list nodes -f state=ALIVE --format json", check=False).stdout
+        )
+        return {address: node for node, address in re.findall(r'"node_id": "(\w+)", "node_ip": "([\d.]+)"', listed)}
 
-        def there() -> bool:  # `ray status` goes on counting a machine that is lost
-            listed = self.hosts[0].run("RAY_AUTH_MODE=token ray list nodes -f state=ALIVE --format json", check=False)
-            return listed.stdout.count('"state": "ALIVE"') == number
+    def wait_for_machines(self) -> None:
+        """Waits until both are there: Ray starts a lost one again by itself."""
+        wait(lambda: len(self.nodes()) == 2, lambda: "there never were 2 machines", every=1)
 
-        wait(there, lambda: f"there never were {number} machines", every=1)
+    def wait_for_another(self, number: int, node: str) -> None:
+        """Waits until a machine is there with another id than that."""
+        address = self.hosts[number].address
+        wait(lambda: self.nodes().get(address, node) != node, lambda: f"{address} never came back", every=1)
 
     def wait_for_checkpoint(self, run: str, epoch: int, after: float = 0.0, half_way: bool = False) -> float:
         """When there is a checkpoint of the epoch, counted from 1, or of a later one; written `after` that time (seconds since 1970).
@@ -134,10 +141,10 @@ class Cluster:
 
     def restart(self, number: int) -> None:
         """Ends Ray on a machine, and waits until Ray has started it again."""
+        node = self.nodes().get(self.hosts[number].address, "")
         if self.has_ray(number):  # else it has ended by itself
             self.kill_ray(number)
-        self.wait_for_machines(1)
-        self.wait_for_machines()
+        self.wait_for_another(number, node)
 
     def has_ray(self, number: int) -> bool:
         """Whether anything of Ray is on a machine."""

@@ -180,6 +180,7 @@ def test_a_full_disk_on_the_second_machine(
     run = f"disk-{workers[0]}"
     job = start(cluster, run, f"--resources.num-workers {workers}")
     worker = cluster.hosts[1]
+    node = cluster.nodes()[worker.address]
     assert "No space left" in worker.run("cat /dev/zero > /fills", check=False).stdout
     try:
         fault = time.time()
@@ -189,10 +190,10 @@ def test_a_full_disk_on_the_second_machine(
             cluster.wait_for(job, r"val mAP \d")
     finally:
         worker.run("rm /fills")
-        cluster.restart(1)
     cluster.wait_for(job, r"val mAP \d")
     assert_finished(cluster, run)
     assert_as_quiet(cluster, run, quiet)
+    cluster.wait_for_another(1, node)
 
 
 def test_a_network_that_is_cut_for_half_a_minute(cluster: Cluster, quiet: list[dict[str, Any]], tell: Tell) -> None:
