@@ -186,7 +186,7 @@ def brought_up() -> Iterator[Cluster]:
             text = text.replace(f"{place}-CHANGE-ME", value)
         text = text.replace("ray start", "ray start --num-cpus=3 --object-store-memory=300000000")
         content = yaml.safe_load(
-            text.replace("export RAY_AUTH_MODE", "export RAY_raylet_start_wait_time_s=200 RAY_AUTH_MODE")
+            text.replace("export RAY_AUTH_MODE", "export RAY_raylet_start_wait_time_s=60 RAY_AUTH_MODE")
         )
         install = content["metadata"]["install"]
         content["setup_commands"] = ["true" if line == install else line for line in content["setup_commands"]]
