@@ -6,6 +6,7 @@ run that nothing disturbed.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
@@ -127,6 +128,16 @@ def test_what_cannot_work_is_refused_at_once(cluster: Cluster) -> None:
     assert told.returncode == 2
     assert "train.storage /root/runs: not the same folder on 10.77.0.3 as where the run was started" in told.stdout
     assert head.run("ls -A /root/runs").stdout == ""
+
+
+def test_a_job_has_a_name_in_the_dashboard(cluster: Cluster, quiet: list[dict[str, Any]]) -> None:
+    """The name that the README's command gives it is in what the dashboard's list of jobs is made of."""
+    told = cluster.on_laptop(
+        'curl -sS -H "Authorization: Bearer $(cat ~/.ray/auth_token)" http://localhost:8265/api/jobs/'
+    )
+    (job,) = [each for each in json.loads(told) if each["metadata"].get("job_name") == "quiet"]
+    assert job["status"] == "SUCCEEDED"
+    assert "--train.run-name quiet" in job["entrypoint"]
 
 
 def test_prometheus_on_the_head_sees_both_machines(cluster: Cluster, quiet: list[dict[str, Any]]) -> None:
