@@ -132,12 +132,14 @@ def test_what_cannot_work_is_refused_at_once(cluster: Cluster) -> None:
 
 def test_a_job_has_a_name_in_the_dashboard(cluster: Cluster, quiet: list[dict[str, Any]]) -> None:
     """The name that the README's command gives it is in what the dashboard's list of jobs is made of."""
-    told = cluster.on_laptop(
-        'curl -sS -H "Authorization: Bearer $(cat ~/.ray/auth_token)" http://localhost:8265/api/jobs/'
-    )
-    (job,) = [each for each in json.loads(told) if each["metadata"].get("job_name") == "quiet"]
-    assert job["status"] == "SUCCEEDED"
-    assert "--train.run-name quiet" in job["entrypoint"]
+    ask = 'curl -sS -H "Authorization: Bearer $(cat ~/.ray/auth_token)" http://localhost:8265/api/jobs/'
+
+    def listed() -> dict[str, Any]:
+        (job,) = [each for each in json.loads(cluster.on_laptop(ask)) if each["metadata"].get("job_name") == "quiet"]
+        return dict(job)
+
+    wait(lambda: listed()["status"] == "SUCCEEDED", lambda: f"it did not end: {listed()}", every=1)
+    assert "--train.run-name quiet" in listed()["entrypoint"]
 
 
 def test_prometheus_on_the_head_sees_both_machines(cluster: Cluster, quiet: list[dict[str, Any]]) -> None:
