@@ -414,8 +414,12 @@ def run_elastic(
 
 
 def run_trainer(trainer: TorchTrainer) -> ray.train.Result:
-    """`fit`, with a worker's error that the user can mend raised as itself instead of inside Ray's, and Ctrl-C as KeyboardInterrupt."""
-    before = signal.getsignal(signal.SIGINT)
+    """`fit`, with a worker's error that the user can mend raised as itself instead of inside Ray's, and Ctrl-C and SIGTERM (as
+    `ray job stop` sends) as KeyboardInterrupt."""
+    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    in_main = threading.current_thread() is threading.main_thread()  # elsewhere Ray sets no handler
+    if in_main:
+        signal.signal(signal.SIGTERM, _stop)
     try:
         return trainer.fit()
     except ray.train.TrainingFailedError as failure:
@@ -434,5 +438,17 @@ def run_trainer(trainer: TorchTrainer) -> ray.train.Result:
     except SystemExit:  # Ray's handler of SIGINT stops the workers and then exits
         raise KeyboardInterrupt from None
     finally:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Ray sets no handler
-            signal.signal(signal.SIGINT, before)
+        if in_main:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for which, handler in before.items():
+                signal.signal(which, handler)
+
+
+def _stop(*_: object) -> None:
+    """What SIGTERM does: as Ctrl-C, Ray Train gives back what the run has asked of the cluster, which would else be held for three minutes.
+
+    `ray job stop` kills after 3 s, and Ray may have been ended as well (`timeout` ends both): then without.
+    """
+    signal.signal(signal.SIGALRM, lambda *_: sys.exit())
+    signal.setitimer(signal.ITIMER_REAL, 1.5)
+    signal.raise_signal(signal.SIGINT)

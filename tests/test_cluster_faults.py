@@ -11,6 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -269,21 +270,26 @@ def test_a_lost_machine_one_that_joins_a_notice_a_stopped_job_and_the_same_job_a
     assert done >= EPOCHS
     job = cluster.submit("long", options)
     cluster.wait_for_checkpoint("long", done + 1)
-    assert f"epochs {done + 1} to 1000" in cluster.wait_for(job, "training on 2 x cpu")
+    told = cluster.wait_for(job, "training on 2 x cpu")
+    assert f"epochs {done + 1} to 1000" in told
+    assert "no sign of life" not in told, "what the stopped job had asked of the cluster was given back"
     cluster.stop(job)
     assert cluster.state("long")[1] == "interrupted"
     cluster.assert_whole("long")
     assert_as_quiet(cluster, "long", quiet)
 
-    # the same epochs, undisturbed; over so many, rounding in another order grows
+    # the same epochs, undisturbed; over so many, rounding in another order grows, so means over ten of them are compared
     done = len(cluster.lines("long"))
     job = cluster.submit("calm", options.replace("1..2", "2"))
     cluster.wait_for_checkpoint("calm", done)
     cluster.wait_for(job, f"epoch {done}/1000  train/loss")
     cluster.stop(job)
-    for line, other in zip(cluster.lines("long"), cluster.lines("calm"), strict=False):
-        assert line["train/loss"] == pytest.approx(other["train/loss"], rel=0.02), line["epoch"]
-        assert line["val/mAP"] == pytest.approx(other["val/mAP"], abs=0.05), line["epoch"]
+    for first in range(0, done - 9, 10):
+        for name, noise in (("train/loss", {"rel": 0.1}), ("val/loss", {"rel": 0.1}), ("val/mAP", {"abs": 0.03})):
+            long, calm = (
+                fmean(line[name] for line in cluster.lines(run)[first : first + 10]) for run in ("long", "calm")
+            )
+            assert long == pytest.approx(calm, **noise), (first, name)
 
 
 def test_sigterm_for_the_watcher_is_a_notice_too(cluster: Cluster, tell: Tell) -> None:
