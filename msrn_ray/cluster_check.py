@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from .cluster_file import machine_resources, most_resources, read_cluster
+from .cluster_file import FAMILIES, machine_resources, most_resources, read_cluster
 from .config import ExperimentConfig
 from .errors import UserError
 from .resources import fit
@@ -53,7 +53,10 @@ def check_cluster(path: Path) -> list[str]:
         return [*findings, f"{place or 'the file'}: {error.message.splitlines()[0]}"]
     except (ValueError, click.ClickException) as error:
         return [*findings, f"Ray refuses it: {error}"]
-    return [*findings, *_versions(config), *_starts(config), *_openings(config), *_files(config), *_machines(config)]
+    except (AttributeError, KeyError, NotImplementedError, TypeError) as error:  # Ray's schema lets such through
+        return [*findings, f"Ray cannot read it, a field has a value of another kind than it should ({error})"]
+    checks = (_versions, _starts, _openings, _files, _own_machines, _machines)
+    return [*findings, *(finding for check in checks for finding in check(config))]
 
 
 def check_preset(path: Path, config: ExperimentConfig) -> str:
@@ -166,6 +169,9 @@ def _openings(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _files(config: Mapping[str, Any]) -> Iterator[str]:
+    key = config["auth"].get("ssh_private_key")
+    if key is not None and not Path(key).expanduser().exists():
+        yield f"auth.ssh_private_key: {key} is not there; `ray up` would wait for SSH for 15 minutes"
     if not any(target.endswith(".ray/auth_token") for target in config["file_mounts"]):
         yield "file_mounts: add `~/.ray/auth_token: ~/.ray/auth_token`, or the machines refuse each other"
     for target, source in config["file_mounts"].items():
@@ -195,6 +201,11 @@ def _machines(config: Mapping[str, Any]) -> Iterator[str]:
     for name, kind in config["available_node_types"].items():
         machine = kind["node_config"]
         place = f"available_node_types.{name}"
+        for limit in ("min_workers", "max_workers"):
+            if kind.get(limit, 0) < 0:
+                yield f"{place}: {limit} {kind[limit]} is below 0"
+        if not isinstance(machine.get("BlockDeviceMappings", []), list):
+            yield f"{place}: node_config.BlockDeviceMappings must be a list"
         spot = _is_spot(kind)
         if spot and name == head:
             yield f"{place}: the head must not be a spot machine, a run ends with it"
@@ -206,11 +217,25 @@ def _machines(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{place}: add node_config.ImageId; Ray's default image is too old for torch"
         known = machine_resources(str(machine.get("InstanceType")))
         said = {resource: kind["resources"].get(resource, 0) for resource in ("CPU", "GPU")}
+        if known is None and str(machine.get("InstanceType")).partition(".")[0] in FAMILIES:
+            yield f"{place}: AWS has no machine {machine['InstanceType']}"
         if name != head and known is not None and known != said:
             numbers = f"{said['CPU']} CPUs and {said['GPU']} GPUs"
             yield f"{place}: resources say {numbers}, a {machine['InstanceType']} has {known['CPU']} and {known['GPU']}"
 
 
+def _own_machines(config: Mapping[str, Any]) -> Iterator[str]:
+    """Of provider local: their addresses."""
+    if config["provider"]["type"] != "local":
+        return
+    head, workers = config["provider"].get("head_ip"), config["provider"].get("worker_ips")
+    if head in workers or len(set(workers)) < len(workers):
+        yield "provider.worker_ips: an address stands there twice, or is the head's; each machine runs Ray once"
+    for address in [head, *workers]:
+        if str(address) == "localhost" or str(address).startswith("127."):
+            yield f"provider: {address} means the machine itself on each machine; give the address by which the others reach it"
+
+
 def _is_spot(kind: Mapping[str, Any]) -> bool:
-    market: str | None = kind["node_config"].get("InstanceMarketOptions", {}).get("MarketType")
-    return market == "spot"
+    market = kind["node_config"].get("InstanceMarketOptions")
+    return isinstance(market, dict) and market.get("MarketType") == "spot"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ class Plan:
     batch_size: int | None = None
     """Images of a step (`train.batch_size`). None: the preset's."""
     images: int | None = None
-    """Images of an epoch. None: those of the benchmark."""
+    """Images of an epoch. None: those of the benchmark, less what the protocol takes for val."""
     labels: int | None = None
     """Labels. None: those of the benchmark."""
     dollars: float | None = None
@@ -97,10 +98,13 @@ class Plan:
             "decode_rate",
             "images",
             "labels",
+            "dollars",
         ):
             value = getattr(self, option)
-            if value is not None and value <= 0:
-                raise UserError(f"--{option.replace('_', '-')} {value:g}: must be greater than 0")
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"--{option.replace('_', '-')} {value:g}: must be greater than 0, and finite")
+        if self.efficiency > 1:
+            raise UserError(f"--efficiency {self.efficiency:g}: a part of the peak, 1 at most")
         config = PRESETS[self.preset].config
         if self.batch_size is not None:
             config = config.with_overrides({"train.batch_size": self.batch_size})

@@ -20,6 +20,7 @@ _GPUS = {  # machines of AWS with GPUs: how many each size has
     "p5": {"48xlarge": 8},
 }
 _CPU_FAMILIES = ("c5", "c6i", "c7i", "m5", "m6i", "m7i", "r5", "r6i")
+FAMILIES = (*_GPUS, *_CPU_FAMILIES)  # those of which `machine_resources` knows every size
 
 
 def read_cluster(path: Path) -> dict[str, Any]:

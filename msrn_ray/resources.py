@@ -23,9 +23,7 @@ from .errors import NoDecodeCpuError, UserError
 
 # Between two requests for machines: a cluster has one request at a time, and runs that are going on overwrite it every 20 s
 _ASK_SECONDS = 5.0
-
-
-_OWN_ADDRESS = "127.0.0.1"
+_OWN_ADDRESS = "127.0.0.1"  # of a cluster that `connect` starts: no other machine can reach it
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def connect(settings: ResourceSettings, *, runs: int = 1) -> None:
     if address:
         try:
             ray.init(**quiet)
-        except ConnectionError as error:
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
             raise UserError(_why_not_joined(address, error)) from None
         return
     cores = usable_cores()
@@ -99,12 +97,12 @@ def is_own_cluster() -> bool:
     return all(node["NodeManagerAddress"] == _OWN_ADDRESS for node in ray.nodes())
 
 
-def _why_not_joined(address: str, error: ConnectionError) -> str:
+def _why_not_joined(address: str, error: Exception) -> str:
+    mend = "set RAY_AUTH_MODE=token, with the token that it was started with in ~/.ray/auth_token or RAY_AUTH_TOKEN"
+    if isinstance(error, ray.exceptions.AuthenticationError):
+        return f"RAY_ADDRESS {address}: there is no token for the cluster on this machine (it would answer 401); {mend}"
     if "InvalidAuthToken" in str(error.__cause__):  # Ray has put it into words
-        return (
-            f"RAY_ADDRESS {address}: the cluster refuses this machine's token (401); set RAY_AUTH_MODE=token, with the token that it"
-            " was started with in ~/.ray/auth_token or RAY_AUTH_TOKEN"
-        )
+        return f"RAY_ADDRESS {address}: the cluster refuses this machine's token (401); {mend}"
     return f"RAY_ADDRESS {address}: no cluster answers there ({error})"
 
 
@@ -210,7 +208,14 @@ def _wait_for_machines(settings: ResourceSettings, most: Mapping[str, int]) -> N
                 asked = time.monotonic()
                 ray.autoscaler.sdk.request_resources(bundles=[*[bundle] * fewest, {"CPU": 1}])
             if time.monotonic() > end:
-                fit(firmly, *_there(), owner=f"after resources.wait_minutes={settings.wait_minutes:g} the cluster has")
+                try:
+                    fit(
+                        firmly,
+                        *_there(),
+                        owner=f"after resources.wait_minutes={settings.wait_minutes:g} the cluster has",
+                    )
+                except UserError as error:
+                    raise UserError(f"{error}; `ray status` on the head says why none came") from None
             time.sleep(1)
     finally:
         if asked is not None:

@@ -147,9 +147,13 @@ def list_runs(storage: Path) -> list[RunSummary]:
 
 def summarize(folder: Path) -> RunSummary:
     """What the files of a run folder say, damaged ones included."""
-    history = read_history(folder / METRICS_FILE)
-    scores = [line["val/mAP"] for line in history if not math.isnan(line["val/mAP"])]
     epochs, wrong = 0, ""
+    try:
+        history = read_history(folder / METRICS_FILE)
+        scores = [line["val/mAP"] for line in history if not math.isnan(line["val/mAP"])]
+        last = int(history[-1]["epoch"]) if history else 0
+    except (ValueError, KeyError, TypeError, AttributeError):
+        scores, last, wrong = [], 0, f"{METRICS_FILE} is damaged"
     try:
         epochs = load_config(folder / CONFIG_FILE).train.epochs
     except UserError as error:
@@ -165,7 +169,7 @@ def summarize(folder: Path) -> RunSummary:
     return RunSummary(
         folder.name,
         state,
-        int(history[-1]["epoch"]) if history else 0,
+        last,
         epochs,
         max(scores, default=math.nan),
         said.get("started", math.nan),

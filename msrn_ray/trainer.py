@@ -52,6 +52,8 @@ from .worker import train_loop_per_worker
 # Ray Train's view of the cluster is up to 20 s old: how long it tries to start workers before it looks again, and how often it looks
 # whether there is room for more
 _ROOM_SECONDS = 20.0
+# A run that is told to stop gets so long for that before it only ends; `cluster/*.yaml` have `ray job stop` wait for 20 s
+_STOP_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -339,7 +341,8 @@ def run_in_folder(
         ray.get_runtime_context().get_node_id(), soft=False
     )  # else it is lost with another node
     events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    # likewise Ray Data's own: wherever it is first used, it outlives the run, and a machine that is set aside never gets idle and leaves
+    # likewise Ray Data's own, if no job before has one: it lies where it is first used and outlives the run, and a machine with it that is
+    # set aside never gets idle and leaves
     get_or_create_stats_actor()
     # elsewhere, as in a search, nothing can interrupt Ray Train
     in_main = threading.current_thread() is threading.main_thread()
@@ -416,12 +419,9 @@ def run_elastic(
 def run_trainer(trainer: TorchTrainer) -> ray.train.Result:
     """`fit`, with a worker's error that the user can mend raised as itself instead of inside Ray's, and Ctrl-C and SIGTERM (as
     `ray job stop` sends) as KeyboardInterrupt."""
-    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
-    in_main = threading.current_thread() is threading.main_thread()  # elsewhere Ray sets no handler
-    if in_main:
-        signal.signal(signal.SIGTERM, _stop)
     try:
-        return trainer.fit()
+        with _stopping():
+            return trainer.fit()
     except ray.train.TrainingFailedError as failure:
         errors = [getattr(failure, "controller_failure", None), *getattr(failure, "worker_failures", {}).values()]
         for error in errors:
@@ -437,18 +437,30 @@ def run_trainer(trainer: TorchTrainer) -> ray.train.Result:
         raise
     except SystemExit:  # Ray's handler of SIGINT stops the workers and then exits
         raise KeyboardInterrupt from None
-    finally:
-        if in_main:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            for which, handler in before.items():
-                signal.signal(which, handler)
 
 
-def _stop(*_: object) -> None:
-    """What SIGTERM does: as Ctrl-C, Ray Train gives back what the run has asked of the cluster, which would else be held for three minutes.
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """SIGTERM is as Ctrl-C, so that Ray Train gives back what the run has asked of the cluster, which would else be held for three minutes.
 
-    `ray job stop` kills after 3 s, and Ray may have been ended as well (`timeout` ends both): then without.
+    Where that takes long, or Ray is gone as well (`timeout` ends both), the run stops without.
     """
-    signal.signal(signal.SIGALRM, lambda *_: sys.exit())
-    signal.setitimer(signal.ITIMER_REAL, 1.5)
-    signal.raise_signal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Ray sets no handler
+        yield
+        return
+    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
+    again = threading.Timer(_STOP_SECONDS, os.kill, (os.getpid(), signal.SIGTERM))
+
+    def stop(*_: object) -> None:
+        if again.ident is not None:
+            sys.exit()
+        again.start()
+        signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        again.cancel()
+        for which, handler in before.items():
+            signal.signal(which, handler)

@@ -142,13 +142,13 @@ class Cluster:
     def restart(self, number: int) -> None:
         """Ends Ray on a machine, and waits until Ray has started it again."""
         node = self.nodes().get(self.hosts[number].address, "")
-        if self.has_ray(number):  # else it has ended by itself
+        if self.hosts[number].processes(_RAY):  # else it has ended by itself
             self.kill_ray(number)
         self.wait_for_another(number, node)
 
     def has_ray(self, number: int) -> bool:
-        """Whether anything of Ray is on a machine."""
-        return bool(self.hosts[number].processes(_RAY))
+        """Whether anything of Ray is on a machine, or starts or stops it."""
+        return bool(self.hosts[number].processes(f"{_RAY}|ray start|ray stop"))
 
     def assert_whole(self, run: str) -> None:
         """Each epoch so far trained on every image once, and what is kept can be read.

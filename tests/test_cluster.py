@@ -39,9 +39,11 @@ Change = Callable[[dict[str, Any]], object]
 
 @pytest.fixture(autouse=True)
 def at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In the project's folder, as `ray up` is called, with a token in the home folder."""
+    """In the project's folder, as `ray up` is called, with a token and a key in the home folder."""
     (tmp_path / "home/.ray").mkdir(parents=True)
     (tmp_path / "home/.ray/auth_token").write_text("secret")
+    (tmp_path / "home/.ssh").mkdir()
+    (tmp_path / "home/.ssh/msrn").write_text("secret")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(ROOT)
 
@@ -106,6 +108,21 @@ def open_port(first: int, last: int, source: str) -> Change:
         (GPU_YAML, lambda c: c.update(head_node_type="hed"), ["head_node_type"]),
         (GPU_YAML, lambda c: c.update(max_workers=0) or c["available_node_types"]["decode"].update(min_workers=1), ["max_workers"]),
         (LOCAL_YAML, lambda c: c["provider"].pop("head_ip"), ["head_ip"]),
+        (LOCAL_YAML, lambda c: c["provider"].update(worker_ips=None), ["a value of another kind"]),
+        (LOCAL_YAML, lambda c: c["provider"].update(worker_ips="10.0.0.2"), ["worker_ips: '10.0.0.2' is not of type 'array'"]),
+        (LOCAL_YAML, lambda c: c["provider"].update(worker_ips=["10.0.0.1"]), ["stands there twice, or is the head's"]),
+        (LOCAL_YAML, lambda c: c["provider"].update(head_ip="localhost"), ["localhost means the machine itself"]),
+        (LOCAL_YAML, lambda c: c["auth"].update(ssh_private_key="~/.ssh/none"), ["~/.ssh/none is not there"]),
+        (GPU_YAML, lambda c: c["provider"].update(type="awss"), ["cannot read it"]),
+        (GPU_YAML, lambda c: c.update(head_setup_commands="pip install boto3"), ["a value of another kind"]),
+        (GPU_YAML, in_type("gpu_spot", InstanceMarketOptions="spot"), []),
+        (GPU_YAML, in_type("gpu_spot", InstanceType="g5.3xlarge"), ["AWS has no machine g5.3xlarge"]),
+        (GPU_YAML, in_type("decode", BlockDeviceMappings=200), ["BlockDeviceMappings must be a list"]),
+        (
+            GPU_YAML,
+            lambda c: c["available_node_types"]["decode"].update(min_workers=-1, max_workers=-1),
+            ["min_workers -1 is below 0", "max_workers -1 is below 0"],
+        ),
         (LOCAL_YAML, lambda c: in_all(c, "RAY_enable_autoscaler_v2=0", ""), ["RAY_enable_autoscaler_v2=0", "never starts"]),
         (
             GPU_YAML,
@@ -129,7 +146,7 @@ def open_port(first: int, last: int, source: str) -> Change:
         (GPU_YAML, lambda c: c["rsync_exclude"].remove(".venv"), ["rsync_exclude: add .venv"]),
         (
             LOCAL_YAML,
-            lambda c: Path("~/.ssh").expanduser().mkdir() or c["file_mounts"].update({"~/all": "~"}),
+            lambda c: c["file_mounts"].update({"~/all": "~"}),
             ["file_mounts.~/all: .ssh would be copied to every machine; name what is needed instead of ~"],
         ),
         (

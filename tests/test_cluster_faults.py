@@ -70,11 +70,11 @@ def quiet(cluster: Cluster) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def tell(capsys: pytest.CaptureFixture[str]) -> Tell:
-    """Prints how long a fault held a run up."""
+    """Prints how long it took from a fault, unless it says else, to the first checkpoint of new workers."""
 
     def line(fault: str, seconds: float) -> None:
         with capsys.disabled():
-            print(f"\n{fault}: {seconds:.1f} s from the fault to the first checkpoint after it")
+            print(f"\n{fault}: {seconds:.1f} s")
 
     return line
 
@@ -107,14 +107,20 @@ def recovered(cluster: Cluster, job: str, run: str, workers: str = r"\d", times:
 
 def test_only_who_has_the_token_gets_in(cluster: Cluster) -> None:
     listing = "ray job list --address http://localhost:8265"
-    assert "SubmissionStatus" not in cluster.on_laptop(listing), "there is no job yet"
+    assert "submission_id" not in cluster.on_laptop(listing), "there is no job yet"
     for attempt in ("RAY_AUTH_TOKEN=wrong", "RAY_AUTH_MODE=disabled"):
         told = cluster.on_laptop(f"export {attempt}; {listing}", check=False)
         assert re.search("Unauthorized|Forbidden|401|403", told), told
-    join = f"export RAY_AUTH_TOKEN=wrong RAY_ADDRESS={cluster.hosts[0].address}:6379; {RUN} --train.storage {RUNS}"
-    told = cluster.hosts[0].run(f"cd {ROOT}; export RAY_AUTH_MODE=token; {join}", check=False).stdout
-    assert "msrn: error: RAY_ADDRESS 10.77.0.2:6379: the cluster refuses this machine's token (401)" in told
-    assert "Traceback" not in told
+    join = f"export RAY_ADDRESS={cluster.hosts[0].address}:6379; {RUN} --train.storage {RUNS}"
+    for attempt, words in (
+        ("RAY_AUTH_MODE=token RAY_AUTH_TOKEN=wrong", "the cluster refuses this machine's token (401)"),
+        ("RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=/missing", "no token for the cluster on this machine"),
+        ("RAY_AUTH_MODE=disabled", "(401)"),
+    ):
+        told = cluster.hosts[0].run(f"cd {ROOT}; export {attempt}; {join}", check=False).stdout
+        assert "msrn: error: RAY_ADDRESS 10.77.0.2:6379: " in told, told
+        assert words in told, told
+        assert "Traceback" not in told
     assert not (cluster.hosts.shared / "runs").exists()
 
 
@@ -267,11 +273,12 @@ def test_a_lost_machine_one_that_joins_a_notice_a_stopped_job_and_the_same_job_a
     cluster.stop(job)
     assert cluster.state("long")[1] == "interrupted"
     done = len(cluster.lines("long"))
-    assert done >= EPOCHS
+    assert done >= 20
     job = cluster.submit("long", options)
-    cluster.wait_for_checkpoint("long", done + 1)
     told = cluster.wait_for(job, "training on 2 x cpu")
-    assert f"epochs {done + 1} to 1000" in told
+    (first,) = re.findall(r"epochs (\d+) to 1000", told)
+    assert done <= int(first) <= done + 2, "a line may be written a little before or after its checkpoint is listed"
+    cluster.wait_for_checkpoint("long", int(first))
     assert "no sign of life" not in told, "what the stopped job had asked of the cluster was given back"
     cluster.stop(job)
     assert cluster.state("long")[1] == "interrupted"
@@ -285,7 +292,7 @@ def test_a_lost_machine_one_that_joins_a_notice_a_stopped_job_and_the_same_job_a
     cluster.wait_for(job, f"epoch {done}/1000  train/loss")
     cluster.stop(job)
     for first in range(0, done - 9, 10):
-        for name, noise in (("train/loss", {"rel": 0.1}), ("val/loss", {"rel": 0.1}), ("val/mAP", {"abs": 0.03})):
+        for name, noise in (("train/loss", {"rel": 0.08}), ("val/loss", {"rel": 0.05}), ("val/mAP", {"abs": 0.02})):
             long, calm = (
                 fmean(line[name] for line in cluster.lines(run)[first : first + 10]) for run in ("long", "calm")
             )
@@ -312,21 +319,31 @@ def test_sigterm_for_the_watcher_is_a_notice_too(cluster: Cluster, tell: Tell) -
 
 
 def test_a_network_that_is_cut_for_good(cluster: Cluster, quiet: list[dict[str, Any]], tell: Tell) -> None:
-    """After a minute without an answer the machine counts as lost, and it gives up as well."""
+    """After a minute without an answer the machine counts as lost, and it gives up as well; once it can be reached it is taken in again."""
+    worker = cluster.hosts[1]
+    node = cluster.nodes()[worker.address]
     job = start(cluster, "away", "--resources.num-workers 1..2")
     fault = time.time()
-    cluster.hosts[1].cut_off()
+    worker.cut_off()
     try:
         tell("network cut for good", recovered(cluster, job, "away", workers="1") - fault)
         cluster.wait_for(job, r"val mAP \d")
         assert_finished(cluster, "away")
-        wait(lambda: not cluster.has_ray(1), lambda: "something of Ray is still there", 1)
+        # all that computes or holds data; Ray's log monitor alone learns of nothing before the network is back
+        wait(lambda: not worker.processes("/raylet/raylet |ray::"), lambda: "something of Ray is still there", 1)
     finally:
-        cluster.hosts[1].join()
+        worker.join()
     assert_as_quiet(cluster, "away", quiet)
+    joined = time.time()
+    cluster.wait_for_another(1, node)
+    tell("taken in again", time.time() - joined)
+    wait(lambda: len(worker.processes("log_monitor.py")) == 1, lambda: "the old log monitor is still there", 1)
 
 
 def test_down_leaves_no_process(cluster: Cluster) -> None:
     """Last of this file: it ends the cluster. Workers notice that the head is gone within a minute."""
+    cluster.wait_for_machines()
     cluster.on_laptop(f"ray down -y {FILE}")
     wait(lambda: not (cluster.has_ray(0) or cluster.has_ray(1)), lambda: "something of Ray is still there", 1)
+    time.sleep(30)
+    assert [cluster.has_ray(0), cluster.has_ray(1)] == [False, False], "nothing starts it again"

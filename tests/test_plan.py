@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -80,6 +81,23 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert "dollars" in out
     assert "dollars" not in run("coco2014", *gpus)[1]
     assert "say --images and --labels" in run("manifest", *gpus)[2]
-    assert run("manifest", *gpus, "--images", "1000", "--labels", "5")[0] == 0
+    told = run("manifest", *gpus, "--images", "1000", "--labels", "5", "--dollars", "2", "--decode-rate", "10")[1]
+    config = PRESETS["manifest"].config
+    rate = float(re.findall(rf"^{config.model.head} .*?([\d.]+)$", told, re.MULTILINE)[0])
+    epochs = config.train.epochs
+    assert float(re.findall(r"decoding: ([\d.]+) CPUs a GPU", told)[0]) == pytest.approx(rate / 4 / 10, rel=0.1)
+    assert float(re.findall(r"an epoch of 1,000 images: (\d+) s", told)[0]) == pytest.approx(1000 / rate, rel=0.1)
+    price = float(re.findall(r"([\d,]+) dollars at 2 a GPU", told)[0])
+    assert price == pytest.approx(epochs * 1000 / rate / 3600 * 4 * 2, rel=0.1, abs=0.5)
+    assert "an epoch of 73,873 images" in out, "a tenth of train is val"
+    assert "one GPU alone would do 64 images/s, so more do not pay off (0.2 times)" in out
+    assert "one GPU alone" not in run("coco2014", "--gpus", "1", *gpus[2:])[1]
+    assert re.search(
+        r"alone would do \d+ images/s: 3\.\d times as many with all",
+        run("coco2014", *gpus[:4], "--network-gbps", "1000")[1],
+    )
+    assert "--dollars -1: must be greater than 0" in run("coco2014", *gpus, "--dollars", "-1")[2]
+    assert "--network-gbps nan: must be" in run("coco2014", *gpus[:4], "--network-gbps", "nan")[2]
+    assert "--efficiency 5: a part of the peak" in run("coco2014", *gpus, "--efficiency", "5")[2]
     assert "train.batch_size=16 leaves some of 17 GPUs" in run("coco2014", "--gpus", "17", *gpus[2:])[2]
     assert "--network-gbps 0: must be greater than 0" in run("coco2014", *gpus[:4], "--network-gbps", "0")[2]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
@@ -123,6 +127,38 @@ def test_room_that_never_comes_back_is_told_with_the_numbers(monkeypatch: pytest
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 3.0, "GPU": 1.0})
     with pytest.raises(UserError, match=r"no room for 2 workers .* 3 CPUs and 1 GPUs now.*num_workers.*--resume"):
         run_trainer(failing(ControllerError(WorkerGroupStartupTimeoutError(2))))
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_sigterm_stops_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch, hangs: bool) -> None:
+    """Ray's handler of SIGINT, which gives back what the run has asked for, and exits; or never comes to an end."""
+    monkeypatch.setattr("msrn_ray.trainer._STOP_SECONDS", 0.2)
+    both = signal.SIGINT, signal.SIGTERM
+    before = [signal.getsignal(which) for which in both]
+    timer = signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    stopped = []
+
+    def abort(*_: object) -> None:
+        stopped.append(True)
+        if hangs:
+            time.sleep(100)
+        sys.exit(0)
+
+    def fit() -> None:
+        signal.signal(signal.SIGINT, abort)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(100)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_trainer(cast(Any, SimpleNamespace(fit=fit)))
+    assert stopped == [True]
+    assert [signal.getsignal(which) for which in both] == before
+    assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == timer, "the caller's own, as of a test's time limit"
+
+
+def test_sigterm_before_ray_has_its_handler() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_trainer(cast(Any, SimpleNamespace(fit=lambda: os.kill(os.getpid(), signal.SIGTERM))))
 
 
 @pytest.mark.parametrize(
