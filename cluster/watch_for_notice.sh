@@ -19,8 +19,10 @@ subprocess.run(
 PYTHON
 }
 
-trap announce TERM
+told=
+trap 'told=1' TERM
 while true; do
+  [ -z "$told" ] || announce
   token=$(curl -s -m 2 -X PUT "$metadata/api/token" -H "X-aws-ec2-metadata-token-ttl-seconds: 60")
   if curl -sf -m 2 -o /dev/null -H "X-aws-ec2-metadata-token: $token" "$metadata/meta-data/spot/instance-action"; then
     announce

@@ -306,6 +306,19 @@ def test_a_cluster_that_cannot_be_joined(monkeypatch: pytest.MonkeyPatch, cause:
         connect(ResourceSettings())
 
 
+def test_a_missing_token_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: Any) -> None:
+        raise ray.exceptions.AuthenticationError("Token authentication is enabled but no token was found")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(
+        UserError, match=r"10\.0\.0\.1:6379: there is no token .* \(it would answer 401\); set RAY_AUTH_MODE=token"
+    ):
+        connect(ResourceSettings())
+
+
 def test_ray_that_is_up_is_left_alone(started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     connect(ResourceSettings(num_workers=100))

@@ -193,6 +193,16 @@ def test_the_list(tmp_path: Path) -> None:
         list_runs(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    "line", [b'{"epoch": 1}', b'{"epoch": 1, "val/mAP": "high"}', b"{torn}", b"[1, {}]}", b"\xff\xfe}", b"[{}"]
+)
+def test_damaged_figures_hide_no_other_run(tmp_path: Path, line: bytes) -> None:
+    make_run(tmp_path / "whole", (0.5,))
+    (make_run(tmp_path / "damaged", (0.5,)) / METRICS_FILE).write_bytes(line + b"\n")
+    told = {run.name: (run.epoch, run.reason) for run in list_runs(tmp_path)}
+    assert told == {"whole": (1, ""), "damaged": (0, "metrics.jsonl is damaged")}
+
+
 def test_the_table() -> None:
     nan = math.nan
     runs = [
