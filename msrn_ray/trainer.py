@@ -354,6 +354,7 @@ def run_in_folder(
     )
     try:
         try:
+            # of a run that is resumed the state is kept already, see `train`; one that a search starts has only this
             with kept_state(folder), listening(events, log, watchdog):
                 build = partial(build_trainer, config, placed, run_name=folder.name, events=events, callbacks=callbacks)
                 try:
@@ -379,13 +380,13 @@ def make_folder(folder: Path, config: ExperimentConfig) -> None:
     Raises:
         OSError: if it is there already, or cannot be written.
     """
-    partial = folder.with_name(f".{folder.name}_{secrets.token_hex(4)}")
-    partial.mkdir(parents=True)
+    unfinished = folder.with_name(f".{folder.name}_{secrets.token_hex(4)}")
+    unfinished.mkdir(parents=True)
     try:
-        config.save(partial / CONFIG_FILE)
-        os.rename(partial, folder)
+        config.save(unfinished / CONFIG_FILE)
+        os.rename(unfinished, folder)
     except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
 
