@@ -243,11 +243,12 @@ def test_a_lost_machine_one_that_joins_a_notice_a_stopped_job_and_the_same_job_a
     cluster.wait_for_checkpoint("long", 1)
     assert cluster.state("long")[1] == "running"
 
+    # without the key Ray cannot reach the machine, and does not start it again before the run goes on with one worker
+    cluster.hosts[0].run("mv ray_bootstrap_key.pem away.pem")
     fault = time.time()
     cluster.kill_ray(1)
     tell("lost machine", recovered(cluster, job, "long", workers="1") - fault)
-
-    # Ray starts it again
+    cluster.hosts[0].run("mv away.pem ray_bootstrap_key.pem")
     cluster.wait_for_machines()
     joined = time.time()
     tell("joined machine", recovered(cluster, job, "long", workers="2", times=2) - joined)
