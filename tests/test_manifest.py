@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from msrn_ray.config import ExperimentConfig
@@ -180,6 +180,7 @@ def label_tables(draw: st.DrawFn) -> tuple[list[str], list[str], npt.NDArray[np.
 @pytest.mark.parametrize("form", FORMS)
 @settings(max_examples=40, deadline=None)  # files take their time
 @given(table=label_tables())
+@example(table=(["0"], ["0", "TAGS"], np.ones((1, 2), np.int8)))  # a label that is called as a column of lists is
 def test_what_is_written_is_read(form: str, table: tuple[list[str], list[str], npt.NDArray[np.int8]]) -> None:
     images, labels, targets = table
     rows = [

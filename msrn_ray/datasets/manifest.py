@@ -67,7 +67,7 @@ def read_manifest(
         place: the file. Relative paths of images start from its folder and stay below it.
         image_column: where the images are; None: the one that is named as in `IMAGE_COLUMNS`.
         label_column: the column that lists the labels; None: the one that is named as in `LABEL_COLUMNS`, and without
-            one every column that is not image, split or id is a label.
+            one, or where each of `label_names` has a column, every column that is not image, split or id is a label.
         label_separator: between labels in a text; None: found, see `split_lists`.
         label_names: all labels in their order; None: those that occur, in alphabetical order. Of label columns it
             names those to use.
@@ -152,7 +152,9 @@ def _choose_columns(
             f"{place}: no column is named as columns of images are ({', '.join(IMAGE_COLUMNS)}), {there};"
             " say which one it is (--data.image-column NAME)"
         )
-    listed = label_column or usual("label", LABEL_COLUMNS)
+    # where each of the given labels has a column, one of them may be called as a column of lists is
+    own = label_names is not None and {*label_names} <= {*names}
+    listed = label_column or (None if own else usual("label", LABEL_COLUMNS))
     split = next((name for name in names if name.lower() in SPLIT_COLUMNS and name not in (image, listed)), None)
     ids = [name for name in names if name.lower() in ID_COLUMNS and name not in (image, listed)]
     labels = [] if listed else sorted({*names} - {image, split, *ids, ""})
