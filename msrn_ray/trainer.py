@@ -21,6 +21,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pyarrow as pa
@@ -452,11 +453,12 @@ def _stopping() -> Iterator[None]:
     before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
     again = threading.Timer(_STOP_SECONDS, os.kill, (os.getpid(), signal.SIGTERM))
 
-    def stop(*_: object) -> None:
-        if again.ident is not None:
+    def stop(_: int, frame: FrameType | None) -> None:
+        as_ctrl_c = signal.getsignal(signal.SIGINT)
+        if again.ident is not None or not callable(as_ctrl_c):  # a shell's background jobs ignore SIGINT
             sys.exit()
         again.start()
-        signal.raise_signal(signal.SIGINT)
+        as_ctrl_c(signal.SIGINT, frame)
 
     signal.signal(signal.SIGTERM, stop)
     try:

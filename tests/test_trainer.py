@@ -156,9 +156,15 @@ def test_sigterm_stops_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch, hangs: bo
     assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == timer, "the caller's own, as of a test's time limit"
 
 
-def test_sigterm_before_ray_has_its_handler() -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run_trainer(cast(Any, SimpleNamespace(fit=lambda: os.kill(os.getpid(), signal.SIGTERM))))
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_sigterm_before_ray_has_its_handler(handler: Any) -> None:
+    """Background jobs of a shell ignore SIGINT; not SIGTERM."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_trainer(cast(Any, SimpleNamespace(fit=lambda: os.kill(os.getpid(), signal.SIGTERM))))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(
