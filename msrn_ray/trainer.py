@@ -53,8 +53,9 @@ from .worker import train_loop_per_worker
 # Ray Train's view of the cluster is up to 20 s old: how long it tries to start workers before it looks again, and how often it looks
 # whether there is room for more
 _ROOM_SECONDS = 20.0
-# A run that is told to stop gets so long for that before it only ends; `cluster/*.yaml` have `ray job stop` wait for 20 s
-_STOP_SECONDS = 5.0
+# A run that is told to stop gets so long for that before it only ends: Ray Train hears of it when it has started its workers, or given
+# up; `cluster/*.yaml` have `ray job stop` wait for 30 s
+_STOP_SECONDS = _ROOM_SECONDS + 5
 
 
 @dataclass(frozen=True)
