@@ -206,6 +206,8 @@ def _machines(config: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{place}: {limit} {kind[limit]} is below 0"
         if not isinstance(machine.get("BlockDeviceMappings", []), list):
             yield f"{place}: node_config.BlockDeviceMappings must be a list"
+        if not isinstance(machine.get("InstanceMarketOptions", {}), dict):
+            yield f"{place}: node_config.InstanceMarketOptions must be {{MarketType: spot}}"
         spot = _is_spot(kind)
         if spot and name == head:
             yield f"{place}: the head must not be a spot machine, a run ends with it"
@@ -228,7 +230,8 @@ def _own_machines(config: Mapping[str, Any]) -> Iterator[str]:
     """Of provider local: their addresses."""
     if config["provider"]["type"] != "local":
         return
-    head, workers = config["provider"].get("head_ip"), config["provider"].get("worker_ips")
+    # there are none where Ray's coordinator of machines gives them out
+    head, workers = config["provider"].get("head_ip"), config["provider"].get("worker_ips") or []
     if head in workers or len(set(workers)) < len(workers):
         yield "provider.worker_ips: an address stands there twice, or is the head's; each machine runs Ray once"
     for address in [head, *workers]:

@@ -139,9 +139,9 @@ def describe_plan(request: Request) -> list[str]:
         f"{config.preset}: {gpus} GPUs, batch {batch} ({batch / gpus:g} images a GPU), {config.data.image_size} pixels, {labels} labels",
         f"{'head':<13}{'weights':>9}{'computing':>11}{'update':>9}{'exchange':>10}{'waited for':>12}{'step':>9}{'images/s':>10}",
     ]
-    steps = {}
+    costs, steps = {}, {}
     for head in ("mlp", "elementwise"):
-        cost = count(config.with_overrides({"model.head": head}), labels)
+        cost = costs[head] = count(config.with_overrides({"model.head": head}), labels)
         step = steps[head] = predict_step(cost, machine, batch / gpus, sent)
         numbers = "".join(
             f"{1e3 * seconds:>{width}.0f} ms"
@@ -167,8 +167,7 @@ def describe_plan(request: Request) -> list[str]:
         f"{config.model.head} head: {step.waiting / step.total:.0%} of a step waits for gradients of other GPUs"
     )
     if gpus > 1:
-        cost = count(config, labels)
-        alone = batch / predict_step(cost, replace(machine, workers=1), batch, sent).total
+        alone = batch / predict_step(costs[config.model.head], replace(machine, workers=1), batch, sent).total
         lines.append(f"one GPU alone would do {alone:.0f} images/s{_advice(rate / alone)}")
     lines += [
         f"decoding: {rate / gpus / request.decode_rate:.2f} CPUs a GPU beside the one of its worker, {request.decode_rate:g} images/s each",

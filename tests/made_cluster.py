@@ -148,7 +148,7 @@ class Cluster:
 
     def has_ray(self, number: int) -> bool:
         """Whether anything of Ray is on a machine, or starts or stops it."""
-        return bool(self.hosts[number].processes(f"{_RAY}|ray start|ray stop"))
+        return bool(self.hosts[number].processes(f"raylet|{_RAY}|ray start|ray stop"))
 
     def assert_whole(self, run: str) -> None:
         """Each epoch so far trained on every image once, and what is kept can be read.

@@ -113,9 +113,10 @@ def open_port(first: int, last: int, source: str) -> Change:
         (LOCAL_YAML, lambda c: c["provider"].update(worker_ips=["10.0.0.1"]), ["stands there twice, or is the head's"]),
         (LOCAL_YAML, lambda c: c["provider"].update(head_ip="localhost"), ["localhost means the machine itself"]),
         (LOCAL_YAML, lambda c: c["auth"].update(ssh_private_key="~/.ssh/none"), ["~/.ssh/none is not there"]),
+        (LOCAL_YAML, lambda c: c["provider"].update(worker_ips=["10.0.0.2", "127.0.0.2"]), ["127.0.0.2 means the machine itself"]),
         (GPU_YAML, lambda c: c["provider"].update(type="awss"), ["cannot read it"]),
         (GPU_YAML, lambda c: c.update(head_setup_commands="pip install boto3"), ["a value of another kind"]),
-        (GPU_YAML, in_type("gpu_spot", InstanceMarketOptions="spot"), []),
+        (GPU_YAML, in_type("gpu_spot", InstanceMarketOptions="spot"), ["InstanceMarketOptions must be {MarketType: spot}"]),
         (GPU_YAML, in_type("gpu_spot", InstanceType="g5.3xlarge"), ["AWS has no machine g5.3xlarge"]),
         (GPU_YAML, in_type("decode", BlockDeviceMappings=200), ["BlockDeviceMappings must be a list"]),
         (

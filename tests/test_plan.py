@@ -81,6 +81,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert "dollars" in out
     assert "dollars" not in run("coco2014", *gpus)[1]
     assert "say --images and --labels" in run("manifest", *gpus)[2]
+    assert run("manifest", *gpus, "--images", "1000", "--labels", "5")[0] == 0
     told = run("manifest", *gpus, "--images", "1000", "--labels", "5", "--dollars", "2", "--decode-rate", "10")[1]
     config = PRESETS["manifest"].config
     rate = float(re.findall(rf"^{config.model.head} .*?([\d.]+)$", told, re.MULTILINE)[0])
