@@ -15,13 +15,14 @@ from ray.train.torch import TorchTrainer
 from .checkpoint import Checkpoint, load_checkpoint
 from .config import ExperimentConfig
 from .errors import BadImagesError, UserError
+from .fitting import run_trainer
 from .model import choose_attention_kernels
 from .pipeline import BadImages, limit_ray_data
 from .predictor import build_from_checkpoint
 from .resources import allocate, connect, decode_cpus
 from .scoring import score_split, split_metrics
 from .splits import load_splits
-from .trainer import absolute_paths, run_config, run_trainer, scaling
+from .trainer import absolute_paths, run_config, scaling
 
 
 def evaluate_checkpoint(path: Path, config: ExperimentConfig, split: str) -> dict[str, Any]:

@@ -12,16 +12,14 @@ import math
 import os
 import secrets
 import shutil
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pyarrow as pa
@@ -30,18 +28,19 @@ import ray.train
 import ray.train.torch
 from ray.data._internal.stats import get_or_create_stats_actor
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from .checkpoint import find_model_file, load_checkpoint
-from .config import ExperimentConfig, ResourceSettings
-from .errors import AccountingError, NoDecodeCpuError, UserError
+from .config import ExperimentConfig
+from .errors import UserError
 from .failures import Failures
+from .fitting import ROOM_SECONDS, run_elastic
 from .label_graph import LabelCounts
+from .listening import listening
 from .materials import Materials, describe, gather_materials
-from .resources import Allocation, allocate, check_shared, connect, is_own_cluster, with_fewer
+from .resources import Allocation, allocate, check_shared, connect, is_own_cluster
 from .resuming import DATA_FILE, check_batch, check_data, check_list, check_resumable, describe_data
 from .run_log import RunLog
 from .run_state import CONFIG_FILE, FAILURE_FILE, check_stopped, kept_state
@@ -49,13 +48,6 @@ from .saving import SCORE
 from .watchdog import Watchdog
 from .word_vectors import LEARNED
 from .worker import train_loop_per_worker
-
-# Ray Train's view of the cluster is up to 20 s old: how long it tries to start workers before it looks again, and how often it looks
-# whether there is room for more
-_ROOM_SECONDS = 20.0
-# A run that is told to stop gets so long for that before it only ends: Ray Train hears of it when it has started its workers, or given
-# up; `cluster/*.yaml` have `ray job stop` wait for 30 s
-_STOP_SECONDS = _ROOM_SECONDS + 5
 
 
 @dataclass(frozen=True)
@@ -122,7 +114,7 @@ def build_trainer(
     # how long until a checkpoint is listed, a lost worker or the end is seen; Ray Train's own is 2 s
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # after the loss of a node Ray Train asks for as many workers as before once more, for 60 s by default
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{_ROOM_SECONDS:g}")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{ROOM_SECONDS:g}")
     # the process that listens for a machine's notice of its end; nobody gives one to a cluster that was started for this run
     if is_own_cluster():
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -152,7 +144,7 @@ def build_trainer(
                 # tries to find room over the whole run; where the watchdog can interrupt Ray Train, it limits each wait instead
                 controller_failure_limit=-1  # type: ignore[call-arg]  # typed as V1
                 if threading.current_thread() is threading.main_thread()
-                else math.ceil(60 * config.resources.wait_minutes / _ROOM_SECONDS),
+                else math.ceil(60 * config.resources.wait_minutes / ROOM_SECONDS),
             ),
             callbacks=[Failures(events), *callbacks],
         ),
@@ -175,63 +167,11 @@ def scaling(allocation: Allocation) -> ray.train.ScalingConfig:
     """Ray Train's scaling for an allocation."""
     return ray.train.ScalingConfig(
         num_workers=allocation.elastic or allocation.num_workers,  # type: ignore[arg-type]  # typed as Train V1
-        elastic_resize_monitor_interval_s=_ROOM_SECONDS,  # type: ignore[call-arg]  # alike
+        elastic_resize_monitor_interval_s=ROOM_SECONDS,  # type: ignore[call-arg]  # alike
         use_gpu=allocation.use_gpu,
         resources_per_worker={"CPU": allocation.cpus_per_worker}
         | ({"GPU": allocation.gpus_per_worker} if allocation.use_gpu else {}),
     )
-
-
-@contextmanager
-def listening(events: Queue, log: RunLog, watchdog: Watchdog) -> Iterator[None]:
-    """Hands events to the log, and signs of life to the watchdog, from a thread until the block ends and the queue is empty."""
-    stop = threading.Event()
-    failure: list[Exception] = []
-
-    def pump() -> None:
-        try:
-            while True:
-                last = stop.is_set()
-                for event in events.get_nowait_batch(min(events.qsize(), 64)):
-                    if event["kind"] == "start":
-                        watchdog.restart()
-                    if event["kind"] == "failure":
-                        watchdog.forget()
-                    if event["kind"] == "beat":
-                        watchdog.hear(event)
-                    elif not failure:
-                        write(event)
-                if events.empty():  # else a beat may wait behind a write that took long
-                    watchdog.look()
-                    if last:
-                        return
-                stop.wait(0.25)
-        except Exception as error:  # whatever it is, it is raised again in the main thread
-            failure.append(error)
-
-    def write(event: dict[str, Any]) -> None:
-        try:
-            log.handle(event)
-        except Exception as error:  # raised again when the training ends; the watchdog goes on until then
-            failure.append(error)
-            print(f"{log.folder}: the log stops here ({error}); the training goes on", file=sys.stderr, flush=True)
-
-    thread = threading.Thread(target=pump, name="run-log", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        try:
-            log.close()
-        except OSError as error:  # a full disk stops the log before it stops the training
-            failure.append(error)
-    if failure:
-        first = failure[0]
-        if isinstance(first, OSError):
-            raise UserError(f"{log.folder}: cannot be written ({first.strerror}); the checkpoints are whole") from first
-        raise first
 
 
 def absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
@@ -326,18 +266,7 @@ def run_in_folder(
     """
     assert config.train.run_name is not None
     folder = Path(config.train.storage) / config.train.run_name
-    try:
-        check_shared(folder.parent)
-        if fresh:
-            make_folder(folder, config)
-        folder.mkdir(parents=True, exist_ok=True)
-        config.save(folder / f".{CONFIG_FILE}")
-        os.replace(folder / f".{CONFIG_FILE}", folder / CONFIG_FILE)
-        (folder / f".{DATA_FILE}").write_text(json.dumps(placed.data, indent=2) + "\n", encoding="utf-8")
-        os.replace(folder / f".{DATA_FILE}", folder / DATA_FILE)
-        (folder / FAILURE_FILE).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"train.storage {folder}: cannot be written ({error.strerror})") from None
+    open_folder(folder, config, placed.data, fresh=fresh)
     log = RunLog(folder)
     here = NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=False
@@ -376,6 +305,26 @@ def run_in_folder(
     return log, result
 
 
+def open_folder(folder: Path, config: ExperimentConfig, data: dict[str, str], *, fresh: bool) -> None:
+    """Makes a run's folder ready: with its config and what its data are, and without the failure of an earlier try.
+
+    Raises:
+        UserError: if it cannot be written, if it is another folder on another machine, or if it is there although it must not be.
+    """
+    try:
+        check_shared(folder.parent)
+        if fresh:
+            make_folder(folder, config)
+        folder.mkdir(parents=True, exist_ok=True)
+        config.save(folder / f".{CONFIG_FILE}")
+        os.replace(folder / f".{CONFIG_FILE}", folder / CONFIG_FILE)
+        (folder / f".{DATA_FILE}").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        os.replace(folder / f".{DATA_FILE}", folder / DATA_FILE)
+        (folder / FAILURE_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"train.storage {folder}: cannot be written ({error.strerror})") from None
+
+
 def make_folder(folder: Path, config: ExperimentConfig) -> None:
     """Makes a run folder with its config in it, or none: one without could neither be resumed nor begun anew.
 
@@ -390,81 +339,3 @@ def make_folder(folder: Path, config: ExperimentConfig) -> None:
     except OSError:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-
-
-def run_elastic(
-    build: Callable[[Allocation], TorchTrainer],
-    settings: ResourceSettings,
-    allocation: Allocation,
-    say: Callable[[str], None],
-) -> ray.train.Result:
-    """`run_trainer`, again with fewer workers where Ray Train has started one for every CPU, as it does after the loss of a node.
-
-    Args:
-        build: the trainer for an allocation; it goes on from the last checkpoint.
-        settings, allocation: what was asked for, and what the run takes at first.
-        say: prints a line for the user.
-
-    Raises:
-        NoDecodeCpuError: where fewer workers would not help.
-    """
-    while True:
-        try:
-            return run_trainer(build(allocation))
-        except NoDecodeCpuError:
-            fewer = with_fewer(allocation, settings)
-            if fewer is None:
-                raise
-            allocation = fewer
-            say(f"every CPU left is held by a worker; going on with {allocation.num_workers}, so that one decodes")
-
-
-def run_trainer(trainer: TorchTrainer) -> ray.train.Result:
-    """`fit`, with a worker's error that the user can mend raised as itself instead of inside Ray's, and Ctrl-C and SIGTERM (as
-    `ray job stop` sends) as KeyboardInterrupt."""
-    try:
-        with _stopping():
-            return trainer.fit()
-    except ray.train.TrainingFailedError as failure:
-        errors = [getattr(failure, "controller_failure", None), *getattr(failure, "worker_failures", {}).values()]
-        for error in errors:
-            if isinstance(error, (UserError, AccountingError)):
-                raise error from None
-            if isinstance(error, WorkerGroupStartupTimeoutError):
-                there = ray.cluster_resources()
-                raise UserError(
-                    f"no room for {error.num_workers} workers for longer than resources.wait_minutes: the cluster has"
-                    f" {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs now; bring its machines back, or lower"
-                    " resources.num_workers, and go on with --resume"
-                ) from None
-        raise
-    except SystemExit:  # Ray's handler of SIGINT stops the workers and then exits
-        raise KeyboardInterrupt from None
-
-
-@contextmanager
-def _stopping() -> Iterator[None]:
-    """SIGTERM is as Ctrl-C, so that Ray Train gives back what the run has asked of the cluster, which would else be held for three minutes.
-
-    Where that takes long, or Ray is gone as well (`timeout` ends both), the run stops without.
-    """
-    if threading.current_thread() is not threading.main_thread():  # elsewhere Ray sets no handler
-        yield
-        return
-    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
-    again = threading.Timer(_STOP_SECONDS, os.kill, (os.getpid(), signal.SIGTERM))
-
-    def stop(_: int, frame: FrameType | None) -> None:
-        as_ctrl_c = signal.getsignal(signal.SIGINT)
-        if again.ident is not None or not callable(as_ctrl_c):  # a shell's background jobs ignore SIGINT
-            sys.exit()
-        again.start()
-        as_ctrl_c(signal.SIGINT, frame)
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        again.cancel()
-        for which, handler in before.items():
-            signal.signal(which, handler)

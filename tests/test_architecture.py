@@ -18,6 +18,8 @@ PACKAGE = Path(msrn_ray.__file__).parent
 ROOT = PACKAGE.parent
 RAY_MODULES = {
     "cluster_check",
+    "fitting",
+    "listening",
     "spot_first",
     "inspection",
     "pipeline",

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from . import hosts
+from . import browser, hosts
 from .hosts import ROOT, SHARED
 from .made_cluster import FILE, RUN, RUNS, Cluster, brought_up, wait
 
@@ -147,6 +147,27 @@ def test_a_job_has_a_name_in_the_dashboard(cluster: Cluster, quiet: list[dict[st
 
     wait(lambda: listed()["status"] == "SUCCEEDED", lambda: f"it did not end: {listed()}", every=1)
     assert "--train.run-name quiet" in listed()["entrypoint"]
+
+
+def test_the_dashboard_in_a_browser_during_a_run(cluster: Cluster) -> None:
+    """Through `ray dashboard`: nothing is shown without the token; with it, the run by its name, and both machines."""
+    reason = browser.missing()
+    if reason:
+        pytest.skip(reason)
+    job = cluster.submit("seen", "--train.epochs 1000 --resources.num-workers 2")
+    cluster.wait_for_checkpoint("seen", 1)
+    dashboard, token = "http://localhost:8265", cluster.on_laptop("cat ~/.ray/auth_token").strip()
+    addresses = [host.address for host in cluster.hosts.machines[:2]]
+    asked, refused, jobs, _ = browser.look(
+        cluster.hosts[2],
+        {"open": f"{dashboard}/#/jobs", "words": ["Authentication Token Required"]},
+        {"type": "wrong", "words": ["Invalid authentication token"]},
+        {"type": token, "words": [f" seen {job}\n", "RUNNING"]},
+        {"open": f"{dashboard}/#/cluster", "words": ["ALIVE\nx 2", *addresses]},
+    )
+    cluster.stop(job)
+    assert job not in asked + refused
+    assert "--train.run-name seen" in jobs
 
 
 def test_prometheus_on_the_head_sees_both_machines(cluster: Cluster, quiet: list[dict[str, Any]]) -> None:

@@ -18,10 +18,11 @@ from msrn_ray import run_state, trainer
 from msrn_ray.config import ExperimentConfig, ResourceSettings, load_config
 from msrn_ray.errors import AccountingError, BadImagesError, NoDecodeCpuError, UserError
 from msrn_ray.failures import Failures
+from msrn_ray.fitting import run_elastic, run_trainer
 from msrn_ray.presets import PRESETS
 from msrn_ray.resources import Allocation
 from msrn_ray.run_state import CONFIG_FILE, list_runs
-from msrn_ray.trainer import make_folder, run_elastic, run_trainer, train
+from msrn_ray.trainer import make_folder, train
 
 from .test_resources import cluster
 from .tiny import make_coco
@@ -132,7 +133,7 @@ def test_room_that_never_comes_back_is_told_with_the_numbers(monkeypatch: pytest
 @pytest.mark.parametrize("hangs", [False, True])
 def test_sigterm_stops_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch, hangs: bool) -> None:
     """Ray's handler of SIGINT, which gives back what the run has asked for, and exits; or never comes to an end."""
-    monkeypatch.setattr("msrn_ray.trainer._STOP_SECONDS", 0.2)
+    monkeypatch.setattr("msrn_ray.fitting._STOP_SECONDS", 0.2)
     both = signal.SIGINT, signal.SIGTERM
     before = [signal.getsignal(which) for which in both]
     timer = signal.getitimer(signal.ITIMER_REAL)[0] > 0
