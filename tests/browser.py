@@ -43,7 +43,7 @@ def _walk(steps: list[dict[str, Any]]) -> list[str]:
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     said = []
 
-    def body(_: Any = None) -> str:
+    def body() -> str:
         return driver.find_element(By.TAG_NAME, "body").text
 
     try:

@@ -6,6 +6,7 @@ run that nothing disturbed.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
@@ -154,10 +155,11 @@ def test_what_cannot_work_is_refused_at_once(cluster: Cluster) -> None:
 
 def test_a_job_has_a_name_in_the_dashboard(cluster: Cluster, quiet: list[dict[str, Any]]) -> None:
     """The name that the README's command gives it is in what the dashboard's list of jobs is made of."""
+    ask = 'curl -sS -H "Authorization: Bearer $(cat ~/.ray/auth_token)" http://localhost:8265/api/jobs/'
 
     def listed() -> dict[str, Any]:
-        (job,) = [each for each in cluster.jobs() if each["metadata"].get("job_name") == "quiet"]
-        return job
+        (job,) = [each for each in json.loads(cluster.on_laptop(ask)) if each["metadata"].get("job_name") == "quiet"]
+        return dict(job)
 
     wait(lambda: listed()["status"] == "SUCCEEDED", lambda: f"it did not end: {listed()}", every=1)
     assert "--train.run-name quiet" in listed()["entrypoint"]
@@ -269,7 +271,6 @@ def test_a_network_that_is_cut_for_half_a_minute(cluster: Cluster, quiet: list[d
     assert_as_quiet(cluster, "cut", quiet)
 
 
-@pytest.mark.timeout(2400)
 def test_a_lost_machine_one_that_joins_a_notice_a_stopped_job_and_the_same_job_again(
     cluster: Cluster, quiet: list[dict[str, Any]], tell: Tell
 ) -> None:
@@ -327,8 +328,7 @@ def test_a_lost_machine_one_that_joins_a_notice_a_stopped_job_and_the_same_job_a
     # the same epochs, undisturbed; over so many, rounding in another order grows, so of later ones means over ten are compared
     done = len(cluster.lines("long"))
     job = cluster.submit("calm", options.replace("1..2", "2"))
-    for epoch in (*range(10, done, 10), done):
-        cluster.wait_for_checkpoint("calm", epoch)
+    cluster.wait_for_checkpoint("calm", done)
     cluster.wait_for(job, f"epoch {done}/1000  train/loss")
     cluster.stop(job)
     for line, other in list(zip(cluster.lines("long"), cluster.lines("calm"), strict=False))[:20]:

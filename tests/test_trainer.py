@@ -213,3 +213,15 @@ def test_fewer_workers_until_a_cpu_decodes(
         one.runs == before.runs and (one.elastic or (0, one.num_workers))[1] == one.num_workers for one in attempts[1:]
     )
     assert len(said) == len(tried)
+
+
+@pytest.mark.parametrize(("own", "policy"), [(None, "passive"), ("active", "active")])
+def test_threads_of_workers_sleep_where_they_wait(
+    monkeypatch: pytest.MonkeyPatch, own: str | None, policy: str
+) -> None:
+    """Unless the user's own environment says else."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if own is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    environment = trainer.run_config("run", "runs").worker_runtime_env
+    assert cast(Any, environment)["env_vars"]["OMP_WAIT_POLICY"] == policy
