@@ -249,7 +249,8 @@ class StopsRankOne(Watchdog):
         if self.stopped is None and len(fresh) == 2 and beat["rank"] == 1 and beat["step"] > 1:
             StopsRankOne.stopped = beat["pid"]
             os.kill(beat["pid"], signal.SIGSTOP)
-            self._limit = 14.0
+            # a rank is silent 12.5 s after its last beat, which may have come after 8 s without a step: it is silent before it is late
+            self._limit = 21.0
 
 
 @pytest.mark.ray
