@@ -155,10 +155,14 @@ class Cluster:
         self.hosts[number].kill(_RAY)
 
     def restart(self, number: int) -> None:
-        """Ends Ray on a machine, and waits until Ray has started it again."""
-        node = self.nodes().get(self.hosts[number].address, "")
-        if self.hosts[number].processes(_RAY):  # else it has ended by itself
-            self.kill_ray(number)
+        """Ends Ray on a machine, if it has not ended by itself, and waits until Ray has started it again."""
+        address = self.hosts[number].address
+        node = self.nodes().get(address, "")
+        if node:  # else Ray is starting it already
+            if self.hosts[number].processes(_RAY):
+                self.kill_ray(number)
+            # one that had come in between was killed, and counts as there for some seconds
+            node = self.nodes().get(address, node)
         self.wait_for_another(number, node)
 
     def has_ray(self, number: int) -> bool:
