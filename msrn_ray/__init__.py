@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from . import model, official
     from .config import ExperimentConfig, load_config
     from .errors import UserError
-    from .metrics import MultiLabelMetrics
-    from .predictor import Predictor, load_model
-    from .trainer import TrainResult, train
+    from .inference.predictor import Predictor, load_model
+    from .ray_train.driver import TrainResult, train
+    from .training.metrics import MultiLabelMetrics
     from .types import MSRNOutput
 
 __all__ = [

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import UserError
-from .yaml_file import read_yaml
+from .io.files import read_yaml
 
 Level = Literal["layer1", "layer2", "layer3", "layer4"]
 LEVELS: tuple[Level, ...] = ("layer1", "layer2", "layer3", "layer4")

@@ -1,8 +1,4 @@
-"""Reads checkpoints of the authors' PyTorch release of MSRN.
-
-The names are those found in the released files; see `convert_state_dict`. Label order there: VOC, COCO alphabetical by name;
-NUS-WIDE and Apparel in the release's own order, which the readers here keep.
-"""
+"""`msrn import-official`: an authors' checkpoint file becomes a normal checkpoint."""
 
 from __future__ import annotations
 
@@ -13,8 +9,86 @@ import torch
 from torch import Tensor
 
 from .config import LEVELS
+from .datasets.apparel import APPAREL_LABELS
+from .datasets.nuswide import NUSWIDE_LABELS
+from .datasets.voc import VOC_LABELS
 from .errors import UserError
+from .labels.graph import attend_mask, choose_tau, load_counts
+from .labels.word_vectors import load_word_vectors
+from .model import build_model
+from .presets import PRESETS
+from .runs.checkpoint import Checkpoint, save_checkpoint
 
+
+def import_official(
+    file: Path, preset: str, *, word_vectors: Path, graph: Path, out: Path, levels: int = 3
+) -> tuple[str, ...]:
+    """Converts and writes; see `official` for the names.
+
+    Args:
+        file: the authors' .pth.tar.
+        preset: whose label names, group ratio and input size it has.
+        word_vectors: GloVe text or .npz; the same 300-wide vectors that it was trained with.
+        graph: .npz with `names`, `adj`, `nums`.
+        out: the new checkpoint folder.
+        levels: backbone stages used, counted from the deepest.
+
+    Returns:
+        The C label names.
+
+    Raises:
+        UserError: if a file cannot be read, the folder exists, or the tensors do not fit the preset.
+    """
+    if out.exists():
+        raise UserError(f"--out {out}: exists already; give a new folder")
+    if preset not in LABEL_NAMES:
+        raise UserError(f"--preset {preset}: the authors trained on {', '.join(LABEL_NAMES)}")
+    names = LABEL_NAMES[preset]
+    converted = convert_state_dict(read_official(file), levels=levels)
+    head = "mlp" if "head.hidden.weight" in converted else "elementwise"
+    config = PRESETS[preset].config.with_overrides(
+        {
+            "model.levels": LEVELS[-levels:],
+            "model.head": head,
+            "model.pretrained": None,
+            "data.word_vectors": str(word_vectors.resolve()),
+        }
+    )
+    counts = load_counts(graph, names)
+    vectors, _ = load_word_vectors(names, str(word_vectors.resolve()))
+    mask = attend_mask(counts, choose_tau(counts, config.model.tau, config.model.tau_degree))
+    with torch.device("meta"):  # shapes alone are needed, not 264 M random weights
+        own = build_model(config.model, vectors, mask).state_dict()
+    weights = converted | {"label_semantics.word_vectors": vectors, "label_semantics.attend_mask": mask}
+    wrong = [
+        f"{name} is {tuple(weights[name].shape) if name in weights else 'missing'}, not {tuple(own[name].shape)}"
+        for name in own
+        if name not in weights or weights[name].shape != own[name].shape
+    ]
+    if wrong:
+        raise UserError(f"{file}: does not fit preset {preset} ({len(names)} labels): {'; '.join(wrong[:3])}")
+    if not all(torch.isfinite(tensor).all() for tensor in weights.values() if tensor.is_floating_point()):
+        raise UserError(f"{file}: holds weights that are not finite")
+    save_checkpoint(out, Checkpoint(config, names, counts, weights, (0.5,) * len(names), {}, 0))
+    return names
+
+
+COCO_LABELS = (
+    "airplane", "apple", "backpack", "banana", "baseball bat", "baseball glove", "bear", "bed", "bench", "bicycle",
+    "bird", "boat", "book", "bottle", "bowl", "broccoli", "bus", "cake", "car", "carrot", "cat", "cell phone",
+    "chair", "clock", "couch", "cow", "cup", "dining table", "dog", "donut", "elephant", "fire hydrant", "fork",
+    "frisbee", "giraffe", "hair drier", "handbag", "horse", "hot dog", "keyboard", "kite", "knife", "laptop",
+    "microwave", "motorcycle", "mouse", "orange", "oven", "parking meter", "person", "pizza", "potted plant",
+    "refrigerator", "remote", "sandwich", "scissors", "sheep", "sink", "skateboard", "skis", "snowboard", "spoon",
+    "sports ball", "stop sign", "suitcase", "surfboard", "teddy bear", "tennis racket", "tie", "toaster", "toilet",
+    "toothbrush", "traffic light", "train", "truck", "tv", "umbrella", "vase", "wine glass", "zebra",
+)  # fmt: skip
+LABEL_NAMES: dict[str, tuple[str, ...]] = {
+    "voc2007": VOC_LABELS,
+    "coco2014": COCO_LABELS,
+    "nuswide": NUSWIDE_LABELS,
+    "apparel": APPAREL_LABELS,
+}
 _PARTS = {
     "fc_label.weight": "label_semantics.input.weight",
     "fc_label.bias": "label_semantics.input.bias",

@@ -8,7 +8,7 @@ them before, so never.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from .config import (
     Dataset,
@@ -116,3 +116,8 @@ PRESETS: dict[str, Preset] = {
         "depends on the data",
     ),
 }
+
+if TYPE_CHECKING:
+    PresetName = str
+else:
+    PresetName = Literal[tuple(PRESETS)]  # the command line's choices

@@ -9,7 +9,7 @@ import pyarrow.fs as pafs
 import pytest
 import torch
 
-from msrn_ray.storage import Location
+from msrn_ray.io.storage import Location
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

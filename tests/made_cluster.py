@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from msrn_ray.checkpoint import MODEL_FILE, load_checkpoint, load_train_state
-from msrn_ray.datasets.scenes import generate_scenes
+from msrn_ray.datasets.scenes.generate import generate_scenes
+from msrn_ray.runs.checkpoint import MODEL_FILE, load_checkpoint, load_train_state
 
 from . import hosts
 from .hosts import PATIENCE, ROOT, SHARED, Hosts

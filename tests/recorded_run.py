@@ -28,10 +28,11 @@ def recording(folder: Path, kill: Kill | None = None) -> Callable[[dict[str, Any
     """A train loop that appends a line to a file of its process for each step whose weights are changed, and each loss."""
 
     def loop(loop_config: dict[str, Any]) -> None:
-        from msrn_ray import distributed, worker
-        from msrn_ray.accounting import Account, Ledger
-        from msrn_ray.engine import Progress
-        from msrn_ray.sampling import Rows, TrainPlan
+        from msrn_ray.ray_train import worker
+        from msrn_ray.training import distributed
+        from msrn_ray.training.engine import Progress
+        from msrn_ray.training.row_ledger import Account, Ledger
+        from msrn_ray.training.sampling import Rows, TrainPlan
 
         attempt = distributed.all_gather(time.time_ns())[0]
         file = (folder / f"{attempt}_{distributed.rank()}.jsonl").open("a", buffering=1)
@@ -106,8 +107,8 @@ def read_record(folder: Path) -> Record:
 
 def main() -> None:
     """Trains; see the module."""
-    from msrn_ray import trainer
     from msrn_ray.config import load_config
+    from msrn_ray.ray_train import driver as trainer
 
     trainer.train_loop_per_worker = recording(Path(sys.argv[2]))  # type: ignore[assignment]  # of this process alone
     trainer.train(load_config(Path(sys.argv[1])))

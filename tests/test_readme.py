@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from msrn_ray.__main__ import _COMMANDS, _parse
+from msrn_ray.cli.app import _COMMANDS, _parse
 from msrn_ray.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +40,7 @@ def test_the_readme_has_the_commands_that_are_looked_for() -> None:
 def test_command_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = shlex.split(command)[1:]
     # runs and configs that the README only names are stood in for by the preset that they started from
-    monkeypatch.setattr("msrn_ray.__main__.starting_config", lambda argv: PRESETS["scenes"].config)
+    monkeypatch.setattr("msrn_ray.cli.app.starting_config", lambda argv: PRESETS["scenes"].config)
     if "--help" in argv:
         with pytest.raises(SystemExit) as stop:
             _parse(argv)
@@ -74,7 +74,7 @@ def test_files_on_the_map_exist() -> None:
     left_out = {"__init__.py", "errors.py", "types.py", "distributed.py"}
     named = set(re.findall(r"\w+\.py", tree))
     assert modules - left_out - named <= {
-        "materials.py",
+        "inputs.py",
         "prediction.py",
         "graph_report.py",
         "label_names.py",

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import tyro
 
-from msrn_ray.commands import PresetName
 from msrn_ray.config import ExperimentConfig
+from msrn_ray.presets import PresetName
 
-from .plan import Objective, SamplerName
+from .search_plan import Objective, SamplerName
 
 # So that a first search on two cores ends within ten minutes
 _SMALL = {"data.image_size": 64, "train.epochs": 5}
@@ -52,7 +52,7 @@ class Search:
 
     def run(self) -> None:
         """Searches, then says where the results are."""
-        from .search import search
+        from .driver import search
 
         search(self)
 

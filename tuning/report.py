@@ -18,10 +18,10 @@ from rich.console import Console
 
 from msrn_ray.errors import UserError
 
-from .pictures import draw_all
-from .plan import MINIMIZED
+from .live_table import STATES, ranked, score_of, shown_parameters
+from .report_plots import draw_all
+from .search_plan import MINIMIZED
 from .study import SearchStudy, best_epoch, epochs_of
-from .view import STATES, ranked, score_of, shown_parameters
 
 BEST_CONFIG, PAGE, CSV, PARQUET = "best_config.yaml", "report.html", "trials.csv", "trials.parquet"
 _TEMPLATE = Path(__file__).with_name("page.html")

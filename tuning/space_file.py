@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from msrn_ray.config import ExperimentConfig, Settings, describe_errors
 from msrn_ray.errors import UserError
-from msrn_ray.yaml_file import read_yaml
+from msrn_ray.io.files import read_yaml
 
 from .space import Parameter, Space, choice_name, value_of
 

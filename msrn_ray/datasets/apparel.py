@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from ..storage import Location
+from ..io.storage import Location
 from ..types import PRESENT, SampleTable
-from .files import hint, require_utf8
 from .image_uris import IMAGE_SUFFIXES, is_image, uris_below
+from .text_files import hint, require_utf8
 
 # The order of the authors' release: colours, then garments.
 APPAREL_LABELS = ("black", "blue", "brown", "green", "red", "white", "dress", "pants", "shirt", "shoes", "shorts")

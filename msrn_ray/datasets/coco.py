@@ -12,10 +12,10 @@ import numpy as np
 from pycocotools.coco import COCO
 
 from ..errors import UserError
-from ..storage import Location
+from ..io.storage import Location
 from ..types import PRESENT, SampleTable
-from .files import first_few, hint, is_utf8, read_data, require_unique, unlabelled_note
 from .image_uris import MissingImages, find_images, missing_notes, uris_below
+from .text_files import first_few, hint, is_utf8, read_data, require_unique, unlabelled_note
 
 YEARS = (2014, 2017)
 FIELDS: dict[str, dict[str, type]] = {

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import UserError
-from ..storage import Location
+from ..io.storage import Location
 from ..types import PRESENT, SampleTable
-from .files import require_utf8
-from .split import SPLIT_WORDS
+from .stratify import SPLIT_WORDS
+from .text_files import require_utf8
 
 LABEL_FIELDS = ("labels", "label", "tags", "classes", "categories")
 _SPLIT = re.compile(rf"({'|'.join(SPLIT_WORDS)})(?![a-z])")

@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import UserError
-from ..storage import Location
+from ..io.storage import Location
 from ..types import PRESENT, SampleTable
-from .files import require_utf8
 from .image_uris import IMAGE_SUFFIXES, is_image, uris_below
 from .manifest import OwnImages
-from .split import SPLIT_WORDS, SPLITS
+from .stratify import SPLIT_WORDS, SPLITS
+from .text_files import require_utf8
 
 _LAYOUT = "folders named as the labels (dog/, cat/) with images inside, or folders train/, val/, test/ around such"
 

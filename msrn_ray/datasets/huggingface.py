@@ -18,10 +18,11 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from ..errors import UserError
-from ..storage import Location, parquet_uris, range_uris
+from ..io.byte_ranges import parquet_uris, range_uris
+from ..io.storage import Location
 from ..types import SampleTable
 from .containers import LABEL_FIELDS, build_tables, by_split, split_of
-from .files import hint, read_json
+from .text_files import hint, read_json
 
 _ID_FIELDS = ("image_id", "id")
 _END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of a stream that was written to its end

@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
 from ..errors import UserError
-from ..storage import Location, filesystem_of
-from .files import first_few
+from ..io.storage import Location, filesystem_of
+from .text_files import first_few
 
 MissingImages = Literal["error", "skip"]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")

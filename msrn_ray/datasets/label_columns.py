@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import UserError
-from ..storage import Location
+from ..io.storage import Location
 from ..types import ABSENT, PRESENT, UNKNOWN
 from .table_files import parse_json_lines
 

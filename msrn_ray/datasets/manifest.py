@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import UserError
-from ..storage import Location
+from ..io.storage import Location
 from ..types import SampleTable
 from .image_uris import MissingImages, absolute_uris, find_local, missing_notes, require_images
 from .label_columns import as_text, encode_lists, label_values, split_lists
-from .split import SPLIT_WORDS, SPLITS
+from .stratify import SPLIT_WORDS, SPLITS
 from .table_files import open_table
 
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "file_name", "filename", "file", "uri", "path", "url")

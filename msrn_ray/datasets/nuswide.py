@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from ..errors import UserError
-from ..storage import Location
+from ..io.storage import Location
 from ..types import PRESENT, SampleTable
-from .files import hint, read_data, read_label_names, read_lines, read_text, require_unique, unlabelled_note
 from .image_uris import MissingImages, find_images, missing_notes, uris_below
+from .text_files import hint, read_data, read_label_names, read_lines, read_text, require_unique, unlabelled_note
 
 # The order of the authors' release and so of their checkpoints; the official list is alphabetical.
 NUSWIDE_LABELS = (

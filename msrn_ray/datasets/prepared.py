@@ -20,9 +20,10 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import UserError
-from ..storage import Location, range_uris
+from ..io.byte_ranges import range_uris
+from ..io.storage import Location
 from ..types import SampleTable
-from .files import read_json
+from .text_files import read_json
 
 FORMAT, VERSION = "msrn_ray prepared data set", 1
 INFO_FILE, PLAN_FILE, BAD_FILE = "dataset.json", "plan.json", "bad_images.csv"

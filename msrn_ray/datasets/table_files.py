@@ -14,8 +14,8 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from ..errors import UserError
-from ..storage import Location, filesystem_of
-from .files import decode_text
+from ..io.storage import Location, filesystem_of
+from .text_files import decode_text
 
 _BLOCK_BYTES = 16 << 20
 _BLOCK_ROWS = 65_536

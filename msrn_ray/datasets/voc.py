@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
-from ..storage import Location
+from ..io.storage import Location
 from ..types import ABSENT, PRESENT, UNKNOWN, SampleTable
-from .files import first_few, hint, read_data, read_lines, require_unique
 from .image_uris import MissingImages, find_images, missing_notes, uris_below
+from .text_files import first_few, hint, read_data, read_lines, require_unique
 
 VOC_LABELS = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),

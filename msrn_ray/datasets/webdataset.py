@@ -17,11 +17,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ..errors import UserError
-from ..storage import Location, range_uris
+from ..io.byte_ranges import range_uris
+from ..io.storage import Location
 from ..types import SampleTable
 from .containers import LABEL_FIELDS, build_tables, by_split
-from .files import hint, is_utf8
 from .image_uris import IMAGE_SUFFIXES
+from .text_files import hint, is_utf8
 
 _IMAGES = {suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES}
 

@@ -35,16 +35,18 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as classic
 
 from msrn_ray.config import DataSettings, ResourceSettings
-from msrn_ray.pipeline import BadImages, decode_rows, limit_ray_data, train_epochs
-from msrn_ray.prepare import prepare
-from msrn_ray.readers import read_published
-from msrn_ray.resources import connect, decode_cpus, usable_cores
-from msrn_ray.sampling import TrainPlan
-from msrn_ray.storage import Location
-from msrn_ray.telemetry import StoreMeter
-from msrn_ray.transforms import IMAGENET_MEAN, IMAGENET_STD
+from msrn_ray.datasets.registry import read_published
+from msrn_ray.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
+from msrn_ray.io.storage import Location
+from msrn_ray.ray_cluster.allocation import decode_cpus
+from msrn_ray.ray_cluster.connection import connect, usable_cores
+from msrn_ray.ray_data.pipeline import decode_rows, limit_ray_data, train_epochs
+from msrn_ray.ray_data.prepare import prepare
+from msrn_ray.ray_train.object_store import StoreMeter
+from msrn_ray.ray_train.worker import BLOCK_ROWS
+from msrn_ray.training.bad_images import BadImages
+from msrn_ray.training.sampling import TrainPlan
 from msrn_ray.types import SampleTable
-from msrn_ray.worker import BLOCK_ROWS
 
 FORMS = ("raw", "dataloader", "reference", "files", "prepared")
 BATCH, START_EPOCHS, STEADY_EPOCHS = 16, 5, 7

@@ -94,8 +94,8 @@ def measure(form: str, place: str) -> None:
     """Reads in this process, and prints what it took."""
     from msrn_ray.config import ExperimentConfig
     from msrn_ray.datasets.manifest import read_manifest
-    from msrn_ray.splits import load_splits
-    from msrn_ray.storage import Location
+    from msrn_ray.datasets.protocol import load_splits
+    from msrn_ray.io.storage import Location
 
     start, start_cpu = time.perf_counter(), time.process_time()
     if form == "splits":

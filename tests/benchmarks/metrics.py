@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 from sklearn.metrics import average_precision_score
 
-from msrn_ray.metrics import MultiLabelMetrics
+from msrn_ray.training.metrics import MultiLabelMetrics
 
 NUM_ROWS, NUM_CLASSES = 40_137, 80  # val2014 without the images that have no label
 NUM_RUNS = 5

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from msrn_ray.engine import train_step
-from msrn_ray.plan import Machine, count, predict_step
 from msrn_ray.presets import PRESETS
+from msrn_ray.ray_cluster.estimate import Machine, count, predict_step
+from msrn_ray.training.engine import train_step
 
 from .measure import stopwatch
 from .train_step import make_batch, make_trainee, worker
@@ -50,9 +50,9 @@ def link(world: int) -> float:
 
 def single_step() -> float:
     """Seconds of the elementwise step of one image, on the threads that are set."""
-    trainee, batch = make_trainee(PRESET, LABELS, head="elementwise"), make_batch(1, LABELS)
-    train_step(trainee, batch, 1)
-    return statistics.median(stopwatch(lambda: train_step(trainee, batch, 1))[0] for _ in range(3))
+    learner, batch = make_trainee(PRESET, LABELS, head="elementwise"), make_batch(1, LABELS)
+    train_step(learner, batch, 1)
+    return statistics.median(stopwatch(lambda: train_step(learner, batch, 1))[0] for _ in range(3))
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from msrn_ray.datasets.coco import read_coco
 from msrn_ray.datasets.nuswide import CSV_FILE, NUSWIDE_LABELS, read_nuswide
 from msrn_ray.datasets.voc import VOC_LABELS, read_voc
-from msrn_ray.label_names import COCO_LABELS
+from msrn_ray.official import COCO_LABELS
 from msrn_ray.types import SampleTable
 
 NUM_COCO_IMAGES, NUM_COCO_ANNOTATIONS = 82_783, 604_907  # train2014

@@ -24,12 +24,13 @@ import torchvision
 from torch import Tensor, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from msrn_ray import distributed
 from msrn_ray.config import OptimSettings
-from msrn_ray.engine import Trainee, train_step
 from msrn_ray.model import MSRN
 from msrn_ray.presets import PRESETS
-from msrn_ray.trainee import build_network, build_trainee
+from msrn_ray.training import distributed
+from msrn_ray.training.build import build_learner, build_network
+from msrn_ray.training.engine import train_step
+from msrn_ray.training.learner import Learner
 from msrn_ray.types import Batch
 
 from .attention import direct
@@ -62,7 +63,7 @@ def make_batch(images: int, labels: int, seed: int = 0) -> Batch:
     )
 
 
-def make_trainee(preset: str, labels: int, *, lr: float | None = None, **model: Any) -> Trainee:
+def make_trainee(preset: str, labels: int, *, lr: float | None = None, **model: Any) -> Learner:
     """The preset's network on random weights in full precision, as a worker builds it."""
     torch.manual_seed(0)
     changes = {f"model.{name}": value for name, value in model.items()}
@@ -71,7 +72,7 @@ def make_trainee(preset: str, labels: int, *, lr: float | None = None, **model: 
         config = config.model_copy(update={"optim": OptimSettings(lr=lr)})
     vectors, mask = torch.randn(labels, 50), torch.eye(labels, dtype=torch.bool)
     network, _ = build_network(config, vectors, mask, torch.full((labels,), 0.05), device=CPU, pretrained=False)
-    return build_trainee(config, network.train(), CPU, steps_per_epoch=1000)
+    return build_learner(config, network.train(), CPU, steps_per_epoch=1000)
 
 
 def single(name: str) -> None:
@@ -90,10 +91,10 @@ def single(name: str) -> None:
         output: list[Tensor] = []
         return stopwatch(lambda: output.append(bare(floats).sum()), lambda: output[0].backward())
 
-    def step(trainee: Trainee, attention: nn.Module | None = None) -> Phases:
+    def step(learner: Learner, attention: nn.Module | None = None) -> Phases:
         if attention is not None:
-            trainee.network.attention = attention
-        return stopwatch(lambda: train_step(trainee, batch, images))
+            learner.network.attention = attention
+        return stopwatch(lambda: train_step(learner, batch, images))
 
     forms: dict[str, Callable[[], Phases]] = {
         "ResNet-101, forward + backward": backbone,
@@ -124,17 +125,17 @@ def worker(
 ) -> None:
     """One process of a data-parallel step; rank 0 leaves its median seconds in a file."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
-    trainee = make_trainee(preset, labels, head=head)
+    learner = make_trainee(preset, labels, head=head)
     if world > 1:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         dist.init_process_group("gloo", f"file://{folder}/store", timedelta(minutes=5), world_size=world, rank=rank)
-        trainee.model = DistributedDataParallel(trainee.model, **distributed.parallel_settings(1))
+        learner.model = DistributedDataParallel(learner.model, **distributed.parallel_settings(1))
         if compress:
-            distributed.compress_gradients(trainee.model)
+            distributed.compress_gradients(learner.model)
     batch = make_batch(images // world, labels, rank)
     for _ in range(2):
-        train_step(trainee, batch, images)
-    seconds = [stopwatch(lambda: train_step(trainee, batch, images))[0] for _ in range(ROUNDS)]
+        train_step(learner, batch, images)
+    seconds = [stopwatch(lambda: train_step(learner, batch, images))[0] for _ in range(ROUNDS)]
     if rank == 0:
         (Path(folder) / "seconds").write_text(str(statistics.median(seconds)), encoding="utf-8")
     if world > 1:
@@ -161,12 +162,12 @@ def curve(name: str) -> None:
     losses: dict[str, list[float]] = {}
     threads = torch.get_num_threads()
     for form in ("direct", "compiled", "direct, one thread"):
-        trainee = make_trainee(preset, labels, lr=CURVE_LR, head="elementwise")
+        learner = make_trainee(preset, labels, lr=CURVE_LR, head="elementwise")
         if form != "compiled":
-            trainee.network.attention = DirectAttention()
+            learner.network.attention = DirectAttention()
         torch.set_num_threads(1 if form.endswith("one thread") else threads)
         losses[form] = [
-            float(train_step(trainee, make_batch(images, labels, seed=step), images).sum()) for step in range(STEPS)
+            float(train_step(learner, make_batch(images, labels, seed=step), images).sum()) for step in range(STEPS)
         ]
         torch.set_num_threads(threads)
     for form in ("compiled", "direct, one thread"):

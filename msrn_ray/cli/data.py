@@ -1,0 +1,139 @@
+"""The subcommands of `msrn` that look at data and write it: `prepare`, `graph` and `doctor`."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from ..config import DataSettings
+from ..errors import UserError
+from ..presets import PRESETS, PresetName
+from .output import new_console
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Write a data set as Parquet shards with the images inside, which `msrn train` reads from any place."""
+
+    preset: tyro.conf.Positional[PresetName]
+    """Preset whose data set is read."""
+    out: str
+    """Folder or URI to write to. Stopped half-way, the same command goes on there."""
+    short_side: int | None = None
+    """Reduce images with a larger short side to this, pixels, and store them as JPEG. None: all bytes as they are."""
+    rows_per_shard: int = 256
+    """Images of a shard file; a task holds as many in memory."""
+    data: DataSettings = field(default_factory=DataSettings)
+
+    def run(self) -> None:
+        """Writes, then says what is there and how to train on it."""
+        from ..doctor.finding import plural
+        from ..io.storage import Location
+        from ..ray_data.prepare import prepare
+
+        for option, value in (("--short-side", self.short_side), ("--rows-per-shard", self.rows_per_shard)):
+            if value is not None and value < 1:
+                raise UserError(f"{option} {value}: must be at least 1")
+        start = time.monotonic()
+        out = new_console()
+        place = Location.of(self.out)
+        info = prepare(self.data, place, short_side=self.short_side, rows_per_shard=self.rows_per_shard, console=out)
+        for name, split in info.splits.items():
+            for line in split.notes:
+                out.print(line, markup=False)
+            left_out = f", {split.bad_images} left out (bad_images.csv)" if split.bad_images else ""
+            size = f"{sum(split.shard_bytes) / 1e6:.1f} MB in {plural(len(split.shard_bytes), 'shard')}"
+            out.print(f"{name}: {split.images} images{left_out}, {size}", markup=False)
+        out.print(
+            f"{len(info.label_names)} labels, content {info.content[:12]}, {time.monotonic() - start:.0f} s",
+            markup=False,
+        )
+        out.print(f"train on it with: msrn train {self.preset} --data.root {shlex.quote(str(place))}", markup=False)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Show the label graph of a data set: edges at tau, labels without one, a picture."""
+
+    preset: tyro.conf.Positional[PresetName] = "scenes"
+    """Preset whose data set is read. With `--data.label-counts` that file is shown, and no data set is read."""
+    tau: float | Literal["auto"] = 0.4
+    """Label i attends to label j where P(i | j) >= tau in the train split; `auto`: the largest tau that keeps `--tau-degree`."""
+    tau_degree: float = 1.0
+    """Other labels that a label attends to on average, at the least, with tau `auto`."""
+    out: Path = Path("label_graph.png")
+    """The picture, a PNG."""
+    save_counts: Path | None = None
+    """Write the label counts, with where they come from, to this .npz file; `--data.label-counts FILE` uses them."""
+    protocol: Literal["honest", "paper"] = "honest"
+    """How the data set is split; the graph is counted on train."""
+    data: DataSettings = field(default_factory=DataSettings)
+
+    def run(self) -> None:
+        """Prints the graph and draws it."""
+        from ..datasets.protocol import load_splits
+        from ..io.files import check_output
+        from ..labels.graph import choose_tau, load_counts, save_counts
+        from ..labels.graph_plot import describe_graph, draw_graph
+        from ..training.inputs import label_counts
+
+        if self.save_counts is not None:
+            check_output(self.save_counts, (".npz",), option="--save-counts")
+        config = PRESETS[self.preset].config.model_copy(update={"data": self.data, "protocol": self.protocol})
+        graph = config.with_overrides({"model.tau": self.tau, "model.tau_degree": self.tau_degree}).model
+        out = new_console()
+        if self.data.label_counts is not None:
+            counts = load_counts(Path(self.data.label_counts).expanduser())
+        else:
+            splits = load_splits(config)
+            counts = label_counts(splits.train, None)
+            for line in splits.notes:
+                out.print(line, markup=False)
+        if counts.provenance is not None:
+            out.print(f"counted on {counts.provenance}", markup=False)
+        tau = choose_tau(counts, graph.tau, graph.tau_degree)
+        if graph.tau == "auto":
+            out.print(f"tau auto: {tau:.4g} for a mean degree of {graph.tau_degree:g} or more", markup=False)
+        for line in describe_graph(counts, tau):
+            out.print(line, markup=False)
+        if self.save_counts is not None:
+            save_counts(self.save_counts, counts)
+            out.print(f"counts {self.save_counts}", markup=False)
+        draw_graph(counts, tau, self.out)
+        out.print(f"picture {self.out}", markup=False)
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Look a data set over: labels, duplicates, unreadable images, sizes, label graph, and what to do about each finding."""
+
+    preset: tyro.conf.Positional[PresetName] = "scenes"
+    """Preset whose data set is looked over."""
+    out: Path | None = None
+    """Write the report, with thumbnails, to this .html file too."""
+    protocol: Literal["honest", "paper"] = "honest"
+    """How the data set is split; the same image in two splits is an error."""
+    data: DataSettings = field(default_factory=DataSettings)
+
+    def run(self) -> None:
+        """Prints the report; exits with 1 where there is an error among the findings."""
+        from ..doctor.report import print_diagnosis, write_page
+        from ..io.files import check_output
+        from ..ray_data.inspect_images import diagnose_data
+
+        if self.out is not None:
+            check_output(self.out, (".html",))
+        config = PRESETS[self.preset].config.model_copy(update={"data": self.data, "protocol": self.protocol})
+        diagnosis = diagnose_data(config)
+        out = new_console()
+        print_diagnosis(out, diagnosis)
+        if self.out is not None:
+            write_page(self.out, diagnosis, self.data.max_pixels)
+            out.print(f"page {self.out}", markup=False)
+        if diagnosis.number("error"):
+            raise SystemExit(1)

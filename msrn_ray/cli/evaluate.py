@@ -1,0 +1,113 @@
+"""The subcommands `evaluate`, `import-official` and `presets`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.table import Table
+
+from ..config import DataSettings, ResourceSettings
+from ..presets import PRESETS, PresetName
+from .output import new_console, print_summary, write_json
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score a checkpoint on a split, every image once."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """Checkpoint folder, its model.pt, or a run folder (then its best checkpoint)."""
+    split: Literal["train", "val", "test"] = "val"
+    """Which part of the data set to score."""
+    protocol: Literal["honest", "paper"] = "honest"
+    """How the data set is split, see `msrn train --help`; the default is the checkpoint's."""
+    batch_size: int = 32
+    """Images a worker scores at once."""
+    out: Path | None = None
+    """Write all metrics to this .json file too."""
+    data: DataSettings = field(default_factory=DataSettings)
+    resources: ResourceSettings = field(default_factory=ResourceSettings)
+
+    def run(self) -> None:
+        """Prints the metrics and each label's AP."""
+        from ..io.files import check_output
+        from ..ray_train.evaluate import evaluate_checkpoint
+        from ..runs.checkpoint import load_checkpoint
+
+        if self.out is not None:
+            check_output(self.out, (".json",))
+        trained = load_checkpoint(self.checkpoint).config
+        config = trained.model_copy(
+            update={
+                "data": self.data,
+                "resources": self.resources,
+                "protocol": self.protocol,
+                "train": trained.train.model_copy(update={"eval_batch_size": self.batch_size}),
+            }
+        )
+        metrics = evaluate_checkpoint(self.checkpoint, config, self.split)
+        out = new_console()
+        for line in [*metrics.pop("notes"), *(f"left out: {image}" for image in metrics.pop("bad"))]:
+            out.print(line, markup=False)
+        table = Table("label", "AP")
+        prefix = f"{self.split}/AP/"
+        for name, value in metrics.items():
+            if name.startswith(prefix):
+                table.add_row(name.removeprefix(prefix), "no positive" if math.isnan(value) else f"{value:.4f}")
+        out.print(table)
+        print_summary(out, metrics)
+        scored = metrics[f"{self.split}/images"]
+        out.print(f"{self.split} mAP {metrics[f'{self.split}/mAP']:.6f} over {scored} images", markup=False)
+        if self.out is not None:
+            write_json(self.out, metrics)
+
+
+@dataclass(frozen=True)
+class ImportOfficial:
+    """Turn a checkpoint file of the MSRN authors into a checkpoint of this package."""
+
+    file: tyro.conf.Positional[Path]
+    """The authors' .pth.tar."""
+    preset: PresetName
+    """Benchmark it was trained on: gives label names, group ratio and input size."""
+    word_vectors: Path
+    """GloVe text file or .npz (`names`, `vectors`) with the word vectors it was trained with, 300 wide."""
+    graph: Path
+    """.npz with `names`, `adj` (co-occurrence counts) and `nums` (label counts)."""
+    out: Path
+    """Folder of the new checkpoint; must not exist yet."""
+    levels: int = 3
+    """Backbone stages that it uses, counted from the deepest."""
+
+    def run(self) -> None:
+        """Converts, checks that everything fits, and writes."""
+        from ..official import import_official
+
+        label_names = import_official(
+            self.file, self.preset, word_vectors=self.word_vectors, graph=self.graph, out=self.out, levels=self.levels
+        )
+        new_console().print(
+            f"wrote {self.out}: {len(label_names)} labels; score it with `msrn evaluate {self.out}`", markup=False
+        )
+
+
+@dataclass(frozen=True)
+class Presets:
+    """List the presets: data set, recipe, expected mAP and the command."""
+
+    def run(self) -> None:
+        """Prints the list."""
+        for name, preset in PRESETS.items():
+            config = preset.config
+            root = {"scenes": "", "manifest": " --data.root labels.csv"}.get(name, " --data.root DIR")
+            print(f"{name}: {preset.about}")
+            print(
+                f"    recipe    {config.model.backbone}, {config.data.image_size} px, {config.optim.name} {config.optim.lr:g},"
+                f" batch {config.train.batch_size}, {config.train.epochs} epochs"
+            )
+            print(f"    expected  mAP {preset.expected}")
+            print(f"    command   msrn train {name}{root}\n")

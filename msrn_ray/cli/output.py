@@ -1,0 +1,54 @@
+"""What several commands print and write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import UserError
+
+
+def new_console() -> Console:
+    """Where results go: no colours on names or numbers, no lines broken."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+def from_here(path: Path) -> Path:
+    """The path as one would type it in the working directory."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def print_summary(out: Console, metrics: Mapping[str, Any]) -> None:
+    splits = sorted({name.split("/")[0] for name in metrics if "/" in name}, key=("train", "val", "test").index)
+    rows = {"at 0.5": "", "top-3": "_top3", "top-3, >= 0.5": "_top3_at_0.5"}
+    for split in splits:
+        values = {
+            name.removeprefix(f"{split}/"): value for name, value in metrics.items() if name.startswith(f"{split}/")
+        }
+        if "mAP" not in values:
+            continue
+        table = Table(split, "CP", "CR", "CF1", "OP", "OR", "OF1")
+        for row, suffix in rows.items():
+            table.add_row(row, *(f"{values[name + suffix]:.4f}" for name in ("CP", "CR", "CF1", "OP", "OR", "OF1")))
+        out.print(table)
+        out.print(
+            f"{split}: mAP {values['mAP']:.4f}, VOC 11-point {values['mAP_voc11']:.4f}, envelope {values['mAP_envelope']:.4f}"
+        )
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes plain values.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    from ..runs.history import to_json
+
+    try:
+        path.write_text(to_json(values, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None

@@ -1,0 +1,59 @@
+"""The subcommand `predict`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.table import Column, Table
+
+from ..errors import UserError
+from .output import new_console
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Label images with a checkpoint."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """Checkpoint folder, its model.pt, or a run folder."""
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """Image files, folders, patterns ('photos/*.jpg') or URIs."""
+    out: Path | None = None
+    """Write all probabilities to this .csv, .json or .parquet file."""
+    batch_size: int = 32
+    """Images scored at once."""
+
+    def run(self) -> None:
+        """Prints a table of labels; with `out` also writes every probability."""
+        from ..inference.predict_files import OUTPUTS, expand_images, predict_images, write_predictions
+        from ..inference.predictor import Predictor
+        from ..io.files import check_output
+
+        if not self.images:
+            raise UserError("no image given; name files, folders, patterns or URIs")
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size {self.batch_size}: must be at least 1")
+        if self.out is not None:
+            check_output(self.out, OUTPUTS)
+        predictor = Predictor.from_checkpoint(self.checkpoint)
+        predictions = list(predict_images(predictor, expand_images(self.images), self.batch_size))
+        table = Table(Column("image", overflow="fold"), "labels (probability)")
+        for one in predictions:
+            ranked = sorted(
+                zip(one.probabilities, predictor.thresholds.tolist(), predictor.label_names, strict=False), reverse=True
+            )
+            present = [f"{name} {value:.2f}" for value, threshold, name in ranked if value >= threshold]
+            likeliest = f"none above its threshold; likeliest {ranked[0][2]} {ranked[0][0]:.2f}" if ranked else ""
+            table.add_row(one.uri, f"skipped: {one.error}" if one.error else ", ".join(present) or likeliest)
+        out = new_console()
+        out.print(table)
+        skipped = sum(bool(one.error) for one in predictions)
+        if skipped:
+            out.print(f"{skipped} of {len(predictions)} images skipped")
+        if skipped == len(predictions):
+            raise UserError("none of the images could be read")
+        if self.out is not None:
+            write_predictions(self.out, predictions, predictor.label_names)
+            out.print(f"wrote {self.out}", markup=False)

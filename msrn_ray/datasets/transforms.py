@@ -1,0 +1,152 @@
+"""Encoded bytes to uint8 images, and images to the square network input; pure functions, seeded from outside.
+
+Shapes: S input side. Images are [3, H, W] uint8 RGB until the device normalises them: a quarter of the bytes of float32.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import functional as transform
+
+from ..errors import UserError
+
+# Not all that Pillow knows: its readers of EPS and the like start other programs, and none is needed for photographs.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def decode(data: bytes, *, max_pixels: int, short_side: int | None = None) -> Tensor:
+    """Decodes a JPEG, PNG, WebP, GIF (first frame), BMP or TIFF image, turned upright by its EXIF orientation.
+
+    Grey, CMYK and palette images become RGB; 16-bit ones are scaled to 8; transparent pixels are laid on white, as viewers show them.
+
+    Args:
+        data: the file's bytes.
+        max_pixels: larger images are refused from their header, before their pixels take memory.
+        short_side: what is needed of it, pixels: a JPEG at least four times as large is decoded at 1/4 or 1/8 of its size, in a
+            sixteenth of the memory and three quarters of the time (1/2 would take Pillow as long as torchvision's full size). None: every
+            image in its full size.
+
+    Returns:
+        [3, H, W] uint8.
+
+    Raises:
+        UserError: if the bytes are not a whole image or the image is too large; says which.
+    """
+    if not data:
+        raise UserError("the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of broken EXIF; the pixels are sound
+            header = Image.open(io.BytesIO(data), formats=_FORMATS)
+            if header.width * header.height > max_pixels:
+                raise UserError(f"{header.width} x {header.height} pixels are more than data.max_pixels={max_pixels}")
+            if header.format == "JPEG" and short_side is not None and min(header.size) >= 4 * short_side:
+                header.draft(header.mode, _scaled_down(header.size, short_side))
+                return from_pil(header)
+            if header.format == "JPEG" and header.mode in {"L", "RGB"}:  # torchvision is a quarter faster here
+                encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                pixels: Tensor = decode_jpeg(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+                return pixels
+            return from_pil(header)
+    except UserError:
+        raise
+    except Image.DecompressionBombError:
+        raise UserError(f"the image has more pixels than data.max_pixels={max_pixels}") from None
+    except UnidentifiedImageError:
+        raise UserError("not an image of a known format") from None
+    except (OSError, RuntimeError, ValueError, SyntaxError):  # what Pillow and torchvision raise on broken data
+        raise UserError("the image data is broken or cut off") from None
+
+
+def _scaled_down(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+    """The size at the smaller of the factors 1/4 and 1/8 that keeps `short_side`."""
+    factor = next(factor for factor in (8, 4) if min(size) >= factor * short_side)
+    return size[0] // factor, size[1] // factor
+
+
+def smallest_side(size: int, scales: Sequence[float]) -> int:
+    """The short side from which even the smallest crop of `multi_scale_crop` has `size` pixels a side."""
+    return math.ceil(size / min(scales, default=1.0))
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """A Pillow image -> [3, H, W] uint8; see `decode`."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip instead of scale
+        grey = np.asarray(image).astype(np.float32) / 257
+        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def resize(image: Tensor, size: int) -> Tensor:
+    """Evaluation view: the whole picture, bilinear with antialiasing, aspect ratio not kept. -> [3, S, S] uint8."""
+    view: Tensor = transform.resize(image, [size, size], antialias=True)
+    return view
+
+
+# (x, y) in quarters of the room that is left: corners and centre, then edges' middles and the inner quarter points
+_POSITIONS = ((0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3))
+
+
+def multi_scale_crop(
+    image: Tensor, size: int, scales: Sequence[float], rng: np.random.Generator, *, flip: bool
+) -> Tensor:
+    """Training view: a crop of sides short side x scale at one of 13 fixed positions, resized to S x S, perhaps mirrored.
+
+    Args:
+        image: [3, H, W] uint8.
+        size: S, pixels.
+        scales: side lengths as parts of the short side, large to small; height and width are at most two steps apart. Empty: no crop.
+        rng: decides crop and mirroring.
+        flip: mirror left-right with probability 1/2.
+
+    Returns:
+        [3, S, S] uint8.
+
+    Source: the multi-scale crop of Wang et al., "Temporal Segment Networks" (2016), section 3.3, as MSRN's training uses it.
+    """
+    height, width = image.shape[-2:]
+    if scales:
+        pairs = [(i, j) for i in range(len(scales)) for j in range(len(scales)) if abs(i - j) <= 2]
+        row, column = pairs[rng.integers(len(pairs))]
+        x, y = _POSITIONS[rng.integers(len(_POSITIONS))]
+        crop_height, crop_width = (max(1, round(min(height, width) * scales[index])) for index in (row, column))
+        top, left = (height - crop_height) * y // 4, (width - crop_width) * x // 4
+        view: Tensor = transform.resized_crop(image, top, left, crop_height, crop_width, [size, size], antialias=True)
+    else:
+        view = resize(image, size)
+    if flip and rng.random() < 0.5:
+        view = transform.horizontal_flip(view)
+    return view
+
+
+def normalize(images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
+    """[B, 3, S, S] uint8 -> float32, (x / 255 - mean) / std, channels last, on the device where the images are."""
+    factor, offset = _normalization(tuple(mean), tuple(std), images.device)
+    return images.to(torch.float32, memory_format=torch.channels_last) * factor + offset
+
+
+@lru_cache(maxsize=8)
+def _normalization(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """x / 255 / std - mean / std as one multiply and one add; cached, so that no step copies constants to the device."""
+    scale = torch.tensor(std, dtype=torch.float64)
+    factor, offset = 1 / (255 * scale), -torch.tensor(mean, dtype=torch.float64) / scale
+    return (
+        factor.float().view(3, 1, 1).to(device),
+        offset.float().view(3, 1, 1).to(device),
+    )

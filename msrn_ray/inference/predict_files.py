@@ -1,0 +1,95 @@
+"""`msrn predict`: files, folders, globs and URIs in, a table of labels out."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+
+from ..datasets.image_uris import IMAGE_SUFFIXES, is_image
+from ..errors import UserError
+from ..io.byte_ranges import read_bytes
+from ..io.files import check_output
+from .predictor import Predictor
+
+OUTPUTS = (".csv", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One image: its probabilities [C], or why there are none."""
+
+    uri: str
+    probabilities: tuple[float, ...] = ()
+    error: str = ""
+
+
+def expand_images(inputs: Sequence[str]) -> list[str]:
+    """Files and URIs as they are, folders as the images in them (all levels), patterns as what they match; sorted, each once.
+
+    Raises:
+        UserError: for an input that stands for no image.
+    """
+    found: dict[str, None] = {}
+    for item in inputs:
+        path = Path(item).expanduser()
+        if "://" in item or path.is_file():
+            images = [item if "://" in item else str(path)]
+        elif path.is_dir():
+            images = sorted(str(file) for file in path.rglob("*") if is_image(file.name) and file.is_file())
+        else:
+            images = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
+        if not images:
+            what = "holds no image" if path.is_dir() else "no such file, and no file matches it as a pattern"
+            raise UserError(f"{item}: {what} ({' '.join(sorted(IMAGE_SUFFIXES))})")
+        found.update(dict.fromkeys(images))
+    return list(found)
+
+
+def predict_images(predictor: Predictor, uris: Sequence[str], batch_size: int = 32) -> Iterator[Prediction]:
+    """Scores images a batch at a time, in order; an image that cannot be read or decoded gives its reason instead."""
+    for start in range(0, len(uris), batch_size):
+        views, errors = {}, {}
+        for uri in uris[start : start + batch_size]:
+            try:
+                views[uri] = predictor.view(read_bytes(uri))
+            except (UserError, OSError) as error:
+                errors[uri] = str(error)
+        scores = predictor.score(torch.stack(list(views.values()))).tolist() if views else []
+        by_uri = dict(zip(views, scores, strict=True))
+        for uri in uris[start : start + batch_size]:
+            yield Prediction(uri, error=errors[uri]) if uri in errors else Prediction(uri, tuple(by_uri[uri]))
+
+
+def write_predictions(path: Path, predictions: Sequence[Prediction], label_names: Sequence[str]) -> None:
+    """One row an image: `image`, one column of probabilities a label, `error`; by suffix .csv, .json (a list of rows) or .parquet.
+
+    Raises:
+        UserError: for another suffix, or if the file cannot be written.
+    """
+    check_output(path, OUTPUTS)
+    image, reason = (name + "_" * (name in label_names) for name in ("image", "error"))  # a label may be called so
+    columns: dict[str, list[str] | list[float | None]] = {image: [one.uri for one in predictions]}
+    for index, label in enumerate(label_names):
+        columns[label] = [one.probabilities[index] if one.probabilities else None for one in predictions]
+    columns[reason] = [one.error for one in predictions]
+    table = pa.table(columns)
+    partial = path.with_name(f".{path.name}")
+    try:
+        if path.suffix == ".csv":
+            pyarrow.csv.write_csv(table, partial)
+        elif path.suffix == ".parquet":
+            pyarrow.parquet.write_table(table, partial)
+        else:
+            partial.write_text(json.dumps(table.to_pylist(), indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,84 @@
+"""Addresses of parts of files: an image inside a shard, a tar, an Arrow file or a Parquet row group."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ..errors import UserError
+from .storage import Location
+
+_Numbers: TypeAlias = Sequence[int] | npt.NDArray[np.int64] | pa.ChunkedArray
+PART = re.compile(r"#(?:bytes=(?P<offset>\d+)\+(?P<length>\d+)|parquet=(?P<group>\d+),(?P<row>\d+),(?P<column>[^#]+))$")
+
+
+def range_uris(files: Location | pa.ChunkedArray, offsets: _Numbers, lengths: _Numbers) -> pa.StringArray:
+    """The addresses of parts of files, for `read_bytes`.
+
+    Args:
+        files: one file for all of them, or [n] the location of each.
+        offsets: [n] first byte of each part, counted from 0.
+        lengths: [n] its bytes.
+
+    Returns:
+        [n] string; chunked where an argument is.
+    """
+    places = str(files) if isinstance(files, Location) else files
+    starts, sizes = (
+        (numbers if isinstance(numbers, pa.ChunkedArray) else pa.array(numbers, pa.int64())).cast(pa.string())
+        for numbers in (offsets, lengths)
+    )
+    return pc.binary_join_element_wise(places, pc.binary_join_element_wise(starts, sizes, "+"), "#bytes=")
+
+
+def parquet_uris(file: Location, group: int, num_rows: int, column: str) -> pa.StringArray:
+    """The addresses of all values of a binary column in a row group, [num_rows] string; `column` is dotted if nested."""
+    rows = pa.array(np.arange(num_rows)).cast(pa.string())
+    return pc.binary_join_element_wise(f"{file}#parquet={group}", rows, column, ",")
+
+
+def in_row_group(uri: str) -> bool:
+    """Whether the address is a value in a Parquet file, which costs its row group to read."""
+    part = PART.search(uri)
+    return part is not None and part["column"] is not None
+
+
+def read_bytes(uri: str) -> bytes:
+    """The bytes of a local path or URI, or of a part of it (see above); the quick way for images.
+
+    Raises:
+        OSError: if it cannot be read, whatever the reason.
+    """
+    part = PART.search(uri)
+    if part is None and "://" not in uri:
+        with open(uri, "rb") as file:
+            return file.read()
+    try:
+        if part is None:
+            return Location(uri).read_bytes()
+        place = uri[: part.start()]
+        if part["column"] is None:
+            return Location(place).read_range(int(part["offset"]), int(part["length"]))
+        value = _column(place, int(part["group"]), part["column"])[int(part["row"])].as_py()
+        if value is None:
+            raise OSError(f"{uri}: holds no bytes")
+        return cast(bytes, value)
+    except UserError as error:
+        raise OSError(str(error)) from None
+
+
+@lru_cache(maxsize=2)  # rows are met in order while a data set is prepared: a group is decompressed once
+def _column(place: str, group: int, column: str) -> pa.ChunkedArray:
+    with Location(place).opened_input() as stream:
+        table = pq.ParquetFile(stream).read_row_group(group, columns=[column])
+    while table.column_names != [column]:  # a nested column comes inside its struct
+        table = table.flatten()
+    return table[column]

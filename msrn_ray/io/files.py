@@ -1,0 +1,63 @@
+"""Reads YAML and .npz files that users give, and checks where output goes. No pickle is loaded."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from ..errors import UserError
+
+
+def read_arrays(path: Path, fields: Sequence[str]) -> list[npt.NDArray[Any]]:
+    """Reads the named arrays of an .npz file without unpickling anything.
+
+    Raises:
+        UserError: if the file is missing, is no .npz, lacks a field, or a field is a pickled object.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give an .npz file with {', '.join(fields)}")
+    arrays = []
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            for field in fields:
+                if field not in content:
+                    raise UserError(f'{path}: has no "{field}"; give an .npz file with {", ".join(fields)}')
+                arrays.append(content[field])
+    except UserError:
+        raise
+    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: not an .npz file of plain arrays ({error}); write it with numpy.savez") from error
+    return arrays
+
+
+def check_output(path: Path, suffixes: Sequence[str], option: str = "--out") -> None:
+    """Raises UserError for another suffix or a folder that does not exist; called before the work starts."""
+    if path.suffix not in suffixes:
+        raise UserError(f"{option} {path}: the suffix must be one of {' '.join(suffixes)}")
+    if not path.resolve().parent.is_dir():
+        raise UserError(f"{option} {path}: the folder {path.resolve().parent} does not exist")
+
+
+def read_yaml(path: Path, name: str) -> Any:
+    """What a YAML file holds; JSON is YAML too.
+
+    Args:
+        path: the file.
+        name: what to call it in errors.
+
+    Raises:
+        UserError: if it cannot be read or is not YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{name}: not YAML or JSON ({' '.join(str(error).split())})") from None

@@ -1,0 +1,221 @@
+"""Label co-occurrence: counts of a train split, conditional probabilities, and which label attends to which.
+
+M[r, c] is the number of images with labels r and c, n[r] the number with label r, P(c | r) = M[r, c] / n[r].
+Source: MSRN (arXiv 2106.11596); the counts follow ML-GCN (Chen et al., CVPR 2019).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..errors import UserError
+from ..io.files import read_arrays
+from ..types import PRESENT
+
+_BLOCK = 65_536  # rows counted at once: the floats of millions of rows would not fit into memory
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where counts come from.
+
+    Attributes:
+        source: what was read ("instances_train2014.json", ...).
+        num_images: images that were counted.
+        fingerprint: of their ids, labels and label names, as `splits.fingerprint` gives it.
+    """
+
+    source: str
+    num_images: int
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return f"{self.num_images} images of {self.source} (fingerprint {self.fingerprint[:12]})"
+
+
+@dataclass(frozen=True)
+class LabelCounts:
+    """How often each label, and each pair of labels, occurs.
+
+    Attributes:
+        names: the C label names.
+        cooccurrence: [C, C] int64, M: images that have both labels; symmetric, zeros on the diagonal.
+        count: [C] int64, n: images that have the label.
+        provenance: where the counts come from; None where that is not known.
+    """
+
+    names: tuple[str, ...]
+    cooccurrence: npt.NDArray[np.int64]
+    count: npt.NDArray[np.int64]
+    provenance: Provenance | None = None
+
+
+def count_labels(
+    targets: npt.NDArray[np.int8], names: Sequence[str], provenance: Provenance | None = None
+) -> LabelCounts:
+    """Counts labels and pairs over the images of a train split.
+
+    Args:
+        targets: [n, C] int8 in {1, 0, -1}; -1 (unknown) counts as not present, for the pair as for the label.
+        names: [C] label names.
+        provenance: whose targets these are.
+    """
+    assert targets.shape == (len(targets), len(names))
+    pairs = np.zeros((len(names), len(names)), np.int64)
+    for start in range(0, len(targets), _BLOCK):
+        # As floats: they go through BLAS, where integers take seconds; exact up to 2^24 rows a block.
+        present = (targets[start : start + _BLOCK] == PRESENT).astype(np.float32)
+        pairs += (present.T @ present).astype(np.int64)
+    count = pairs.diagonal().copy()
+    np.fill_diagonal(pairs, 0)
+    return LabelCounts(tuple(names), pairs, count, provenance)
+
+
+def conditional_probability(counts: LabelCounts) -> npt.NDArray[np.float64]:
+    """P(c | r) = M[r, c] / n[r], [C, C] float64 in [0, 1]; zeros on the diagonal and in rows of labels never seen.
+
+    Raises:
+        UserError: if a count is below 0 or a pair occurs more often than one of its labels, with the pair.
+    """
+    pairs, given = counts.cooccurrence, counts.count[:, None]
+    for row, column in np.argwhere((pairs < 0) | (pairs > given))[:1]:
+        first, second = counts.names[column], counts.names[row]
+        raise UserError(
+            f"label counts: P({first} | {second}) is {pairs[row, column]} / {counts.count[row]}, not in [0, 1];"
+            " take the counts of labels and of pairs from the same images"
+        )
+    return np.divide(pairs, given, out=np.zeros(pairs.shape), where=given > 0)
+
+
+def choose_tau(counts: LabelCounts, tau: float | Literal["auto"], degree: float) -> float:
+    """The threshold of the graph: `tau` itself, or for "auto" the largest one that gives the graph a mean degree.
+
+    The degree of a label is the number of other labels that it attends to. The value is the k-th largest P(i | j) of all pairs i != j,
+    k being the smallest whole number with k / C >= degree; pairs of equal P come in together. Where fewer than k pairs ever occur
+    together, it is the smallest P above 0 (all of them are edges); where none does, 1.
+
+    Args:
+        counts: of the train split.
+        tau: threshold in (0, 1], or "auto".
+        degree: mean degree that "auto" keeps, above 0.
+    """
+    if tau != "auto":
+        return tau
+    probability = conditional_probability(counts)
+    falling = np.sort(probability[probability > 0])[::-1]
+    if len(falling) == 0:
+        return 1.0
+    enough = np.arange(1, len(falling) + 1) / len(counts.names) >= degree
+    return float(falling[enough.argmax() if enough.any() else -1])
+
+
+def attend_mask(counts: LabelCounts, tau: float) -> torch.Tensor:
+    """Label i attends to label j iff P(i | j) >= tau, or i = j: a label looks at those that usually bring it along.
+
+    Args:
+        counts: of the train split.
+        tau: threshold in (0, 1].
+
+    Returns:
+        [C, C] bool, row i, column j. Note P(i | j) = M[j, i] / n[j]: the transpose of `conditional_probability`.
+
+    Raises:
+        UserError: if tau is not in (0, 1], or a probability is not in [0, 1].
+    """
+    if not 0 < tau <= 1:
+        raise UserError(f"tau is {tau}, but must be above 0 and at most 1; 0.4 is usual")
+    given_column = conditional_probability(counts).T  # [i, j] = P(i | j)
+    return torch.from_numpy((given_column >= tau) | np.eye(len(counts.names), dtype=bool))
+
+
+def how_to_add_edges(counts: LabelCounts) -> str:
+    """What to do about a graph without edges, if anything can be done."""
+    if counts.cooccurrence.any():
+        return "a lower model.tau, or auto, adds edges"
+    return "no two labels occur together, so no model.tau adds any"
+
+
+def save_counts(path: Path, counts: LabelCounts) -> None:
+    """Writes an .npz file that `load_counts` reads: `names`, `adj`, `nums`, and `source`, `images`, `fingerprint` where they are known.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    fields: dict[str, Any] = {"names": np.array(counts.names), "adj": counts.cooccurrence, "nums": counts.count}
+    if counts.provenance is not None:
+        origin = counts.provenance
+        fields |= {"source": origin.source, "images": origin.num_images, "fingerprint": origin.fingerprint}
+    try:
+        with path.open("wb") as file:  # a path alone would be given the suffix .npz
+            np.savez_compressed(file, **fields)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def load_counts(path: Path, names: Sequence[str] | None = None) -> LabelCounts:
+    """Reads counts from an .npz file with `names` [C], `adj` [C, C] (M; its diagonal is not used) and `nums` [C] (n).
+
+    `source`, `images` and `fingerprint`, which `save_counts` adds, may lack.
+
+    Args:
+        path: the file.
+        names: [C] label names in the order wanted; None for the file's order.
+
+    Raises:
+        UserError: if a field is missing, does not fit or cannot be counts, or the file's names are not those wanted.
+    """
+    labels, adj, nums = read_arrays(path, ("names", "adj", "nums"))
+    num_classes = len(labels) if labels.ndim == 1 else 0
+    if num_classes == 0 or labels.dtype.kind != "U" or len(set(labels.tolist())) < num_classes:
+        raise UserError(f'{path}: "names" must be a list of different texts; correct it')
+    for field, array, shape in (("adj", adj, (num_classes, num_classes)), ("nums", nums, (num_classes,))):
+        if array.shape != shape:
+            raise UserError(
+                f'{path}: "{field}" is {array.shape}, but {shape} is due for {num_classes} names; correct it'
+            )
+        if array.dtype.kind not in "iuf" or not (np.isfinite(array) & (array >= 0) & (array == np.floor(array))).all():
+            raise UserError(f'{path}: "{field}" must hold whole numbers of at least 0; give counts, not probabilities')
+    pairs, count = adj.astype(np.int64), nums.astype(np.int64)
+    np.fill_diagonal(pairs, 0)
+    for row, column in np.argwhere(pairs != pairs.T)[:1]:
+        raise UserError(
+            f'{path}: "adj" is not symmetric ({labels[row]}, {labels[column]}: {pairs[row, column]}, the other way '
+            f"{pairs[column, row]}); a pair has one count"
+        )
+    for row, column in np.argwhere(pairs > count[:, None])[:1]:
+        raise UserError(
+            f'{path}: "adj" has {pairs[row, column]} images with {labels[row]} and {labels[column]}, but "nums" only '
+            f"{count[row]} with {labels[row]}; take both counts from the same images,"
+            f" or P({labels[column]} | {labels[row]}) is above 1"
+        )
+    order = list(range(num_classes))
+    if names is not None:
+        place = {label: position for position, label in enumerate(labels.tolist())}
+        lacking, surplus = sorted(set(names) - set(place)), sorted(set(place) - set(names))
+        if lacking or surplus:
+            raise UserError(
+                f'{path}: "names" are not the labels of the data set (lacking: {", ".join(lacking) or "none"}; '
+                f"not in the data set: {', '.join(surplus) or 'none'}); give the counts of this data set"
+            )
+        order = [place[name] for name in names]
+    chosen = tuple(str(labels[position]) for position in order)
+    return LabelCounts(chosen, pairs[np.ix_(order, order)], count[order], _load_provenance(path))
+
+
+def _load_provenance(path: Path) -> Provenance | None:
+    with np.load(path, allow_pickle=False) as content:
+        if "source" not in content:
+            return None
+    source, images, fingerprint = read_arrays(path, ("source", "images", "fingerprint"))
+    if images.shape or images.dtype.kind not in "iu" or source.dtype.kind != "U" or fingerprint.dtype.kind != "U":
+        raise UserError(
+            f'{path}: "source", "images", "fingerprint" must be a text, a whole number and a text; correct it'
+        )
+    return Provenance(str(source), int(images), str(fingerprint))

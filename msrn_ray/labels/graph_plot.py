@@ -1,0 +1,151 @@
+"""`msrn graph`: the label graph of a data set as text and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from ..errors import UserError
+from .graph import LabelCounts, attend_mask, conditional_probability, how_to_add_edges
+
+_SHOWN = 200  # edges listed on the screen
+
+
+def edges(counts: LabelCounts, tau: float) -> list[tuple[int, int, float]]:
+    """(i, j, P(i | j)) for each label i that attends to another label j, strongest first."""
+    mask = attend_mask(counts, tau).numpy()
+    np.fill_diagonal(mask, False)
+    probability = conditional_probability(counts)  # P[r, c] = P(c | r)
+    found = [(int(i), int(j), float(probability[j, i])) for i, j in zip(*np.nonzero(mask), strict=True)]
+    return sorted(found, key=lambda edge: (-edge[2], edge[0], edge[1]))
+
+
+def describe_graph(counts: LabelCounts, tau: float) -> Iterator[str]:
+    """Lines: each edge with its probability and count, labels without an edge, a warning where there is no edge at all."""
+    found = edges(counts, tau)
+    yield f"{len(counts.names)} labels, {len(found)} edges at tau {tau:.4g} (label <- label it attends to)"
+    for i, j, probability in found[:_SHOWN]:
+        together, alone = counts.cooccurrence[j, i], counts.count[j]
+        first, second = counts.names[i], counts.names[j]
+        yield f"  {first} <- {second}  P({first} | {second}) = {probability:.3f}  ({together} of {alone})"
+    if len(found) > _SHOWN:
+        yield f"  ... and {len(found) - _SHOWN} more"
+    linked = {index for i, j, _ in found for index in (i, j)}
+    isolated = [name for index, name in enumerate(counts.names) if index not in linked]
+    if isolated:
+        yield f"{len(isolated)} labels without an edge: {', '.join(isolated)}"
+    if not found:
+        yield f"WARNING: the graph is empty, every label attends to itself alone; {how_to_add_edges(counts)}"
+
+
+def draw_graph(counts: LabelCounts, tau: float, target: Path | BinaryIO) -> None:
+    """Labels on a circle, their area by frequency; an arrow from j to i where i attends to j, coloured and wide by P(i | j).
+
+    Labels stand beside those that they are linked with, so that most arrows are short; labels without an edge are grey. Writes a PNG.
+
+    Raises:
+        UserError: if the file cannot be written, or a probability is not in [0, 1].
+    """
+    number = len(counts.names)
+    found = edges(counts, tau)
+    side = float(np.clip(number / 5.5, 7, 24))
+    figure = Figure(figsize=(side + 0.8, side), dpi=100, layout="constrained")
+    axis = figure.subplots()
+    angle = np.empty(number)
+    angle[_circle_order(conditional_probability(counts))] = 2 * np.pi * np.arange(number) / number
+    place = np.stack([np.cos(angle), np.sin(angle)], 1)
+    colour = ScalarMappable(Normalize(0, 1), "viridis_r")
+    share = counts.count / max(1, counts.count.max())
+    area = 12 + 900 * share * min(1, 30 / number)
+    radius = np.sqrt(area) / 2  # points
+    tints = colour.to_rgba(np.array([probability for _, _, probability in found]))
+    for (i, j, probability), tint in zip(reversed(found), reversed(tints), strict=True):  # the strongest on top
+        axis.annotate(
+            "",
+            xy=tuple(place[i]),
+            xytext=tuple(place[j]),
+            arrowprops={
+                "arrowstyle": "-|>,head_width=0.25,head_length=0.5",
+                "color": tuple(tint),
+                "linewidth": 0.6 + 2 * probability,
+                "connectionstyle": f"arc3,rad={_bend(place[j], place[i]):.3f}",
+                "shrinkA": radius[j] + 1,
+                "shrinkB": radius[i] + 1,
+            },
+        )
+    linked = np.zeros(number, bool)
+    linked[[index for i, j, _ in found for index in (i, j)]] = True
+    axis.scatter(
+        place[:, 0],
+        place[:, 1],
+        s=area,
+        c=np.where(linked, "tab:orange", "lightgrey"),
+        edgecolors="black",
+        linewidths=0.5,
+        zorder=3,
+    )
+    for index, (name, turn) in enumerate(zip(counts.names, angle, strict=True)):
+        right = np.cos(turn) >= 0
+        axis.annotate(
+            f"{name} {counts.count[index]:,}",
+            xy=tuple(place[index]),
+            xytext=tuple(place[index] * (radius[index] + 6)),
+            textcoords="offset points",
+            rotation=np.degrees(turn) + (0 if right else 180),
+            rotation_mode="anchor",
+            va="center",
+            ha="left" if right else "right",
+            color="black" if linked[index] else "dimgrey",
+            parse_math=False,
+        )
+    axis.set(xlim=(-1.45, 1.45), ylim=(-1.45, 1.45), aspect="equal")
+    axis.set_title(
+        f"{len(found)} edges at tau {tau:.4g}: an arrow goes from j to i, which attends to it, where P(i | j) >= tau\n"
+        "area and number: images with the label; grey: no edge"
+    )
+    axis.axis("off")
+    figure.colorbar(colour, ax=axis, label="P(i | j)", shrink=0.4, pad=0.01)
+    try:
+        figure.savefig(target, format="png")
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror})") from None
+
+
+def _bend(start: npt.NDArray[np.float64], end: npt.NDArray[np.float64]) -> float:
+    """How far an arrow bends towards the middle of the circle: short ones most, so that they leave the labels between free."""
+    along, middle = end - start, start + end
+    left = along[0] * middle[1] - along[1] * middle[0] >= 0  # of the arrow lies the middle
+    return (1 if left else -0.85) * (
+        0.05 + 0.25 * (2 - float(np.hypot(*along)))
+    )  # unlike, so that there and back are two arrows
+
+
+def _circle_order(probability: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """[C] labels in an order that puts those beside each other which often occur together; probability: [C, C], P."""
+    near = probability + probability.T
+    linked = (near > 0) | np.eye(len(near), dtype=bool)
+    while not np.array_equal(linked, further := linked @ linked):
+        linked = further
+    first = linked.argmax(1)  # of the labels that each is linked with, over others or not
+    groups = [np.flatnonzero(first == one) for one in np.unique(first)]
+    return np.concatenate([group[_row_order(near[np.ix_(group, group)])] for group in groups])
+
+
+def _row_order(near: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """The order of labels that are all linked; near: [n, n], symmetric.
+
+    Source: Atkins, Boman, Hendrickson, "A Spectral Algorithm for Seriation" (1998), on the normalised Laplacian, which a label that
+    goes with all others does not dominate.
+    """
+    scale = 1 / np.sqrt(near.sum(1) + 1e-9)
+    _, modes = np.linalg.eigh(np.eye(len(near)) - scale[:, None] * near * scale)
+    slow = modes[:, min(1, len(near) - 1)] * scale
+    slow = slow * np.sign(slow[np.abs(slow).argmax()])  # an eigenvector has no sign of its own
+    return np.argsort(-slow.round(9), kind="stable")

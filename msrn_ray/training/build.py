@@ -1,0 +1,89 @@
+"""From a config to what is trained: network, precision, optimizer, schedule, average; no Ray."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ExperimentConfig
+from ..labels.word_vectors import LEARNED
+from ..model import MSRN, PooledLinear, build_model, choose_attention_kernels, set_prior_bias
+from . import distributed
+from .ema import build_ema
+from .learner import Learner
+from .losses import build_loss
+from .optim import build_optimizer, build_scheduler
+
+
+def build_network(
+    config: ExperimentConfig,
+    word_vectors: Tensor,
+    attend_mask: Tensor,
+    frequency: Tensor,
+    *,
+    device: torch.device,
+    rank: int = 0,
+    pretrained: bool = True,
+) -> tuple[MSRN | PooledLinear, str]:
+    """The network of a config, with its attention kernels chosen, still on the CPU.
+
+    Args:
+        config: the experiment.
+        word_vectors: [C, V] float32.
+        attend_mask: [C, C] bool.
+        frequency: [C] float32 in (0, 1), for `model.prior_bias`.
+        device: where it will be trained.
+        rank: number of the process.
+        pretrained: fill the backbone from `model.pretrained`.
+
+    Returns:
+        The network, and what was chosen, for the log.
+
+    Raises:
+        UserError: for weights or kernels that cannot be had.
+    """
+    learned = config.data.word_vectors == LEARNED
+    network = build_model(config.model, word_vectors, attend_mask, pretrained=pretrained, train_vectors=learned)
+    # convolutions run about a sixth faster on the CPU, and in half precision on a GPU
+    network.to(memory_format=torch.channels_last)
+    if config.model.prior_bias:
+        set_prior_bias(network, frequency)
+    return network, choose_attention_kernels(network, config.model, device, rank)
+
+
+def build_learner(config: ExperimentConfig, model: nn.Module, device: torch.device, steps_per_epoch: int) -> Learner:
+    """All that a step changes, for a network on `device` or DistributedDataParallel around it."""
+    if config.optim.compress_gradients:
+        distributed.compress_gradients(model)
+    network: nn.Module = getattr(model, "module", model)
+    amp = amp_dtype(config.train.amp, device)
+    optimizer = build_optimizer(network, config.optim)
+    return Learner(
+        model,
+        optimizer,
+        build_scheduler(optimizer, config.optim, steps_per_epoch, config.train.epochs),
+        torch.amp.GradScaler(device.type, enabled=amp == torch.float16),
+        build_ema(network, config.optim.ema_decay) if config.optim.ema_decay else None,
+        amp,
+        config.optim.clip_norm,
+        config.optim.accumulation,
+        config.loss.group_weight,
+        build_loss(config.loss),
+    )
+
+
+def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type of a setting: `auto` is bf16 where the device computes in it; None means float32."""
+    if choice == "auto":
+        return torch.bfloat16 if has_bf16(device) else None
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[choice]
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies in bf16; a CPU without the instructions would only convert to and fro."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = (
+        torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    )  # older torch does not say
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -1,0 +1,88 @@
+"""Scores images with a model in eval mode and computes the metrics of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from ..datasets.transforms import normalize
+from ..types import Batch
+from . import distributed
+from .engine import to_device
+from .losses import classification_loss
+from .metrics import MultiLabelMetrics
+
+
+@dataclass
+class Scores:
+    """What evaluation saw on this rank.
+
+    Attributes:
+        row: [n] int64, rows of the sample table.
+        scores: [n, C] float32, probabilities.
+        target: [n, C] int8 in {1, 0, -1}.
+        loss: [n] float32, classification loss of each image.
+    """
+
+    row: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float32]
+    target: npt.NDArray[np.int8]
+    loss: npt.NDArray[np.float32]
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable[Batch], *, device: torch.device, num_classes: int) -> Scores:
+    """Scores every valid image of `batches` with the model in eval mode, on this rank alone.
+
+    In full precision, whatever the model was trained in: in bf16 a score depends on which images share its batch.
+    """
+    model.eval()
+    row, scores, target, losses = [], [], [], []
+    for cpu_batch in batches:
+        batch = to_device(cpu_batch, device)
+        logits = model(normalize(batch.images)).logits
+        valid = cpu_batch.valid.numpy()
+        row.append(cpu_batch.row.numpy()[valid])
+        scores.append(logits.sigmoid().cpu().numpy()[valid])
+        losses.append(classification_loss(logits, batch.target).cpu().numpy()[valid])
+        target.append(cpu_batch.target.numpy()[valid])
+    return Scores(
+        np.concatenate([np.zeros(0, np.int64), *row]),
+        np.concatenate([np.zeros((0, num_classes), np.float32), *scores]),
+        np.concatenate([np.zeros((0, num_classes), np.int8), *target]),
+        np.concatenate([np.zeros(0, np.float32), *losses]),
+    )
+
+
+def gather_scores(own: Scores) -> Scores:
+    """The scores of all ranks in row order, each row exactly once, on every rank."""
+    parts = distributed.all_gather(own)
+    row = np.concatenate([part.row for part in parts])
+    order = np.argsort(row)
+    assert len(np.unique(row)) == len(row), "a row was scored twice"
+    return Scores(
+        row[order],
+        np.concatenate([part.scores for part in parts])[order],
+        np.concatenate([part.target for part in parts])[order],
+        np.concatenate([part.loss for part in parts])[order],
+    )
+
+
+def split_metrics(split: str, scores: Scores, label_names: Sequence[str]) -> dict[str, Any]:
+    """All metrics of a split as `split/name`; per-class AP as `split/AP/label`."""
+    metric = MultiLabelMetrics(len(label_names))
+    metric.update(scores.scores, scores.target)
+    values = metric.compute()
+    per_class = values.pop("AP")
+    assert isinstance(per_class, list)
+    return (
+        {f"{split}/{name}": value for name, value in values.items()}
+        | {f"{split}/AP/{label}": value for label, value in zip(label_names, per_class, strict=True)}
+        | {f"{split}/loss": float(scores.loss.mean()), f"{split}/images": len(scores.row)}
+    )

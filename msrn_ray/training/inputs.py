@@ -1,0 +1,119 @@
+"""What the driver gathers before any worker starts: splits, label graph, word vectors; no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import ExperimentConfig
+from ..datasets.protocol import Splits, fingerprint, load_splits
+from ..errors import UserError
+from ..labels.graph import LabelCounts, Provenance, attend_mask, choose_tau, count_labels, how_to_add_edges, load_counts
+from ..labels.word_vectors import LEARNED, load_word_vectors
+from ..model.backbone import build_resnet, read_pretrained
+from ..types import SampleTable
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What the driver gathers before any worker starts; all of it plain data that travels to the workers.
+
+    Attributes:
+        splits: train, val, test.
+        counts: label counts of train, or those of `data.label_counts`.
+        word_vectors: [C, V] float32.
+        missing_words: labels that the source of the word vectors lacks.
+        frequency: [C] float32 in (0, 1), how often a label is present among train images where it is known (add-one smoothed).
+    """
+
+    splits: Splits
+    counts: LabelCounts
+    word_vectors: Tensor
+    missing_words: tuple[str, ...]
+    frequency: Tensor
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """C names in the order of the logits."""
+        return self.splits.train.label_names
+
+
+def gather_inputs(config: ExperimentConfig) -> TrainingInputs:
+    """Reads labels, label graph and word vectors, and checks that the backbone's weights can be had.
+
+    Raises:
+        UserError: for anything wrong with them.
+    """
+    splits = load_splits(config)
+    targets = splits.train.targets
+    counts = label_counts(splits.train, config.data.label_counts)
+    vectors, missing = load_word_vectors(
+        splits.train.label_names,
+        config.data.word_vectors,
+        missing=config.data.missing_words,
+        seed=config.train.seed,
+    )
+    build_resnet(config.model.backbone)
+    if config.model.pretrained is not None:
+        read_pretrained(config.model.backbone, config.model.pretrained)
+    frequency = ((targets == 1).sum(0) + 1) / ((targets >= 0).sum(0) + 2)
+    return TrainingInputs(splits, counts, vectors, missing, torch.from_numpy(frequency).float())
+
+
+def label_counts(train: SampleTable, file: str | None) -> LabelCounts:
+    """Counts for the label graph: of a train split, or given in a file (`data.label_counts`).
+
+    Raises:
+        UserError: if the file cannot be read or its labels are not those of the split.
+    """
+    if file is not None:
+        return load_counts(Path(file).expanduser(), train.label_names)
+    return count_labels(train.targets, train.label_names, Provenance(train.source, len(train), fingerprint(train)))
+
+
+def describe(inputs: TrainingInputs, config: ExperimentConfig) -> Iterator[str]:
+    """Lines that say what is about to be trained on."""
+    splits = inputs.splits
+    yield from splits.notes
+    sizes = [f"train {len(splits.train)}", f"val {len(splits.val)}", f"test {len(splits.test)}" if splits.test else ""]
+    yield f"{config.data.dataset}: {len(inputs.label_names)} labels, images: {', '.join(filter(None, sizes))}"
+    if config.data.label_counts is not None:
+        yield f"label graph from {config.data.label_counts}: {inputs.counts.provenance or 'no source is given in it'}"
+    tau = choose_tau(inputs.counts, config.model.tau, config.model.tau_degree)
+    edges = int(attend_mask(inputs.counts, tau).sum()) - len(inputs.label_names)
+    chosen = " (auto)" if config.model.tau == "auto" else ""
+    alone = "" if edges else f" (labels only see themselves; {how_to_add_edges(inputs.counts)})"
+    yield f"label graph at tau {tau:.4g}{chosen}: {edges} edges{alone}"
+    if config.data.word_vectors == LEARNED:
+        yield f"word vectors: {inputs.word_vectors.shape[1]} numbers a label, learnt from a random start"
+    elif inputs.missing_words:
+        names = ", ".join(inputs.missing_words)
+        yield f"word vectors: {config.data.missing_words} for {len(inputs.missing_words)} labels not found: {names}"
+    for name, table in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
+        if table is not None:
+            empty = [
+                label
+                for label, present in zip(table.label_names, (table.targets == 1).any(0), strict=True)
+                if not present
+            ]
+            if empty:
+                more = f" and {len(empty) - 8} more" if len(empty) > 8 else ""
+                what = "cannot be learnt" if name == "train" else "AP is nan and left out of mAP"
+                yield f"{name}: no image with {', '.join(empty[:8])}{more}; {what}"
+
+
+def check_batch(config: ExperimentConfig, num_images: int) -> None:
+    """Refuses settings that leave nothing to train on.
+
+    Raises:
+        UserError: if `data.drop_last` drops every image.
+    """
+    if config.data.drop_last and num_images < config.train.batch_size:
+        raise UserError(
+            f"data.drop_last leaves out all {num_images} train images, since train.batch_size={config.train.batch_size} is more;"
+            " lower it, or set data.drop_last false"
+        )

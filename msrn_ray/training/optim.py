@@ -1,0 +1,57 @@
+"""Optimizer with the reference's two parameter groups, and the learning-rate schedule as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from ..config import OptimSettings
+
+_BACKBONE = ("backbone.", "buffer_convs.")  # the release trains the buffer convolutions at the backbone's rate
+_ONECYCLE_RISE, _ONECYCLE_START = 0.3, 1 / 25  # share of the run that rises, first rate / peak (Smith & Topin, 2018)
+
+
+def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
+    """SGD or AdamW over two groups: backbone with buffer convolutions at `lr * backbone_lr_factor`, the rest at `lr`.
+
+    Parameters that are frozen (requires_grad False) are left out.
+    """
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {
+            "params": [parameter for name, parameter in trainable if name.startswith(_BACKBONE) == is_backbone],
+            "lr": settings.lr * (settings.backbone_lr_factor if is_backbone else 1.0),
+        }
+        for is_backbone in (True, False)
+    ]
+    groups = [group for group in groups if group["params"]]
+    if settings.name == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
+    return torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True)
+
+
+def lr_factor(settings: OptimSettings, step: int, steps_per_epoch: int, epochs: int) -> float:
+    """What the groups' rates are multiplied by at optimizer step `step` (0-based), in [0, 1]."""
+    total = steps_per_epoch * epochs
+    warmup = settings.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if settings.schedule == "step":
+        return settings.step_factor ** sum(step >= epoch * steps_per_epoch for epoch in settings.step_epochs)
+    if settings.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, total - warmup))))
+    if settings.schedule == "onecycle":
+        rise = _ONECYCLE_RISE * total
+        if step < rise:
+            return _ONECYCLE_START + (1 - _ONECYCLE_START) * 0.5 * (1 - math.cos(math.pi * step / rise))
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1.0, total - rise))))
+    return 1.0
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, settings: OptimSettings, steps_per_epoch: int, epochs: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Applies `lr_factor` at every optimizer step."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(settings, step, steps_per_epoch, epochs))

@@ -1,0 +1,228 @@
+"""What the driver does with a worker's failure, without workers; whole runs are in test_train and test_interruptions."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
+
+from msrn_ray.config import ExperimentConfig, ResourceSettings, load_config
+from msrn_ray.errors import AccountingError, BadImagesError, NoDecodeCpuError, UserError
+from msrn_ray.presets import PRESETS
+from msrn_ray.ray_cluster.allocation import Allocation
+from msrn_ray.ray_train import driver as trainer
+from msrn_ray.ray_train.driver import train
+from msrn_ray.ray_train.elastic_fit import run_elastic, run_trainer
+from msrn_ray.ray_train.failures import Failures
+from msrn_ray.runs import state as run_state
+from msrn_ray.runs.folder import CONFIG_FILE, make_folder
+from msrn_ray.runs.listing import list_runs
+from tests.ray_cluster.test_allocation import cluster
+from tests.tiny import make_coco
+
+
+class Told:
+    """In place of the queue of events."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.actor = SimpleNamespace(put=SimpleNamespace(remote=self.events.append))
+
+
+@pytest.mark.parametrize("error", [UserError("mend it"), BadImagesError("too many"), AccountingError("twice")])
+def test_an_error_that_would_come_again_is_not_tried_again(error: Exception) -> None:
+    """Whichever rank has it, and whatever the others say meanwhile."""
+    told = Told()
+    with pytest.raises(type(error), match=str(error)):
+        Failures(told).after_exception(None, {0: RuntimeError("connection closed"), 1: error})
+    assert told.events == []
+
+
+def test_a_lost_worker_is_named_before_those_that_miss_it() -> None:
+    told = Told()
+    lost = WorkerHealthCheckFailedError("health check failed", RuntimeError("The actor died unexpectedly\nand more"))
+    Failures(told).after_exception(None, {0: RuntimeError("connection closed"), 1: lost})
+    Failures(told).after_exception(None, {2: MemoryError()})
+    assert told.events == [
+        {"kind": "failure", "text": "worker 1 failed: The actor died unexpectedly"},
+        {"kind": "failure", "text": "worker 2 failed: MemoryError"},
+    ]
+
+
+def test_a_run_folder_is_there_with_its_config_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while it is made, the run can begin anew; and what is there already stays as it is."""
+    saved = ExperimentConfig.save
+
+    def save_and_be_killed(config: ExperimentConfig, path: Path) -> None:
+        saved(config, path)
+        raise SystemExit
+
+    run = tmp_path / "runs/run"
+    with monkeypatch.context() as patch:
+        patch.setattr(ExperimentConfig, "save", save_and_be_killed)
+        with pytest.raises(SystemExit):
+            make_folder(run, ExperimentConfig())
+    assert not run.exists()
+    make_folder(run, ExperimentConfig())
+    assert load_config(run / CONFIG_FILE) == ExperimentConfig()
+    with pytest.raises(OSError, match="not empty"):
+        make_folder(run, ExperimentConfig(preset="voc2007"))
+    assert load_config(run / CONFIG_FILE) == ExperimentConfig()
+    assert len(list(tmp_path.glob("runs/*"))) == 2, "what the kill left behind, and the run"
+
+
+def test_a_run_that_waits_for_machines_is_not_resumed_a_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_coco(tmp_path / "data", {"train": [[0], [1], [2], [0, 1]] * 4, "val": [[0], [1, 2]]})
+    config = PRESETS["scenes"].config.with_overrides(
+        {"data.dataset": "coco", "data.root": str(root), "train.storage": str(tmp_path), "train.run_name": "run"}
+    )
+    make_folder(tmp_path / "run", config)
+
+    def wait_for_machines(_: object) -> None:
+        (run,) = list_runs(tmp_path)
+        assert run.state == "running"
+        monkeypatch.setattr(run_state, "socket", SimpleNamespace(gethostname=lambda: "another machine"))
+        with pytest.raises(UserError, match=r"run is still trained, by process \d+"):
+            train(config, resume=True)
+        raise UserError("no machine came")
+
+    monkeypatch.setattr(trainer, "connect", lambda _: None)
+    monkeypatch.setattr(trainer, "allocate", wait_for_machines)
+    with pytest.raises(UserError, match="no machine came"):
+        train(config, resume=True)
+    (run,) = list_runs(tmp_path)
+    assert (run.state, run.reason) == ("failed", "no machine came")
+
+
+def failing(failure: Exception) -> Any:
+    def fit() -> None:
+        raise failure
+
+    return SimpleNamespace(fit=fit)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [ControllerError, lambda error: WorkerGroupError("failed", {0: RuntimeError("connection closed"), 1: error})],
+)
+def test_an_error_that_the_user_can_mend_is_raised_as_itself(wrap: Any) -> None:
+    with pytest.raises(UserError, match="mend it"):
+        run_trainer(failing(wrap(UserError("mend it"))))
+
+
+def test_other_failures_stay_ray_trains() -> None:
+    with pytest.raises(TrainingFailedError, match="lost"):
+        run_trainer(failing(WorkerGroupError("lost", {0: RuntimeError("lost")})))
+
+
+def test_room_that_never_comes_back_is_told_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 3.0, "GPU": 1.0})
+    with pytest.raises(UserError, match=r"no room for 2 workers .* 3 CPUs and 1 GPUs now.*num_workers.*--resume"):
+        run_trainer(failing(ControllerError(WorkerGroupStartupTimeoutError(2))))
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_sigterm_stops_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch, hangs: bool) -> None:
+    """Ray's handler of SIGINT, which gives back what the run has asked for, and exits; or never comes to an end."""
+    monkeypatch.setattr("msrn_ray.ray_train.elastic_fit._STOP_SECONDS", 0.2)
+    both = signal.SIGINT, signal.SIGTERM
+    before = [signal.getsignal(which) for which in both]
+    timer = signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    stopped = []
+
+    def abort(*_: object) -> None:
+        stopped.append(True)
+        if hangs:
+            time.sleep(100)
+        sys.exit(0)
+
+    def fit() -> None:
+        signal.signal(signal.SIGINT, abort)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(100)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_trainer(cast(Any, SimpleNamespace(fit=fit)))
+    assert stopped == [True]
+    assert [signal.getsignal(which) for which in both] == before
+    assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == timer, "the caller's own, as of a test's time limit"
+
+
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_sigterm_before_ray_has_its_handler(handler: Any) -> None:
+    """Background jobs of a shell ignore SIGINT; not SIGTERM."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_trainer(cast(Any, SimpleNamespace(fit=lambda: os.kill(os.getpid(), signal.SIGTERM))))
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("left", "settings", "before", "tried"),
+    [
+        ({"CPU": 2.0}, {"num_workers": "1..3"}, Allocation(3, False, 1, (1, 3)), [1]),
+        ({"CPU": 5.0}, {"num_workers": "2..6"}, Allocation(6, False, 1, (2, 6)), [4]),
+        ({"CPU": 6.0}, {"num_workers": "1..3"}, Allocation(3, False, 1, (1, 3), runs=2), [2]),
+        (
+            {"CPU": 64.0, "GPU": 8.0},
+            {"num_workers": "1..8", "cpus_per_worker": 8},
+            Allocation(7, True, 8, (1, 8)),
+            [7],
+        ),
+        (
+            {"CPU": 4.0},
+            {"num_workers": "1..3"},
+            Allocation(3, False, 1, (1, 3)),
+            [],
+        ),  # there are enough: no reason to try
+        ({"CPU": 2.0}, {"num_workers": 3}, Allocation(3, False, 1), []),
+    ],
+)
+def test_fewer_workers_until_a_cpu_decodes(
+    monkeypatch: pytest.MonkeyPatch,
+    left: dict[str, float],
+    settings: dict[str, Any],
+    before: Allocation,
+    tried: list[int],
+) -> None:
+    """They never suffice here: each attempt takes fewer than the one before, and the end is an error."""
+    cluster(monkeypatch, cpus=left["CPU"], gpus=left.get("GPU"))
+    attempts: list[Allocation] = []
+    said: list[str] = []
+
+    def build(allocation: Allocation) -> Any:
+        attempts.append(allocation)
+        return failing(ControllerError(NoDecodeCpuError("no CPU")))
+
+    with pytest.raises(NoDecodeCpuError):
+        run_elastic(build, ResourceSettings(**settings), before, said.append)
+    assert attempts[0] == before
+    assert [one.num_workers for one in attempts[1:]] == tried
+    assert all(
+        one.runs == before.runs and (one.elastic or (0, one.num_workers))[1] == one.num_workers for one in attempts[1:]
+    )
+    assert len(said) == len(tried)
+
+
+@pytest.mark.parametrize(("own", "policy"), [(None, "passive"), ("active", "active")])
+def test_threads_of_workers_sleep_where_they_wait(
+    monkeypatch: pytest.MonkeyPatch, own: str | None, policy: str
+) -> None:
+    """Unless the user's own environment says else."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if own is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    environment = trainer.run_config("run", "runs").worker_runtime_env
+    assert cast(Any, environment)["env_vars"]["OMP_WAIT_POLICY"] == policy

@@ -1,0 +1,352 @@
+"""What a run leaves for a person: terminal lines and the files of the run folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from msrn_ray.runs import log as run_log
+from msrn_ray.runs.curves import draw_curves
+from msrn_ray.runs.log import RunLog
+from msrn_ray.training.bad_images import RECALLED
+
+
+class Clock:
+    """Time that moves only when told."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(run_log, "time", SimpleNamespace(monotonic=clock.monotonic))
+    return clock
+
+
+@pytest.fixture
+def screen() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture
+def log(tmp_path: Path, screen: io.StringIO, clock: Clock) -> Iterator[RunLog]:
+    log = open_log(tmp_path, screen)
+    yield log
+    log.close()
+
+
+def open_log(folder: Path, screen: io.StringIO) -> RunLog:
+    return RunLog(folder, Console(file=screen, width=200, highlight=False, soft_wrap=True))
+
+
+def start(first_epoch: int = 0, epochs: int = 5) -> dict[str, Any]:
+    text = f"training from epoch {first_epoch} [not a markup]"
+    return {
+        "kind": "start",
+        "first_epoch": first_epoch,
+        "first_step": 0,
+        "epochs": epochs,
+        "steps_per_epoch": 10,
+        "text": text,
+        "reported": [],
+    }
+
+
+def epoch(number: int, mean: float, loss: float = 0.5) -> dict[str, Any]:
+    metrics = {
+        "epoch": number,
+        "protocol": "honest",
+        "train/loss": loss,
+        "train/classification_loss": loss,
+        "train/images_per_second": 12.34,
+        "train/data_wait_fraction": 0.25,
+        "val/loss": loss + 0.1,
+        "val/mAP": mean,
+        "val/CF1": 0.3,
+        "val/OF1": 0.4,
+    }
+    return {"kind": "epoch", "metrics": metrics, "checkpoint": f"checkpoint_{number}"}
+
+
+def progress(number: int, step: int) -> dict[str, Any]:
+    figures = {"loss": 0.75, "images_per_second": 12.34, "data_wait_fraction": 0.25, "bad_reports": 0}
+    return {"kind": "progress", "epoch": number, "step": step, **figures}
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def best(folder: Path) -> str:
+    return (folder / "best.txt").read_text()
+
+
+def test_a_run_from_start_to_end(tmp_path: Path, log: RunLog, screen: io.StringIO) -> None:
+    log.handle(start())
+    for number, mean in enumerate((0.2, 0.6, 0.4, 0.6, 0.7), 1):
+        event = epoch(number, mean)
+        log.handle(event)
+        assert history(tmp_path)[-1] == event["metrics"] | {"checkpoint": f"checkpoint_{number}"}
+        assert len(history(tmp_path)) == number
+        assert best(tmp_path) == f"checkpoint_{(1, 2, 2, 4, 5)[number - 1]}\n", (
+            "the last of equals, which Ray Train keeps"
+        )
+    log.handle({"kind": "test", "metrics": {"test/mAP": 0.65}})
+    assert log.test == json.loads((tmp_path / "test.json").read_text()) == {"test/mAP": 0.65}
+    log.close()
+    lines = screen.getvalue().splitlines()
+    assert lines[0] == "training from epoch 0 [not a markup]"
+    assert lines[2] == ("epoch 2/5  train/loss 0.5000  val/loss 0.6000  val/mAP 0.6000 *  12.3 img/s  data wait 25%")
+    assert [line.count(" *") for line in lines[1:]] == [1, 1, 0, 1, 1]
+    assert len(lines) == 6
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+    assert Image.open(tmp_path / "curves.png").format == "PNG"
+    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+    kept = {"metrics.jsonl", "best.txt", "test.json", "curves.png", "tensorboard"}
+    assert {path.name for path in tmp_path.iterdir()} == kept, "no partial file is left"
+
+
+def test_tensorboard_holds_the_figures(tmp_path: Path, log: RunLog) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log.handle(start())
+    log.handle(epoch(1, 0.2))
+    log.handle(epoch(2, 0.6))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert {"val/mAP", "train/loss", "train/images_per_second"} <= set(events.Tags()["scalars"])
+    assert [(point.step, round(point.value, 4)) for point in events.Scalars("val/mAP")] == [(1, 0.2), (2, 0.6)]
+
+
+def test_curves_are_drawn_again_after_a_while(tmp_path: Path, log: RunLog, clock: Clock) -> None:
+    log.handle(start())
+    log.handle(epoch(1, 0.2))
+    assert not (tmp_path / "curves.png").exists(), "not at every epoch: drawing takes time"
+    clock.now += 31
+    log.handle(epoch(2, 0.3))
+    assert (tmp_path / "curves.png").exists()
+    (tmp_path / "curves.png").unlink()
+    clock.now += 5
+    log.handle(epoch(3, 0.3))
+    assert not (tmp_path / "curves.png").exists()
+    log.close()
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_a_failure_is_told(log: RunLog, screen: io.StringIO) -> None:
+    log.handle({"kind": "failure", "text": "worker 1 failed: [killed]"})
+    assert screen.getvalue().splitlines() == ["worker 1 failed: [killed]"]
+
+
+def test_the_bar_goes_on_within_an_epoch(tmp_path: Path, log: RunLog, screen: io.StringIO, clock: Clock) -> None:
+    """After 2 epochs of 10 steps and 5 steps; one more in 20 s, so 24 more need 8 minutes."""
+    log.handle(start(2) | {"first_step": 5})
+    clock.now += 20
+    log.handle(progress(3, 6))
+    assert "epoch 3/5  step 6/10" in screen.getvalue()
+    assert "ETA 8:00" in screen.getvalue()
+
+
+def test_resume_forgets_what_came_after_the_checkpoint(tmp_path: Path, log: RunLog, screen: io.StringIO) -> None:
+    log.handle(start())
+    for number, mean in enumerate((0.3, 0.2, 0.9), 1):
+        log.handle(epoch(number, mean))
+    log.close()
+    assert best(tmp_path) == "checkpoint_3\n"
+
+    again = open_log(tmp_path, screen)
+    again.handle(start(first_epoch=2))
+    assert [line["epoch"] for line in history(tmp_path)] == [1, 2]
+    assert best(tmp_path) == "checkpoint_1\n"
+    again.handle(epoch(3, 0.25))
+    assert [line["epoch"] for line in history(tmp_path)] == [1, 2, 3]
+    assert best(tmp_path) == "checkpoint_1\n"
+    again.handle(epoch(4, 0.31))
+    assert best(tmp_path) == "checkpoint_4\n"
+    again.handle(start(first_epoch=1))  # a worker was lost and the run starts again by itself
+    assert [line["epoch"] for line in history(tmp_path)] == [1]
+    assert best(tmp_path) == "checkpoint_1\n"
+    again.close()
+
+
+def test_a_start_from_scratch_leaves_no_old_best(tmp_path: Path, log: RunLog) -> None:
+    log.handle(start())
+    log.handle(epoch(1, 0.9))
+    log.handle(start(first_epoch=0))
+    assert history(tmp_path) == []
+    assert not (tmp_path / "best.txt").exists(), "it would name a checkpoint that is not of this run"
+    log.handle(epoch(1, 0.1))
+    assert best(tmp_path) == "checkpoint_1\n"
+
+
+def test_a_line_cut_by_a_kill_is_dropped(tmp_path: Path, log: RunLog, screen: io.StringIO) -> None:
+    log.handle(start())
+    log.handle(epoch(1, 0.3))
+    log.handle(epoch(2, 0.5))
+    text = (tmp_path / "metrics.jsonl").read_text()
+    for cut in (text[:-10], text[: len(text) * 3 // 5]):
+        (tmp_path / "metrics.jsonl").write_text(cut)
+        again = open_log(tmp_path, screen)
+        assert [line["epoch"] for line in again.history] == [1]
+        again.handle(start(first_epoch=1))
+        again.handle(epoch(2, 0.4))
+        assert [line["epoch"] for line in history(tmp_path)] == [1, 2], "the cut line is not glued to the next"
+        again.close()
+
+
+def test_progress_lines_are_rare_and_epochs_always_shown(log: RunLog, screen: io.StringIO, clock: Clock) -> None:
+    log.handle(start())
+    shown: list[str] = []
+
+    def new_lines() -> list[str]:
+        lines = screen.getvalue().splitlines()
+        fresh = lines[len(shown) :]
+        shown.extend(fresh)
+        return fresh
+
+    new_lines()
+    for step in (1, 2):
+        clock.now += 4
+        log.handle(progress(1, step))
+    assert new_lines() == []
+    clock.now += 12
+    log.handle(progress(1, 5))
+    assert new_lines() == ["epoch 1/5  step 5/10  loss 0.7500  12.3 img/s  data wait 25%  ETA 3:00"]
+    clock.now += 5
+    log.handle(progress(1, 6))
+    assert new_lines() == []
+    clock.now += 7
+    log.handle(progress(1, 7) | {"bad_reports": 3})
+    assert "data wait 25%  3 bad  ETA" in new_lines()[0]
+    log.handle(epoch(1, 0.5))
+    log.handle(epoch(2, 0.5))
+    assert len(new_lines()) == 2
+    clock.now += 9
+    log.handle(progress(3, 1))
+    assert new_lines() == [], "an epoch's line counts too"
+
+
+def test_time_left_after_a_resume_counts_only_what_was_done_since(
+    log: RunLog, screen: io.StringIO, clock: Clock
+) -> None:
+    log.handle(start(first_epoch=4))
+    clock.now += 3600
+    log.handle(progress(5, 5))
+    assert screen.getvalue().rstrip().endswith("ETA 1:00:00")
+
+
+def test_bad_images_are_listed(tmp_path: Path, log: RunLog, screen: io.StringIO) -> None:
+    log.handle({"kind": "bad", "split": "train", "images": [("/a, b.jpg", 'cut "off"'), ("/c\nd.jpg", "empty")]})
+    log.handle({"kind": "bad", "split": "val", "images": [("/ü.jpg", "too large")]})
+    with (tmp_path / "bad_images.csv").open(newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file)) == [
+            ["split", "uri", "reason"],
+            ["train", "/a, b.jpg", 'cut "off"'],
+            ["train", "/c\nd.jpg", "empty"],
+            ["val", "/ü.jpg", "too large"],
+        ]
+    assert "train: 2 images could not be decoded and are left out" in screen.getvalue()
+    assert str(tmp_path / "bad_images.csv") in screen.getvalue()
+
+
+def test_nan_breaks_nothing_and_is_never_best(tmp_path: Path, log: RunLog, screen: io.StringIO) -> None:
+    log.handle(start())
+    log.handle(epoch(1, math.nan, loss=math.nan))
+    log.handle(epoch(2, 0.3))
+    assert best(tmp_path) == "checkpoint_2\n"
+    log.handle(epoch(3, math.nan))
+    assert best(tmp_path) == "checkpoint_2\n"
+    log.handle(epoch(4, 0.2))
+    assert best(tmp_path) == "checkpoint_2\n"
+    assert [line["val/mAP"] is None for line in history(tmp_path)] == [True, False, True, False]
+    log.close()
+    again = open_log(tmp_path, screen)
+    again.handle(start(first_epoch=4))
+    assert [line["epoch"] for line in again.history] == [1, 2, 3, 4]
+    assert best(tmp_path) == "checkpoint_2\n"
+    again.close()
+
+
+def test_the_curves_title_names_the_best_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    titles: list[str] = []
+    monkeypatch.setattr(Axes, "set_title", lambda self, label, **_: titles.append(label))
+    lines = [epoch(number, mean)["metrics"] for number, mean in enumerate((math.nan, 0.3, 0.2), 1)]
+    draw_curves(lines, tmp_path / "curves.png")
+    assert "best val/mAP 0.3000 at epoch 2" in titles
+
+
+def test_closing_twice_or_without_an_epoch(tmp_path: Path, log: RunLog) -> None:
+    log.close()
+    log.close()
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_on_a_terminal_the_bar_leaves_the_lines_whole(tmp_path: Path, clock: Clock) -> None:
+    screen = io.StringIO()
+    log = RunLog(tmp_path, Console(file=screen, force_terminal=True, width=200, highlight=False, soft_wrap=True))
+    log.handle(start())
+    log.handle(progress(1, 5))
+    log.handle(epoch(1, 0.5))
+    log.close()
+    text = screen.getvalue()
+    assert "training from epoch 0 [not a markup]" in text
+    assert "val/mAP 0.5000 *" in text
+
+
+def test_an_epoch_that_only_ray_train_knows_is_taken_up(tmp_path: Path, log: RunLog) -> None:
+    """A kill between the checkpoint and its line in metrics.jsonl loses no figure and leaves no dangling best."""
+    log.handle(start())
+    log.handle(epoch(1, 0.4))
+    unwritten = epoch(2, 0.6)["metrics"] | {"checkpoint": "checkpoint_2"}
+    resumed = RunLog(tmp_path, Console(file=io.StringIO()))
+    resumed.handle(start(2) | {"reported": [unwritten]})
+    assert [line["epoch"] for line in history(tmp_path)] == [1, 2]
+    assert best(tmp_path) == "checkpoint_2\n"
+    resumed.close()
+
+
+def test_the_reason_of_a_bad_image_is_put_in_when_it_is_known(tmp_path: Path, log: RunLog, screen: io.StringIO) -> None:
+    for reason in (RECALLED, "empty", "cut"):
+        log.handle({"kind": "bad", "split": "train", "images": [("a.jpg", reason)]})
+    assert (tmp_path / "bad_images.csv").read_text().splitlines() == ["split,uri,reason", "train,a.jpg,empty"]
+    assert screen.getvalue().count("could not be decoded and are left out") == 1
+
+
+def test_a_bad_image_is_listed_once(tmp_path: Path, log: RunLog) -> None:
+    for images in ([("a.jpg", "empty")], [("a.jpg", "empty"), ("b.jpg", "cut")]):
+        log.handle({"kind": "bad", "split": "train", "images": images})
+    log.handle({"kind": "bad", "split": "val", "images": [("a.jpg", "empty")]})
+    rows = (tmp_path / "bad_images.csv").read_text().splitlines()
+    assert rows == ["split,uri,reason", "train,a.jpg,empty", "train,b.jpg,cut", "val,a.jpg,empty"]
+
+
+def test_the_paper_protocol_is_said_in_the_epoch_line_and_the_curves(
+    tmp_path: Path, log: RunLog, screen: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.axes import Axes
+
+    titles: list[str] = []
+    monkeypatch.setattr(Axes, "set_title", lambda self, label, **_: titles.append(label))
+    log.handle(start())
+    event = epoch(1, 0.4)
+    event["metrics"]["protocol"] = "paper"
+    log.handle(event)
+    log.close()
+    assert "val is the test split" in screen.getvalue()
+    assert any("on the test split (protocol paper)" in title for title in titles)

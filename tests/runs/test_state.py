@@ -1,0 +1,210 @@
+"""What a run folder says of its run while it goes on and after it ended, however it ended; no Ray."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from msrn_ray.config import ExperimentConfig
+from msrn_ray.errors import UserError
+from msrn_ray.runs.folder import CONFIG_FILE, FAILURE_FILE
+from msrn_ray.runs.history import METRICS_FILE
+from msrn_ray.runs.listing import RunSummary, describe_runs, list_runs, summarize
+from msrn_ray.runs.state import STATE_FILE, check_stopped, kept_state
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_run(folder: Path, scores: tuple[float | None, ...] = (), epochs: int = 3) -> Path:
+    folder.mkdir(parents=True)
+    ExperimentConfig().with_overrides({"train.epochs": epochs}).save(folder / CONFIG_FILE)
+    lines = [json.dumps({"epoch": epoch, "val/mAP": score}) + "\n" for epoch, score in enumerate(scores, 1)]
+    (folder / METRICS_FILE).write_text("".join(lines))
+    return folder
+
+
+def age(folder: Path, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(folder / STATE_FILE, (then, then))
+
+
+def said(folder: Path) -> dict[str, object]:
+    content: dict[str, object] = json.loads((folder / STATE_FILE).read_text())
+    return content
+
+
+def test_a_run_is_running_as_long_as_its_driver_touches_the_file(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", (0.25, 0.5, None), epochs=4)
+    with kept_state(run, beat_seconds=0.02):
+        age(run, 1000)  # the next touch makes up for it
+        end = time.monotonic() + 30
+        while summarize(run).state != "running":
+            assert time.monotonic() < end, "nothing touched the file"
+            time.sleep(0.01)
+        during = summarize(run)
+    after = summarize(run)
+    assert (during.epoch, during.epochs, during.best, during.reason) == (3, 4, 0.5, "")
+    assert (after.state, after.best, after.started) == ("finished", 0.5, during.started)
+    time.sleep(0.1)
+    assert summarize(run).seen == after.seen, "nothing touches it any more"
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "reason"),
+    [
+        (KeyboardInterrupt(), "interrupted", "stopped"),
+        (SystemExit(15), "interrupted", "stopped"),
+        (RuntimeError("a rank was lost\nand more"), "failed", "a rank was lost"),
+        (MemoryError(), "failed", "MemoryError"),
+    ],
+)
+def test_how_a_run_ended(tmp_path: Path, error: BaseException, state: str, reason: str) -> None:
+    run = make_run(tmp_path / "run", (0.5,))
+    with pytest.raises(type(error)), kept_state(run):
+        raise error
+    assert (summarize(run).state, summarize(run).reason) == (state, reason)
+
+
+def test_the_error_that_the_user_can_mend_is_told_whole(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    with pytest.raises(UserError), kept_state(run):
+        raise UserError("short")
+    (run / FAILURE_FILE).write_text("rank 1 has done nothing for 600 s;\nlook at its node\n")
+    assert summarize(run).reason == "rank 1 has done nothing for 600 s; look at its node"
+    with kept_state(run):  # taken up again; the trainer deletes the error then
+        assert summarize(run).reason == ""
+
+
+def test_a_run_that_goes_on_keeps_its_start(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt), kept_state(run):
+        raise KeyboardInterrupt
+    first = said(run)["started"]
+    with kept_state(run):
+        pass
+    assert said(run)["started"] == first
+    assert said(run)["state"] == "finished"
+    assert "reason" not in said(run)
+
+
+DRIVER = """
+import sys, time
+from pathlib import Path
+from msrn_ray.runs.state import kept_state
+with kept_state(Path(sys.argv[1]), beat_seconds=0.05):
+    print("up", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_driver_leaves_an_interrupted_run_that_may_go_on(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    process = subprocess.Popen([sys.executable, "-c", DRIVER, str(run)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    with pytest.raises(UserError) as caught:
+        check_stopped(run, beat_seconds=1)
+    here = socket.gethostname()
+    assert f"is still trained, by process {process.pid} on {here}; stop that first" in str(caught.value)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    start = time.monotonic()
+    check_stopped(run, beat_seconds=60)
+    assert time.monotonic() - start < 30, "a process of this machine that is gone needs no watching"
+    assert summarize(run).state == "running", "it cannot be seen yet from elsewhere"
+    age(run, 100)
+    assert (summarize(run).state, summarize(run).reason) == (
+        "interrupted",
+        "killed, or its machine is lost: no sign of life",
+    )
+
+
+def test_a_driver_on_a_lost_machine_is_watched_for_a_sign_of_life(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its clock may be wrong, so the time of the last touch says nothing: only a new touch does."""
+    run = make_run(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt), kept_state(run):
+        raise KeyboardInterrupt
+    check_stopped(run, beat_seconds=60)  # it said goodbye
+    (run / STATE_FILE).write_text(json.dumps(said(run) | {"state": "running", "host": "elsewhere", "pid": 7}))
+    for seconds in (0, -3600, 3600):
+        age(run, seconds)
+        check_stopped(run, beat_seconds=0.05)
+        told = capsys.readouterr().out
+        assert told == f"{run} says that it is trained on elsewhere; looking 0.15 s for a sign of life of its driver\n"
+    with kept_state(make_run(tmp_path / "other"), beat_seconds=0.05):
+        other = tmp_path / "other"
+        with pytest.raises(UserError, match=r"other is still trained"):
+            check_stopped(other, beat_seconds=0.1)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", "7", '{"state": "running"}'])
+def test_runs_that_do_not_say_are_listed_as_unknown(tmp_path: Path, content: str | None) -> None:
+    run = make_run(tmp_path / "run", (0.5,))
+    if content is not None:
+        (run / STATE_FILE).write_text(content)
+    summary = summarize(run)
+    assert (summary.state, summary.epoch, summary.best) == ("unknown", 1, 0.5)
+    assert math.isnan(summary.seen)
+    assert math.isnan(summary.started)
+    check_stopped(run, beat_seconds=60)
+
+
+def test_the_list(tmp_path: Path) -> None:
+    """The run seen last comes first; other folders, and damaged configs, do no harm."""
+    for name, seconds in (("old", 5000), ("new", 10)):
+        with kept_state(make_run(tmp_path / name, (0.5, 0.25))):
+            pass
+        age(tmp_path / name, seconds)
+    make_run(tmp_path / "silent")
+    (make_run(tmp_path / "damaged") / CONFIG_FILE).write_text("train: {epochs: none}")
+    make_run(tmp_path / ".new_5f")  # cut off while it was made
+    (tmp_path / "no run").mkdir()
+    (tmp_path / "file").touch()
+    with (tmp_path / "new" / METRICS_FILE).open("a") as file:
+        file.write('{"epoch": 3, "val/mA')  # cut off by a kill
+    runs = list_runs(tmp_path)
+    assert [(run.name, run.state, run.epoch, run.epochs) for run in runs] == [
+        ("new", "finished", 2, 3),
+        ("old", "finished", 2, 3),
+        ("damaged", "unknown", 0, 0),
+        ("silent", "unknown", 0, 3),
+    ]
+    assert "train.epochs" in runs[2].reason
+    with pytest.raises(UserError, match=r"nowhere: no folder; give the train\.storage"):
+        list_runs(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"epoch": 1}', b'{"epoch": 1, "val/mAP": "high"}', b"{torn}", b"[1, {}]}", b"\xff\xfe}", b"[{}"]
+)
+def test_damaged_figures_hide_no_other_run(tmp_path: Path, line: bytes) -> None:
+    make_run(tmp_path / "whole", (0.5,))
+    (make_run(tmp_path / "damaged", (0.5,)) / METRICS_FILE).write_bytes(line + b"\n")
+    told = {run.name: (run.epoch, run.reason) for run in list_runs(tmp_path)}
+    assert told == {"whole": (1, ""), "damaged": (0, "metrics.jsonl is damaged")}
+
+
+def test_the_table() -> None:
+    nan = math.nan
+    runs = [
+        RunSummary("coco", "running", 2, 40, 0.71239, 1e6 - 7300, 1e6 - 4, ""),
+        RunSummary("a longer name", "failed", 0, 6, nan, 1e6 - 300_000, 1e6 - 200, "the disk is full"),
+        RunSummary("x", "unknown", 0, 0, nan, nan, nan, ""),
+    ]
+    assert describe_runs(runs, now=1e6) == [
+        "run            state    epoch  best val mAP  started  last seen",
+        "coco           running  2/40   0.7124        2 h ago  4 s ago",
+        "a longer name  failed   0/6    -             3 d ago  3 min ago  the disk is full",
+        "x              unknown  0/?    -             -        -",
+    ]

@@ -1,0 +1,139 @@
+"""What a person sees while a search runs: a table that follows it on a terminal, a line for each epoch elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from optuna.exceptions import StorageInternalError
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from .search_plan import MINIMIZED
+from .study import SearchStudy, best_epoch, epochs_of
+
+STATES = {
+    TrialState.RUNNING: "running",
+    TrialState.COMPLETE: "done",
+    TrialState.PRUNED: "stopped",
+    TrialState.FAIL: "failed",
+}
+_SHOWN = {"model.levels": "levels", "model.tau": "tau", "optim.lr": "lr"}  # the other parameters are in trials.csv
+_ROWS = 20  # more would not fit the terminal while it runs
+
+
+class SearchView:
+    """Shows a study; `start` and `stop` frame the time in which it changes."""
+
+    def __init__(self, study: SearchStudy, console: Console) -> None:
+        self._study = study
+        self._console = console
+        self._live = Live(console=console, refresh_per_second=2, transient=True)
+        self._said: set[tuple[int, TrialState, int]] = set()
+
+    def start(self) -> None:
+        """Begins to follow."""
+        if self._console.is_terminal:
+            self._live.start()
+
+    def stop(self) -> None:
+        """Ends it; the table is left to `show`."""
+        self._live.stop()
+
+    def update(self, number: int) -> None:
+        """Something became of this trial. Nothing is shown while the storage does not answer; the desk is the one that needs it."""
+        with suppress(StorageInternalError):
+            self._update(number)
+
+    def _update(self, number: int) -> None:
+        if self._console.is_terminal:
+            self._live.update(study_table(self._study, _ROWS))
+        else:
+            trial = self._study.study.get_trials(deepcopy=False)[number]
+            news = (number, trial.state, len(epochs_of(trial.user_attrs)))
+            if news not in self._said:  # a trial tells its best and last epochs again when it ends
+                self._said.add(news)
+                self.say(trial_line(self._study, trial))
+
+    def say(self, line: str) -> None:
+        """A line for the user, above the table."""
+        self._console.print(line, markup=False)
+
+    def show(self) -> None:
+        """The whole table, best trials first."""
+        self._console.print(study_table(self._study))
+
+
+def shown_parameters(params: Mapping[str, Any]) -> dict[str, str]:
+    """Levels (layer2 is 2), tau and learning rate as a table shows them."""
+    return {
+        path: f"{params[path]:.3g}"
+        if isinstance(params.get(path), float)
+        else str(params.get(path, "")).replace("layer", "")
+        for path in _SHOWN
+    }
+
+
+def trial_line(study: SearchStudy, trial: FrozenTrial) -> str:
+    """A trial and the best so far in one line."""
+    epochs, objective = epochs_of(trial.user_attrs), study.plan.objectives[0]
+    parts = [f"trial {trial.number}", STATES[trial.state]]
+    if epochs:
+        parts.append(f"epoch {epochs[-1]['epoch']}/{study.epochs}")
+        parts.append(f"{objective} {epochs[-1][objective]:.4f}")
+        if "train/images_per_second" in epochs[-1]:
+            parts.append(f"{epochs[-1]['train/images_per_second']:.0f} img/s")
+    parts += [f"{_SHOWN[path]} {value}" for path, value in shown_parameters(trial.params).items() if value]
+    if "failure" in trial.user_attrs:
+        parts.append(trial.user_attrs["failure"])
+    best = study.best()
+    if best is not None:
+        parts.append(f"best so far {score_of(study, best):.4f} (trial {best.number})")
+    return "  ".join(parts)
+
+
+def score_of(study: SearchStudy, trial: FrozenTrial) -> float:
+    """The first objective of a trial's best epoch; nan where it has none."""
+    best = best_epoch(trial.user_attrs, study.plan.objectives[0])
+    return best[study.plan.objectives[0]] if best else math.nan
+
+
+def ranked(study: SearchStudy) -> list[FrozenTrial]:
+    """All trials, best first, those without a score last."""
+    sign = 1 if study.plan.objectives[0] in MINIMIZED else -1
+    scores = {trial.number: score_of(study, trial) for trial in study.frozen()}
+    return sorted(
+        study.frozen(),
+        key=lambda trial: (math.isnan(scores[trial.number]), sign * scores[trial.number], trial.number),
+    )
+
+
+def study_table(study: SearchStudy, rows: int | None = None) -> Table:
+    """The trials, best first; `rows` of them, of which the running ones are never left out."""
+    best = study.best()
+    title = f"{len(study.frozen())} of {study.trials} trials" + (
+        f", best {study.plan.objectives[0]} {score_of(study, best):.4f} (trial {best.number})" if best else ""
+    )
+    table = Table("trial", *_SHOWN.values(), "epoch", study.plan.objectives[0], "img/s", "state", title=title)
+    trials = ranked(study)
+    if rows is not None and len(trials) > rows:
+        running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+        others = [trial for trial in trials if trial.state != TrialState.RUNNING]
+        trials = [*others[: max(0, rows - len(running))], *running]
+    for trial in trials:
+        epochs = epochs_of(trial.user_attrs)
+        speed = epochs[-1].get("train/images_per_second") if epochs else None
+        state = STATES[trial.state]
+        table.add_row(
+            str(trial.number),
+            *shown_parameters(trial.params).values(),
+            f"{epochs[-1]['epoch'] if epochs else 0}/{study.epochs}",
+            f"{score_of(study, trial):.4f}" if epochs else "",
+            "" if speed is None else f"{speed:.0f}",
+            f"{state}: {trial.user_attrs['failure'][:60]}" if "failure" in trial.user_attrs else state,
+        )
+    return table

@@ -1,0 +1,72 @@
+"""The study of a running search, in a Ray actor beside the driver: the driver asks it for trials, trials tell it their epochs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any
+
+import optuna
+import ray
+from optuna.exceptions import StorageInternalError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from .study_storage import open_study
+from .trial_callback import DeskClient
+
+_PATIENCE_SECONDS = 60.0
+
+
+def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Tries again while the study's database does not answer, a minute long; each call may be repeated."""
+
+    @wraps(method)
+    def wrapper(*arguments: Any) -> Any:
+        end = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                return method(*arguments)
+            except StorageInternalError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(1)
+
+    return wrapper
+
+
+class Desk:
+    """The one writer of a study while its search runs.
+
+    Args:
+        url, name: of the study, which must exist.
+    """
+
+    def __init__(self, url: str, name: str) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._study = open_study(url, name)
+
+    @_patient
+    def next_trial(self) -> tuple[int, dict[str, Any]] | None:
+        """See `SearchStudy.next_trial`."""
+        return self._study.next_trial()
+
+    @_patient
+    def record(self, number: int, metrics: Mapping[str, Any]) -> bool:
+        """See `SearchStudy.record`."""
+        return self._study.record(number, metrics)
+
+    @_patient
+    def fail(self, number: int, kind: str, reason: str) -> None:
+        """See `SearchStudy.fail`."""
+        self._study.fail(number, kind, reason)
+
+    def stopped_because(self) -> str | None:
+        """See `SearchStudy`."""
+        return self._study.stopped_because
+
+
+def open_desk(url: str, name: str) -> DeskClient:
+    """Starts the desk on this machine, where a study in a file lies."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return DeskClient(ray.remote(num_cpus=0)(Desk).options(scheduling_strategy=here).remote(url, name))

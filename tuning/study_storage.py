@@ -1,0 +1,108 @@
+"""Creates and opens Optuna studies in their storage."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import optuna
+from optuna.exceptions import StorageInternalError
+from pydantic import ValidationError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from msrn_ray.errors import UserError
+
+from .search_plan import MINIMIZED, Plan
+from .study import _PLAN, _TRIALS, SearchStudy
+
+
+def create_study(url: str, name: str, plan: Plan, trials: int | None) -> SearchStudy:
+    """A new study with the plan's own setting as its first point; a grid has all its points from the start.
+
+    Args:
+        url: storage, as SQLAlchemy writes it.
+        name: of the study in that storage.
+        plan: what is searched.
+        trials: how many in all; None: the points of the grid.
+
+    Raises:
+        UserError: if the storage cannot be used or has a study of this name, or the grid is too large.
+    """
+    points = plan.first_points()
+    random.Random(plan.config.train.seed).shuffle(points)  # a grid that is cut short has seen all of its range
+    check_name(url, name)
+    try:
+        study = optuna.create_study(
+            storage=open_storage(url),
+            study_name=name,
+            directions=["minimize" if objective in MINIMIZED else "maximize" for objective in plan.objectives],
+        )
+    except StorageInternalError as error:
+        raise UserError(f"--study-storage {shown(url)}: cannot be written ({_reason(error)})") from None
+    for point in points:
+        study.enqueue_trial(point)
+    most = len(points) if plan.sampler == "grid" else math.inf
+    study.set_user_attr(_TRIALS, int(min(most, len(points) if trials is None else trials)))
+    study.set_user_attr(_PLAN, plan.model_dump(mode="json"))  # last: a study without it was never whole
+    return SearchStudy(study)
+
+
+def check_name(url: str, name: str) -> None:
+    """Refuses a name that the storage has a study of.
+
+    Raises:
+        UserError: if it has, or cannot be used.
+    """
+    if name in optuna.get_all_study_names(open_storage(url)):
+        raise UserError(
+            f"{shown(url)} has a study {name} already; go on with it (--resume), or give another --train.run-name"
+        )
+
+
+def open_study(url: str, name: str) -> SearchStudy:
+    """The study of an earlier search, by its storage and name.
+
+    Raises:
+        UserError: if there is none.
+    """
+    try:
+        study = optuna.load_study(storage=open_storage(url), study_name=name)
+    except KeyError:
+        raise UserError(f"{shown(url)} has no study {name}; name its storage with --study-storage") from None
+    if _PLAN not in study.user_attrs:
+        raise UserError(f"{shown(url)}: study {name} was killed before its first trial; start a new search")
+    try:
+        return SearchStudy(study)
+    except ValidationError as error:
+        raise UserError(
+            f"{shown(url)}: study {name} is of another version of this program ({error.errors()[0]['msg']})"
+        ) from None
+
+
+def open_storage(url: str) -> optuna.storages.RDBStorage:
+    """The storage of studies; a database that is empty gets its tables, and a connection that was lost is made anew.
+
+    Raises:
+        UserError: if it cannot be used, or the driver of its database is not installed.
+    """
+    try:
+        return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    except ImportError as error:
+        raise UserError(
+            f"--study-storage {shown(url)}: needs its database driver ({error}); install it with pip"
+        ) from None
+    except SQLAlchemyError as error:
+        raise UserError(f"--study-storage {shown(url)}: cannot be used ({_reason(error)})") from None
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(getattr(error, "orig", None) or error.__cause__ or error).split())[:300]
+
+
+def shown(url: str) -> str:
+    """The URL without its password."""
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except SQLAlchemyError:
+        return url
