@@ -1,10 +1,12 @@
-"""Reads YAML and .npz files that users give, and checks where output goes. No pickle is loaded."""
+"""Reads YAML and .npz files, checks where output goes, and writes files whole or not at all. Loads no pickle."""
 
 from __future__ import annotations
 
+import os
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,25 @@ import numpy.typing as npt
 import yaml
 
 from ..errors import UserError
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a hidden path beside `path`; once the block has written it, sync it to disk and rename it to `path`.
+
+    Readers see the old file or the whole new one, even after a crash of the machine. A block that fails leaves nothing behind.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_arrays(path: Path, fields: Sequence[str]) -> list[npt.NDArray[Any]]:
