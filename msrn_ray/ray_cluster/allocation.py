@@ -16,6 +16,7 @@ from ..config import ResourceSettings
 from ..errors import NoDecodeCpuError, UserError
 from .cluster_yaml import can_grow_to
 from .connection import default_workers, usable_cores
+from .private_api import max_cluster_resources
 
 # Between two requests for machines: a cluster has one request at a time, and runs that are going on overwrite it every 20 s
 _ASK_SECONDS = 5.0
@@ -49,7 +50,7 @@ def allocate(settings: ResourceSettings) -> Allocation:
         UserError: if they ask for more than there is or can be, with both numbers; Ray itself would wait for ever.
     """
     # None where nothing starts machines; a cluster of this process's own does not grow, whatever the machine's file says of another
-    most = ray._private.state.state.get_max_resources_from_cluster_config()
+    most = max_cluster_resources()
     if not most and os.environ.get("RAY_ADDRESS"):
         most = can_grow_to()
     if most:

@@ -16,12 +16,12 @@ import jsonschema
 import ray
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from ray.autoscaler._private.util import prepare_config, validate_config
 
 from ..config import ExperimentConfig
 from ..errors import UserError
 from .allocation import fit
 from .cluster_yaml import FAMILIES, machine_resources, most_resources, read_cluster
+from .private_api import prepare_config, validate_config
 from .spot_scorer import SPOT, score
 
 PLACEHOLDER = "CHANGE-ME"

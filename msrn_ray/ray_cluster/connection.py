@@ -11,11 +11,11 @@ from typing import Any
 
 import ray.autoscaler.sdk
 import torch
-from ray.core.generated import autoscaler_pb2
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..config import ResourceSettings
 from ..errors import UserError
+from .private_api import request_drain
 
 OWN_ADDRESS = "127.0.0.1"  # of a cluster that `connect` starts: no other machine can reach it
 
@@ -130,7 +130,7 @@ def _exists(path: str) -> bool:
     return os.path.exists(path)
 
 
-def set_aside(node: str, why: str, others: Collection[str] = ()) -> bool:
+def drain_node(node: str, why: str, others: Collection[str] = ()) -> bool:
     """Tells Ray to start nothing new on a machine; what runs there stays. That lasts until Ray on it is started again.
 
     Args:
@@ -147,10 +147,7 @@ def set_aside(node: str, why: str, others: Collection[str] = ()) -> bool:
     left = {each["NodeID"] for each in ray.nodes() if each["Alive"] and each["Resources"].get("CPU")} - {node, *others}
     if not left:
         return False
-    # the reason decides what runs do, and they save; 0: no end is set to what runs there
-    messages: Any = autoscaler_pb2
-    driver: Any = ray._private.worker.global_worker
-    accepted, refusal = driver.gcs_client.drain_node(node, messages.DRAIN_NODE_REASON_PREEMPTION, why, 0)
+    accepted, refusal = request_drain(node, why)
     if not accepted:
         raise UserError(f"{why}, and Ray does not take it out of use ({refusal}); stop Ray there")
     return True

@@ -9,8 +9,7 @@ from __future__ import annotations
 from numbers import Real
 from typing import Any
 
-from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
-from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer
+from .private_api import NodeAvailabilitySummary, default_utilization_scorer
 
 SPOT = "_spot"  # ends the name of a kind of machine
 
@@ -33,7 +32,7 @@ def score(
         node_type: its name in `available_node_types`.
         node_availability_summary: which kinds AWS gave, or refused, lately.
     """
-    fits = _default_utilization_scorer(
+    fits = default_utilization_scorer(
         node_resources, resources, node_type, node_availability_summary=node_availability_summary
     )
     if fits is None:

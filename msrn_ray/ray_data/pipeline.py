@@ -19,12 +19,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray.data
 import torch
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from ..config import DataSettings
 from ..datasets.transforms import decode, multi_scale_crop, resize, smallest_side
 from ..errors import UserError
 from ..io.byte_ranges import read_bytes
+from ..ray_cluster.private_api import ExecutionCallback
 from ..training.bad_images import BadImage, BadImages
 from ..training.sampling import EvalPlan, TrainPlan
 from ..types import Batch

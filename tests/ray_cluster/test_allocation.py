@@ -15,14 +15,14 @@ from msrn_ray.ray_cluster.allocation import Allocation, allocate, decode_cpus
 from msrn_ray.ray_cluster.connection import connect, default_workers
 from msrn_ray.ray_train.torch_trainer import scaling
 
-STATE = ray._private.state.state  # knows how far a cluster can grow; None: it does not
+LARGEST = "msrn_ray.ray_cluster.allocation.max_cluster_resources"  # returns None where the cluster does not grow
 
 
 def cluster(monkeypatch: pytest.MonkeyPatch, *, cpus: float, gpus: float | None = None, cores: int = 16) -> None:
     """Pretends to be connected to a cluster, from a machine with `cores`."""
     there = {"CPU": cpus} | ({} if gpus is None else {"GPU": gpus})
     monkeypatch.setattr(ray, "cluster_resources", lambda: there)
-    monkeypatch.setattr(STATE, "get_max_resources_from_cluster_config", lambda: None)
+    monkeypatch.setattr(LARGEST, lambda: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
 
 
@@ -99,7 +99,7 @@ class Growing:
         self.now, self.most, self.works = dict(now), most, works
         self.asked: list[list[dict[str, int]]] = []
         self.clock = 0.0
-        monkeypatch.setattr(STATE, "get_max_resources_from_cluster_config", lambda: most)
+        monkeypatch.setattr(LARGEST, lambda: most)
         monkeypatch.setattr(ray, "cluster_resources", lambda: dict(self.now))
         monkeypatch.setattr(ray.autoscaler.sdk, "request_resources", lambda bundles: self.asked.append(bundles))
         monkeypatch.setattr("msrn_ray.ray_cluster.allocation.time.sleep", self.sleep)
