@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     )
     from ray.data._internal.execution.execution_callback import ExecutionCallback as ExecutionCallback
 
-# Name that this module exports -> module and attribute of Ray
+# Name that this module exports -> module of Ray, or module:attribute
 PRIVATE_NAMES = {
     # `msrn cluster check` reports what `ray up` would refuse. `ray.autoscaler.sdk.fillout_defaults` leaves out the steps for
     # provider local and for set-up commands. Nothing public validates a file: the rest of the SDK starts or stops nodes.
@@ -35,6 +35,13 @@ PRIVATE_NAMES = {
     # A run without room for its workers must say so, with their number. The public ControllerError only wraps this error; nothing else
     # tells it from other errors of the controller.
     "WorkerGroupStartupTimeoutError": "ray.train.v2._internal.exceptions:WorkerGroupStartupTimeoutError",
+    # `max_cluster_resources`, `request_drain` and `ObjectStoreReader` below say why they need these.
+    "global_state": "ray._private.state:state",
+    "global_worker": "ray._private.worker:global_worker",
+    "autoscaler_pb2": "ray.core.generated.autoscaler_pb2",
+    "init_grpc_channel": "ray._private.grpc_utils:init_grpc_channel",
+    "node_manager_pb2": "ray.core.generated.node_manager_pb2",
+    "node_manager_pb2_grpc": "ray.core.generated.node_manager_pb2_grpc",
     # For tests alone: what Ray itself does with our cluster files, its packaging of a job's folder, its error for a lost worker, and
     # the storage of a trial. Ray offers none of them in public.
     "NodeProviderAvailabilityTracker": (
@@ -44,7 +51,7 @@ PRIVATE_NAMES = {
     "create_package": "ray._private.runtime_env.packaging:create_package",
     "get_nodes_for": "ray.autoscaler._private.resource_demand_scheduler:get_nodes_for",
     "load_function_or_class": "ray.autoscaler._private.loader:load_function_or_class",
-    "train_storage": "ray.train._internal:storage",
+    "train_storage": "ray.train._internal.storage",
 }
 
 
@@ -52,8 +59,13 @@ def __getattr__(name: str) -> Any:
     """Import a private part of Ray at its first use."""
     if name not in PRIVATE_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, attribute = PRIVATE_NAMES[name].partition(":")
-    return getattr(import_module(module), attribute)
+    return _load(name)
+
+
+def _load(name: str) -> Any:
+    path, _, attribute = PRIVATE_NAMES[name].partition(":")
+    module = import_module(path)
+    return getattr(module, attribute) if attribute else module
 
 
 def max_cluster_resources() -> dict[str, int] | None:
@@ -61,9 +73,7 @@ def max_cluster_resources() -> dict[str, int] | None:
 
     `ray.cluster_resources()` counts only the nodes that are up. No public call returns the limits that, for example, KubeRay reports.
     """
-    from ray._private.state import state
-
-    resources: dict[str, int] | None = state.get_max_resources_from_cluster_config()
+    resources: dict[str, int] | None = _load("global_state").get_max_resources_from_cluster_config()
     return resources
 
 
@@ -76,13 +86,9 @@ def request_drain(node_id: str, reason: str) -> tuple[bool, str]:
     Returns:
         Whether Ray accepts, and why not.
     """
-    from ray._private.worker import global_worker
-    from ray.core.generated import autoscaler_pb2
-
-    messages: Any = autoscaler_pb2
-    client: Any = global_worker.gcs_client
+    preemption = _load("autoscaler_pb2").DRAIN_NODE_REASON_PREEMPTION
     no_deadline = 0
-    accepted, refusal = client.drain_node(node_id, messages.DRAIN_NODE_REASON_PREEMPTION, reason, no_deadline)
+    accepted, refusal = _load("global_worker").gcs_client.drain_node(node_id, preemption, reason, no_deadline)
     return bool(accepted), str(refusal)
 
 
@@ -97,13 +103,9 @@ class ObjectStoreReader:
     """
 
     def __init__(self, address: str) -> None:
-        from ray._private.grpc_utils import init_grpc_channel
-        from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc
-
-        messages: Any = node_manager_pb2
-        self._request = messages.FormatGlobalMemoryInfoRequest(include_memory_info=False)
-        self._channel = init_grpc_channel(address)
-        self._service = node_manager_pb2_grpc.NodeManagerServiceStub(self._channel)
+        self._request = _load("node_manager_pb2").FormatGlobalMemoryInfoRequest(include_memory_info=False)
+        self._channel = _load("init_grpc_channel")(address)
+        self._service = _load("node_manager_pb2_grpc").NodeManagerServiceStub(self._channel)
 
     def read(self, timeout: float) -> tuple[int, int]:
         """Return the bytes in use, and the bytes spilled to disk since the cluster started.

@@ -20,10 +20,6 @@ import pytest
 import ray
 import yaml
 from packaging.requirements import Requirement
-from ray._private.runtime_env.packaging import create_package
-from ray.autoscaler._private.loader import load_function_or_class
-from ray.autoscaler._private.node_provider_availability_tracker import NodeProviderAvailabilityTracker
-from ray.autoscaler._private.resource_demand_scheduler import get_nodes_for
 from ray.autoscaler.node_launch_exception import NodeLaunchException
 
 from msrn_ray.cli.app import main
@@ -31,6 +27,12 @@ from msrn_ray.errors import UserError
 from msrn_ray.presets import PRESETS
 from msrn_ray.ray_cluster.check import PLACEHOLDER, check_cluster, check_preset
 from msrn_ray.ray_cluster.cluster_yaml import can_grow_to, machine_resources, most_resources, read_cluster
+from msrn_ray.ray_cluster.private_api import (
+    NodeProviderAvailabilityTracker,
+    create_package,
+    get_nodes_for,
+    load_function_or_class,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU_YAML, LOCAL_YAML = ROOT / "cluster/gpu.yaml", ROOT / "cluster/local.yaml"

@@ -12,12 +12,12 @@ from typing import Any, cast
 
 import pytest
 from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 
 from msrn_ray.config import ExperimentConfig, ResourceSettings, load_config
 from msrn_ray.errors import AccountingError, BadImagesError, NoDecodeCpuError, UserError
 from msrn_ray.presets import PRESETS
 from msrn_ray.ray_cluster.allocation import Allocation
+from msrn_ray.ray_cluster.private_api import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 from msrn_ray.ray_train import driver as trainer
 from msrn_ray.ray_train.driver import train
 from msrn_ray.ray_train.elastic_fit import run_elastic, run_trainer

@@ -28,8 +28,6 @@ import ray.train
 import torch
 import yaml
 from optuna.trial import TrialState
-from ray.train._internal.storage import StorageContext
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.tune.experiment import Trial
 from rich.console import Console
 
@@ -38,6 +36,7 @@ from msrn_ray.config import ResourceSettings, load_config
 from msrn_ray.errors import NonFiniteLossError, UserError
 from msrn_ray.presets import PRESETS
 from msrn_ray.ray_cluster.allocation import Allocation, own_machine_runs, share
+from msrn_ray.ray_cluster.private_api import WorkerHealthCheckFailedError, train_storage
 from msrn_ray.ray_train.failures import describe_failure
 from msrn_ray.runs.checkpoint import find_model_file
 from msrn_ray.runs.log import METRICS_FILE
@@ -311,7 +310,7 @@ def test_a_long_table_keeps_what_is_running(tmp_path: Path) -> None:
 
 def failed_trial(point: dict[str, Any], error: Exception, folder: Path) -> Trial:
     """A trial of Tune's that has just failed: as it was written, before it is copied to the storage."""
-    trial = Trial("run_trial", stub=True, config=point, storage=StorageContext(str(folder), "tune"))
+    trial = Trial("run_trial", stub=True, config=point, storage=train_storage.StorageContext(str(folder), "tune"))
     trial.init_local_path()
     trial.handle_error(error)
     return trial
@@ -334,7 +333,7 @@ class LocalDesk(DeskClient):
 def test_tune_gets_its_trials_from_the_study_and_tells_it_of_failures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ray.train._internal.storage._get_ray_train_session_dir", lambda: str(tmp_path / "session"))
+    monkeypatch.setattr(train_storage, "_get_ray_train_session_dir", lambda: str(tmp_path / "session"))
     study = create_study(f"sqlite:///{tmp_path}/study.db", "s", plan_of(sampler="random"), 5)
     desk, stopper = LocalDesk(study), SearchStopper(None)
     searcher = StudySearcher(desk)
