@@ -1,8 +1,4 @@
-"""Ray Train around the engine: `build_trainer` is the one builder that training and search use.
-
-Data: sample tables go into the object store once; each worker streams its share through `pipeline`; rank 0 sends plain events to the
-driver and reports metrics and checkpoints to Ray Train.
-"""
+"""Trains a model from a config: gathers the inputs, starts Ray, runs the workers and keeps the run folder."""
 
 from __future__ import annotations
 
@@ -17,8 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import ray.train.torch
-from ray.data._internal.stats import get_or_create_stats_actor
+import ray
+import ray.train
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -26,26 +22,29 @@ from ..config import ExperimentConfig
 from ..errors import UserError
 from ..ray_cluster.allocation import Allocation, allocate
 from ..ray_cluster.connection import check_shared, connect
+from ..ray_cluster.private_api import get_or_create_stats_actor
 from ..runs.checkpoint import find_model_file, load_checkpoint
-from ..runs.folder import FAILURE_FILE, absolute_paths, open_folder
+from ..runs.folder import FAILURE_FILE, absolute_paths, cannot_be_written, open_folder
 from ..runs.log import RunLog
 from ..runs.resume import check_data, check_list, check_resumable, describe_data
 from ..runs.state import check_stopped, kept_state
-from ..training.inputs import check_batch, describe, gather_inputs
-from .elastic_fit import run_elastic
-from .event_pump import listening
-from .torch_trainer import StoredInputs, build_trainer, store_inputs
-from .watchdog import Watchdog
+from ..training.inputs import check_batch, describe_inputs, gather_inputs
+from .elastic_fit import fit_elastic
+from .event_pump import event_pump
+from .torch_trainer import build_trainer
+from .watchdog import Watchdog, WatchdogActions, end_process
+from .worker import train_worker
+from .worker_input import StoredInputs, WorkerInput, store_inputs
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run lies and how good it is.
+    """Where a run is and how good it is.
 
     Attributes:
         run_folder: config, metrics, curves, checkpoints.
         best_checkpoint: folder of the best epoch.
-        metrics: `val/...` of the best epoch, `test/...` of the same weights where the protocol has a test split.
+        metrics: `val/...` of the best epoch, and `test/...` of the same weights if the protocol has a test split.
     """
 
     run_folder: Path
@@ -54,14 +53,14 @@ class TrainResult:
 
 
 def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
-    """Trains from start to end, with progress on the terminal and a run folder as the result.
+    """Train from start to end, with progress on the terminal and a run folder as the result.
 
     Args:
         config: the experiment. The run folder is `train.storage`/`train.run_name`.
-        resume: go on from the last checkpoint of that run folder instead of refusing it.
+        resume: resume that run from its last checkpoint instead of refusing its folder.
 
     Raises:
-        UserError: for input that the user can mend, before anything is written where that is possible.
+        UserError: for input that the user can fix, before anything is written if possible.
     """
     config = absolute_paths(config)
     name = config.train.run_name or f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -70,7 +69,7 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
     if resume:
         check_resumable(folder, config)
         check_stopped(folder)
-    if not resume and folder.exists():
+    elif folder.exists():
         raise UserError(f"{folder} exists already; give another train.run_name, or --resume {folder}")
     inputs = gather_inputs(config)
     check_batch(config, len(inputs.splits.train))
@@ -78,27 +77,28 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
     if resume:
         check_data(folder, data)
         if check_list(folder):
-            print("its first checkpoint was cut off before Ray Train knew of it; the run begins anew", flush=True)
-    for line in describe(inputs, config):
+            print(
+                "its first checkpoint was cut off before Ray Train listed it; the run starts from the beginning",
+                flush=True,
+            )
+    for line in describe_inputs(inputs, config):
         print(line, flush=True)
     print("starting Ray and the workers (the first run on a machine also compiles kernels)", flush=True)
-    # whoever resumes the same run while this one still waits for machines must see that it goes on
+    # a second driver that resumes this run must see that this one is alive, even while it still waits for nodes
     with kept_state(folder) if resume else nullcontext():
         connect(config.resources)
         allocation = allocate(config.resources)
         try:
             log, _ = run_in_folder(config, store_inputs(inputs, data), allocation, fresh=not resume)
         except KeyboardInterrupt:
-            print(f"interrupted; go on with: msrn train --resume {folder}", file=sys.stderr)
+            print(f"interrupted; resume with: msrn train --resume {folder}", file=sys.stderr)
             raise
         except ray.train.TrainingFailedError:
-            print(
-                f"the run stopped; once the cause is mended, go on with: msrn train --resume {folder}", file=sys.stderr
-            )
+            print(f"the run stopped; fix the cause, then resume with: msrn train --resume {folder}", file=sys.stderr)
             raise
     best = find_model_file(folder).parent
-    metrics = {key: value for key, value in load_checkpoint(best).metrics.items() if key.startswith("val/")} | log.test
-    return TrainResult(folder, best, metrics)
+    metrics = {name: value for name, value in load_checkpoint(best).metrics.items() if name.startswith("val/")}
+    return TrainResult(folder, best, metrics | log.test)
 
 
 def run_in_folder(
@@ -109,68 +109,68 @@ def run_in_folder(
     *,
     fresh: bool = False,
 ) -> tuple[RunLog, ray.train.Result]:
-    """Trains into the run folder `train.storage`/`train.run_name`: keeps its files and ends workers that hang.
+    """Train into the run folder `train.storage`/`train.run_name`, and end workers that hang.
 
     Args:
-        config, stored, allocation, callbacks: see `build_trainer`.
-        fresh: the folder must not be there yet.
+        config: the experiment.
+        stored: its data.
+        allocation: its workers.
+        callbacks: passed to Ray Train.
+        fresh: the folder must not exist yet.
 
     Returns:
-        The run's log, and what Ray Train says of the run.
+        The run's log, and Ray Train's result.
 
     Raises:
-        UserError: for what the user can mend; it is in the folder's FAILURE_FILE too.
-        ray.train.TrainingFailedError: for anything else.
+        UserError: for what the user can fix; the message is in the folder's FAILURE_FILE too.
+        ray.train.TrainingFailedError: for any other failure.
     """
     assert config.train.run_name is not None
     folder = Path(config.train.storage) / config.train.run_name
-    _open_shared_folder(folder, config, stored.data, fresh=fresh)
-    log = RunLog(folder)
-    here = NodeAffinitySchedulingStrategy(
-        ray.get_runtime_context().get_node_id(), soft=False
-    )  # else it is lost with another node
-    events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    # likewise Ray Data's own, if no job before has one: it lies where it is first used and outlives the run, and a machine with it that is
-    # set aside never gets idle and leaves
-    get_or_create_stats_actor()
-    # elsewhere, as in a search, nothing can interrupt Ray Train
-    in_main = threading.current_thread() is threading.main_thread()
-    watchdog = Watchdog(
-        config.train.hang_minutes,
-        log.say,
-        wait_minutes=config.resources.wait_minutes if in_main else math.inf,
-        give_up=_thread.interrupt_main if in_main else lambda: None,
-    )
     try:
-        try:
-            # of a run that is resumed the state is kept already, see `train`; one that a search starts has only this
-            with kept_state(folder), listening(events, log, watchdog):
-                build = partial(build_trainer, config, stored, run_name=folder.name, events=events, callbacks=callbacks)
-                try:
-                    result = run_elastic(build, config.resources, allocation, log.say)
-                except KeyboardInterrupt:
-                    if watchdog.abandoned is None:
-                        raise
-                    raise UserError(watchdog.abandoned) from None
-        except ray.train.TrainingFailedError:
-            if watchdog.verdict is None:
-                raise
-            raise UserError(watchdog.verdict) from None
+        check_shared(folder.parent)
+    except OSError as error:
+        raise cannot_be_written(folder, error) from None
+    open_folder(folder, config, stored.data, fresh=fresh)
+    # an actor on another node would be lost with that node
+    on_this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": on_this_node})
+    # Ray Data's own actor starts where it is first used and outlives the run. On another node it would keep that node from becoming idle
+    # after it was drained
+    get_or_create_stats_actor()
+    log = RunLog(folder)
+    watchdog = _build_watchdog(config, log)
+    worker_input = WorkerInput(config, stored, events, allocation.runs)
+    build = partial(build_trainer, train_worker, worker_input, callbacks)
+    try:
+        # `train` keeps the state of a resumed run too; a trial of a search has only this
+        with kept_state(folder), event_pump(events, log, watchdog):
+            try:
+                result = fit_elastic(build, config.resources, allocation, log.say)
+            except KeyboardInterrupt:
+                if watchdog.give_up_reason is None:
+                    raise
+                raise UserError(watchdog.give_up_reason) from None
+    except ray.train.TrainingFailedError:
+        if watchdog.hang is None:
+            raise
+        _write_failure(folder, watchdog.hang)
+        raise UserError(watchdog.hang) from None
     except UserError as error:
-        with suppress(OSError):  # a full disk may be what is told of
-            (folder / FAILURE_FILE).write_text(f"{error}\n", encoding="utf-8")
+        _write_failure(folder, str(error))
         raise
     return log, result
 
 
-def _open_shared_folder(folder: Path, config: ExperimentConfig, data: dict[str, str], *, fresh: bool) -> None:
-    """Checks that every node sees the storage, then opens the run folder.
+def _build_watchdog(config: ExperimentConfig, log: RunLog) -> Watchdog:
+    """Return the run's watchdog. Only in the main thread it can interrupt Ray Train; a search runs trials in other threads."""
+    is_main = threading.current_thread() is threading.main_thread()
+    give_up = _thread.interrupt_main if is_main else lambda: None
+    wait_minutes = config.resources.wait_minutes if is_main else math.inf
+    actions = WatchdogActions(log.say, end_process, give_up)
+    return Watchdog(config.train.hang_minutes, actions, wait_minutes=wait_minutes)
 
-    Raises:
-        UserError: if a node does not see it, or it cannot be written.
-    """
-    try:
-        check_shared(folder.parent)
-    except OSError as error:
-        raise UserError(f"train.storage {folder}: cannot be written ({error.strerror})") from None
-    open_folder(folder, config, data, fresh=fresh)
+
+def _write_failure(folder: Path, reason: str) -> None:
+    with suppress(OSError):  # a full disk may be the reason
+        (folder / FAILURE_FILE).write_text(f"{reason}\n", encoding="utf-8")

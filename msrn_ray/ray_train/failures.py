@@ -1,4 +1,7 @@
-"""What Ray Train's controller does when a worker fails; a module of its own, so that the controller starts without torch's vision side."""
+"""What a failed worker means: whether the run ends, what the user reads, and which failures have one cause.
+
+Ray Train's controller imports this module, so it must not import torch.
+"""
 
 from __future__ import annotations
 
@@ -10,72 +13,89 @@ import ray.train
 from ray.util.queue import Queue
 
 from ..errors import AccountingError, UserError
+from ..runs.events import WorkerFailed
+
+# torch has an error type for some of its out-of-memory errors only
+_OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator: .*memory|CUDA error: out of memory", re.IGNORECASE)
+_VAGUE_TYPES = (UserError, RuntimeError, ValueError, OSError)  # errors of these types have many causes
 
 
-class Failures(ray.train.UserCallback):
-    """Tells the user of a worker that failed, and ends the run at an error that starting again would only repeat.
+class FailureCallback(ray.train.UserCallback):
+    """Reports a failed worker, and ends the run at an error that a restart would only repeat.
 
     Args:
-        events: gets a line for each failure.
+        events: the driver's queue.
     """
 
     def __init__(self, events: Queue) -> None:
         self._events = events
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raises what is not to be tried again, whatever `train.max_failures` allows: Ray Train stops at an error of its callbacks, and
-        `run_trainer` hands it on."""
+        """Raise an error that must not be retried, whatever `train.max_failures` allows.
+
+        Ray Train stops at an error of its callbacks, and `fit` unwraps it.
+        """
         for error in worker_exceptions.values():
-            if isinstance(error, (UserError, AccountingError)):
+            if is_final(error):
                 raise error
-        # where a rank is lost the others fail too, and may be seen first
+        # when one rank is lost the others fail too, and Ray Train may see those first
         rank, error = min(worker_exceptions.items(), key=lambda item: not hasattr(item[1], "health_check_failure"))
         reason = str(getattr(error, "health_check_failure", error)).strip() or type(error).__name__
-        event = {"kind": "failure", "text": f"worker {rank} failed: {reason.splitlines()[0]}"}
-        self._events.actor.put.remote(event)  # type: ignore[attr-defined]  # without waiting: Ray Train's own loop calls this
+        event = WorkerFailed(f"worker {rank} failed: {reason.splitlines()[0]}")
+        put: Any = self._events.actor.put
+        put.remote(event)  # not awaited: Ray Train's own loop calls this
 
 
-# torch has a type for some of them only
-_OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator: .*memory|CUDA error: out of memory", re.IGNORECASE)
+def is_final(error: BaseException | None) -> bool:
+    """Return whether a restart would only repeat an error."""
+    return isinstance(error, (UserError, AccountingError))
+
+
+def wrapped_errors(failure: BaseException) -> Iterator[BaseException]:
+    """Yield the errors that Ray Train wraps in a TrainingFailedError: its controller's, then each worker's."""
+    errors = [getattr(failure, "controller_failure", None), *(getattr(failure, "worker_failures", None) or {}).values()]
+    yield from filter(None, errors)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, not what it wraps, is one of the memory of a GPU, a node or a process. Those of torch and of Ray are known by the
-    name that they share."""
+    """Return whether an error itself, not one that it wraps, says that a GPU, a node or a process ran out of memory.
+
+    The errors of torch and Ray share a type name.
+    """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
 
-_SAY_LITTLE = (UserError, RuntimeError, ValueError, OSError)  # errors of these types have many causes
-
-
 def describe_failure(error: BaseException) -> tuple[str, str]:
-    """Kind of a failure (failures of one kind have one cause) and its reason in a line.
+    """Return the kind of a failure (failures of one kind have one cause) and its reason in a line.
 
-    A failure comes wrapped in Ray's errors: of a worker in that of its run, of a run in that of its trial. Where a worker is lost the
-    others fail too: the loss is the cause, and memory before all.
+    Ray wraps a worker's failure in the run's, and a run's in the trial's. When a worker is lost the others fail too. So the cause is
+    memory first, then the lost worker.
     """
-    root = min(_roots(error), key=lambda cause: (not is_out_of_memory(cause[0]), not cause[1]))[0]
+    root = min(_root_causes(error), key=lambda cause: (not is_out_of_memory(cause[0]), not cause[1]))[0]
     lines = str(root).strip().splitlines() or [""]
-    # a traceback as text ends with what was raised
+    # a traceback as text ends with the error
     reason = lines[-1] if len(lines) > 1 and lines[-1].strip() else lines[0]
     name = "OutOfMemoryError" if is_out_of_memory(root) else type(root).__name__
     reason = f"{name}: {reason.strip()}"[:500]
-    says_little = type(root) in _SAY_LITTLE and name == type(root).__name__
-    return re.sub(r"\d+", "0", reason) if says_little else name, reason
+    is_vague = type(root) in _VAGUE_TYPES and name == type(root).__name__
+    return re.sub(r"\d+", "0", reason) if is_vague else name, reason
 
 
-def _roots(
-    error: BaseException, lost: bool = False, above: tuple[int, ...] = ()
+def _root_causes(
+    error: BaseException, is_lost: bool = False, above: tuple[int, ...] = ()
 ) -> Iterator[tuple[BaseException, bool]]:
-    """The errors that an error wraps and that wrap no other, and whether Ray Train found a worker gone there."""
-    gone = getattr(error, "health_check_failure", None)
-    found = [*(getattr(error, "worker_failures", None) or {}).values(), gone]
-    if not any(isinstance(one, BaseException) for one in found):
-        found = [getattr(error, "controller_failure", None) or getattr(error, "cause", None) or error.__cause__]
-    inner = [one for one in found if isinstance(one, BaseException) and id(one) not in above]
-    for one in inner:
-        yield from _roots(one, lost or gone is not None, (*above, id(error)))
+    """Yield the errors that an error wraps and that wrap no other, and whether Ray Train found a worker lost there."""
+    health = getattr(error, "health_check_failure", None)
+    candidates: list[Any] = [*(getattr(error, "worker_failures", None) or {}).values(), health]
+    if not any(isinstance(candidate, BaseException) for candidate in candidates):
+        controller = getattr(error, "controller_failure", None)
+        candidates = [controller or getattr(error, "cause", None) or error.__cause__]
+    inner = [
+        candidate for candidate in candidates if isinstance(candidate, BaseException) and id(candidate) not in above
+    ]
+    for candidate in inner:
+        yield from _root_causes(candidate, is_lost or health is not None, (*above, id(error)))
     if not inner:
-        yield error, lost
+        yield error, is_lost

@@ -1,5 +1,4 @@
-"""Names the rank that hangs: the driver's ear for the ranks' signs of life (`telemetry.Pulse`), and its hand that ends a hung process, or a
-run that has no room for its workers."""
+"""Detects hung workers from missing heartbeats and ends their process; gives up a run that gets no workers."""
 
 from __future__ import annotations
 
@@ -7,184 +6,195 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..errors import UserError
-from ..ray_cluster.connection import set_aside
-from .heartbeat import DONE, WAITING, beat_seconds
+from ..ray_cluster.connection import drain_node
+from ..runs.events import Heartbeat
+from .heartbeat import DONE, WAITING, heartbeat_seconds
 
-_ALONE_SECONDS = 60.0  # without any worker, after which a line says so; starting them takes up to half of it
-_WARN_PART = 0.2  # of `train.hang_minutes`, after which a line warns
+# Seconds without any worker until a line reports it. Starting workers takes up to half of it
+_NO_WORKER_SECONDS = 60.0
+_WARN_FRACTION = 0.2  # of `train.hang_minutes`, after which a line warns
 
 
 @dataclass(frozen=True)
-class _Heard:
-    """The last beat of a rank, and when it came (monotonic seconds)."""
+class _Received:
+    """The last heartbeat of a rank, and when it arrived (monotonic seconds)."""
 
-    beat: Mapping[str, Any]
+    heartbeat: Heartbeat
     at: float
 
     def idle(self, now: float) -> float:
         """Seconds since the rank took or finished something."""
-        return float(self.beat["idle"]) + now - self.at
+        return self.heartbeat.idle_seconds + now - self.at
+
+
+@dataclass(frozen=True)
+class WatchdogActions:
+    """What the watchdog does to a run.
+
+    Attributes:
+        log: prints a line for the user.
+        end_process: ends the worker process of a heartbeat; False if it was gone already.
+        give_up: ends the run.
+        drain_node: stops Ray from starting anything on a node; takes its id, the reason and the nodes drained before. False if no node
+            would be left.
+    """
+
+    log: Callable[[str], None]
+    end_process: Callable[[Heartbeat], bool]
+    give_up: Callable[[], None] = lambda: None
+    drain_node: Callable[[str, str, Collection[str]], bool] = drain_node
 
 
 class Watchdog:
-    """Listens to the beats of all ranks and ends the process of one that does nothing any more: a lost worker, as Ray Train sees it.
+    """Receives the heartbeats of all ranks and ends the process of one that hangs. Ray Train then sees a lost worker.
 
-    When one rank hangs, the others soon wait for it in their step. So the rank that is named is one that is silent; else one that waits
+    When one rank hangs, the others soon wait for it in their step. So the watchdog blames a rank that sends nothing; else one that waits
     for data; else the one that is furthest behind.
 
     Args:
-        hang_minutes: a rank that takes longer over one batch is hung.
-        say: prints a line for the user.
-        end: ends the process of a beat; False if it was not there any more.
-        wait_minutes: a run without any worker for so long is given up: where too few machines are left, Ray Train waits for ever.
-        give_up: ends the run.
-        set_aside: takes a node whose disk is full out of use, since nothing can start there; gets its id, why, and the nodes that were
-            taken out before; False if none would be left.
+        hang_minutes: a rank that takes longer over one batch hangs.
+        actions: what the watchdog does.
+        wait_minutes: how long a run may be without any worker. If too few nodes are left, Ray Train itself waits forever.
 
     Attributes:
-        verdict: which rank hung, until new workers have started.
-        abandoned: why the run was given up.
+        hang: which rank hung, until new workers have started.
+        give_up_reason: why the run was given up.
     """
 
-    def __init__(
-        self,
-        hang_minutes: float,
-        say: Callable[[str], None],
-        end: Callable[[Mapping[str, Any]], bool] | None = None,
-        *,
-        wait_minutes: float = math.inf,
-        give_up: Callable[[], None] = lambda: None,
-        set_aside: Callable[[str, str, Collection[str]], bool] = set_aside,
-    ) -> None:
-        self.verdict: str | None = None
-        self.abandoned: str | None = None
-        self._wait_minutes, self._give_up, self._set_aside = wait_minutes, give_up, set_aside
-        self._full: set[str] = set()  # nodes
-        self._last = time.monotonic()  # when any rank was heard
-        self._waiting = False  # that this was said
-        self._limit = hang_minutes * 60
-        self._hang_minutes, self._say, self._end = hang_minutes, say, end or end_process
-        self._heard: dict[int, _Heard] = {}
-        self._ended: set[tuple[str, int]] = set()  # node and process of ranks that go down with one that was ended
+    def __init__(self, hang_minutes: float, actions: WatchdogActions, *, wait_minutes: float = math.inf) -> None:
+        self.hang: str | None = None
+        self.give_up_reason: str | None = None
+        self._actions = actions
+        self._hang_minutes, self._hang_seconds, self._wait_minutes = hang_minutes, hang_minutes * 60, wait_minutes
+        self._full_nodes: set[str] = set()
+        self._last_heartbeat = time.monotonic()
+        self._reported_no_worker = False
+        self._received: dict[int, _Received] = {}
+        self._ended: set[tuple[str, int]] = set()  # processes that end together with a worker that was ended
         self._warned = False
 
-    def restart(self) -> None:
-        """Forgets verdict, warning and ranks: new workers have started, perhaps fewer."""
-        self.verdict, self._warned = None, False
-        self._heard.clear()
+    def reset(self) -> None:
+        """Forget hang, warning and ranks: new workers have started, perhaps fewer."""
+        self.hang, self._warned = None, False
+        self._received.clear()
 
-    def forget(self) -> None:
-        """Forgets the ranks of workers that Ray Train ends because one of them failed, and what they may still say."""
-        self._ended |= {_process(heard.beat) for heard in self._heard.values()}
-        self._heard.clear()
+    def forget_workers(self) -> None:
+        """Forget the ranks of workers that Ray Train ends because one of them failed; ignore what they still send."""
+        self._ended |= {received.heartbeat.process for received in self._received.values()}
+        self._received.clear()
 
-    def hear(self, beat: Mapping[str, Any]) -> None:
-        """Takes in one beat."""
-        self._last, self._waiting = time.monotonic(), False
-        if beat["full"] and beat["node_id"] not in self._full:
-            self._leave(beat)
-        rank = int(beat["rank"])
-        if _process(beat) in self._ended:
+    def receive(self, heartbeat: Heartbeat) -> None:
+        """Take in one heartbeat."""
+        self._last_heartbeat, self._reported_no_worker = time.monotonic(), False
+        if heartbeat.full_folder and heartbeat.node_id not in self._full_nodes:
+            self._drain(heartbeat)
+        if heartbeat.process in self._ended:
             return
-        if beat["doing"] == DONE:
-            self._heard.pop(rank, None)
+        if heartbeat.activity == DONE:
+            self._received.pop(heartbeat.rank, None)
         else:
-            self._heard[rank] = _Heard(beat, time.monotonic())
+            self._received[heartbeat.rank] = _Received(heartbeat, time.monotonic())
 
-    def look(self) -> None:
-        """Warns of the rank that takes long, once until all go on; ends the process of one that is hung, or a run without workers."""
+    def check(self) -> None:
+        """Warn of a slow rank, once until all move again; end the process of one that hangs, or a run without workers."""
         now = time.monotonic()
-        self._look_for_any(now)
-        late = {rank for rank, heard in self._heard.items() if heard.idle(now) > _WARN_PART * self._limit}
+        self._check_for_workers(now)
+        warn_seconds = _WARN_FRACTION * self._hang_seconds
+        late = {rank for rank, received in self._received.items() if received.idle(now) > warn_seconds}
         if not late:
             self._warned = False
             return
-        rank = min(late, key=lambda rank: self._guilt(rank, now))
+        rank = min(late, key=lambda rank: self._blame_order(rank, now))
+        description = self._describe(rank, now)
         if not self._warned:
-            self._say(f"{self._describe(rank, now)}; its process is ended if that lasts {self._hang_minutes:g} minutes")
+            self._actions.log(f"{description}; its process is ended if that lasts {self._hang_minutes:g} minutes")
             self._warned = True
-        if self._heard[rank].idle(now) <= self._limit:
+        if self._received[rank].idle(now) <= self._hang_seconds:
             return
-        described = self._describe(rank, now)
-        processes = {_process(heard.beat) for heard in self._heard.values()}
-        if self._end(self._heard[rank].beat):
+        processes = {received.heartbeat.process for received in self._received.values()}
+        if self._actions.end_process(self._received[rank].heartbeat):
             self._ended |= processes
-            self.verdict = (
-                f"{described}: longer than train.hang_minutes={self._hang_minutes:g}; look at that process's node and log, then go on"
-                " with --resume"
+            self.hang = (
+                f"{description}: longer than train.hang_minutes={self._hang_minutes:g}; check that process's node and log, then resume with"
+                " --resume"
             )
-            self._say(f"{described}: its process was ended")
-        self._heard.clear()  # the others only waited for it
+            self._actions.log(f"{description}: its process was ended")
+        self._received.clear()  # the others only waited for it
 
-    def _leave(self, beat: Mapping[str, Any]) -> None:
-        before = frozenset(self._full)
-        self._full.add(str(beat["node_id"]))
-        place = f"node {beat['node']}: the disk of {beat['full']} is full"
+    def _drain(self, heartbeat: Heartbeat) -> None:
+        """Take a node with a full disk out of use: no process can start there."""
+        drained_before = frozenset(self._full_nodes)
+        self._full_nodes.add(heartbeat.node_id)
+        reason = f"node {heartbeat.node}: the disk of {heartbeat.full_folder} is full"
         try:
-            others = self._set_aside(beat["node_id"], place, before)
-        except (UserError, ray.exceptions.RayError) as error:  # the run is tried as it is
-            self._say(str(error))
+            has_other_nodes = self._actions.drain_node(heartbeat.node_id, reason, drained_before)
+        except (UserError, ray.exceptions.RayError) as error:  # the run continues as it is
+            self._actions.log(str(error))
             return
-        if others:
-            self._say(f"{place}; nothing more is started there until Ray on it is started again")
+        if has_other_nodes:
+            self._actions.log(f"{reason}; Ray starts nothing there until it is restarted on that node")
         else:
-            self.abandoned = f"{place}, and there is no other node; make room, and go on with --resume"
-            self._say(self.abandoned)  # a trial of a search cannot be given up from here
-            self._give_up()
+            self.give_up_reason = f"{reason}, and there is no other node; free some space, and resume with --resume"
+            self._actions.log(self.give_up_reason)  # a trial of a search cannot be given up from here
+            self._actions.give_up()
 
-    def _look_for_any(self, now: float) -> None:
+    def _check_for_workers(self, now: float) -> None:
         if self._wait_minutes == math.inf:
             return
-        if now - self._last > _ALONE_SECONDS and not self._waiting:
-            self._say(
-                f"no sign of life of any worker for {_ALONE_SECONDS:g} s; waiting for room, resources.wait_minutes={self._wait_minutes:g}"
-                " at most"
+        silence = now - self._last_heartbeat
+        if silence > _NO_WORKER_SECONDS and not self._reported_no_worker:
+            self._actions.log(
+                f"no heartbeat of any worker for {_NO_WORKER_SECONDS:g} s; waiting at most resources.wait_minutes={self._wait_minutes:g}"
+                " for room"
             )
-            self._waiting = True
-        if now - self._last > _ALONE_SECONDS + 60 * self._wait_minutes and self.abandoned is None:
-            self.abandoned = (
-                f"no room for the workers for longer than resources.wait_minutes={self._wait_minutes:g}; bring the cluster's machines"
-                " back, or lower resources.num_workers, and go on with --resume"
+            self._reported_no_worker = True
+        if silence > _NO_WORKER_SECONDS + 60 * self._wait_minutes and self.give_up_reason is None:
+            self.give_up_reason = (
+                f"no room for the workers for longer than resources.wait_minutes={self._wait_minutes:g}; bring the cluster's nodes back,"
+                " or lower resources.num_workers, and resume with --resume"
             )
-            self._give_up()
+            self._actions.give_up()
 
-    def _guilt(self, rank: int, now: float) -> tuple[bool, bool, int, int, float]:
-        heard = self._heard[rank]
-        beat = heard.beat
-        return (not self._silent(rank, now), beat["doing"] != WAITING, beat["epoch"], beat["step"], -heard.idle(now))
+    def _blame_order(self, rank: int, now: float) -> tuple[bool, bool, int, int, float]:
+        """Sort key: the rank to blame comes first."""
+        received = self._received[rank]
+        heartbeat = received.heartbeat
+        waits_for_data = heartbeat.activity == WAITING
+        return (
+            not self._is_silent(rank, now),
+            not waits_for_data,
+            heartbeat.epoch,
+            heartbeat.step,
+            -received.idle(now),
+        )
 
-    def _silent(self, rank: int, now: float) -> bool:
-        return now - self._heard[rank].at > 2.5 * beat_seconds(self._hang_minutes)
+    def _is_silent(self, rank: int, now: float) -> bool:
+        return now - self._received[rank].at > 2.5 * heartbeat_seconds(self._hang_minutes)
 
     def _describe(self, rank: int, now: float) -> str:
-        heard = self._heard[rank]
-        beat = heard.beat
-        sign = "no sign of life" if self._silent(rank, now) else "alive"
+        received = self._received[rank]
+        heartbeat = received.heartbeat
+        sends = "sends no heartbeat" if self._is_silent(rank, now) else "sends heartbeats"
         return (
-            f"rank {rank} (node {beat['node']}, process {beat['pid']}) has done nothing for {heard.idle(now):.0f} s,"
-            f" {sign}, last seen in epoch {beat['epoch']}, step {beat['step']}, {beat['doing']}"
+            f"rank {rank} (node {heartbeat.node}, process {heartbeat.pid}) has done nothing for {received.idle(now):.0f} s,"
+            f" {sends}, last seen in epoch {heartbeat.epoch}, step {heartbeat.step}, {heartbeat.activity}"
         )
 
 
-def _process(beat: Mapping[str, Any]) -> tuple[str, int]:
-    return str(beat["node_id"]), int(beat["pid"])
-
-
-def end_process(beat: Mapping[str, Any]) -> bool:
-    """Ends the process of a beat on its node, even one that is stopped; False if it, or the node, is not there any more."""
-    here = NodeAffinitySchedulingStrategy(beat["node_id"], soft=False)
+def end_process(heartbeat: Heartbeat) -> bool:
+    """End the process of a heartbeat on its node, even a stopped one; return False if the process or the node is gone."""
+    on_node = NodeAffinitySchedulingStrategy(heartbeat.node_id, soft=False)
     try:
-        return bool(ray.get(_kill.options(scheduling_strategy=here).remote(beat["pid"]), timeout=60))
+        return bool(ray.get(_kill.options(scheduling_strategy=on_node).remote(heartbeat.pid), timeout=60))
     except ray.exceptions.RayError:  # the node is lost, or does not answer in time
-        return False  # Ray Train learns of that by itself
+        return False  # Ray Train notices that by itself
 
 
 @ray.remote(num_cpus=0, max_retries=0)

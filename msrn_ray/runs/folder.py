@@ -10,15 +10,22 @@ from pathlib import Path
 
 from ..config import ExperimentConfig
 from ..errors import UserError
+from ..io.files import atomic_write
 from ..labels.word_vectors import LEARNED
 
 DATA_FILE = "data.json"
 CONFIG_FILE = "config.yaml"
-FAILURE_FILE = "failure.txt"  # the error that stopped the run, where the user can mend it
+FAILURE_FILE = "failure.txt"  # the error that stopped the run, if the user can fix it
 
 
 def absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
-    """The config with absolute local paths: workers may have another working directory, and a saved config is run from anywhere."""
+    """Return the config with absolute local paths.
+
+    Workers may have another working directory, and a saved config must work from any directory.
+
+    Raises:
+        UserError: if `train.storage` is a URI.
+    """
     if "://" in config.train.storage:
         raise UserError(
             f"train.storage {config.train.storage}: give a folder; on a cluster one that every node has mounted"
@@ -35,33 +42,39 @@ def absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def _absolute(path: str) -> str:
-    return os.path.abspath(Path(path).expanduser())  # links stay: a manifest's images lie where its link does
+    return os.path.abspath(Path(path).expanduser())  # links stay: a manifest's images are relative to its link
 
 
 def open_folder(folder: Path, config: ExperimentConfig, data: dict[str, str], *, fresh: bool) -> None:
-    """Makes a run's folder ready: with its config and what its data are, and without the failure of an earlier try.
+    """Prepare a run's folder: write its config and its data's description, remove the failure of an earlier attempt.
+
+    Args:
+        folder: the run folder.
+        config: the experiment.
+        data: what `describe_data` returned.
+        fresh: the folder must not exist yet.
 
     Raises:
-        UserError: if it cannot be written, if it is another folder on another machine, or if it is there although it must not be.
+        UserError: if it cannot be written, or exists although it must not.
     """
     try:
         if fresh:
             make_folder(folder, config)
         folder.mkdir(parents=True, exist_ok=True)
-        config.save(folder / f".{CONFIG_FILE}")
-        os.replace(folder / f".{CONFIG_FILE}", folder / CONFIG_FILE)
-        (folder / f".{DATA_FILE}").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        os.replace(folder / f".{DATA_FILE}", folder / DATA_FILE)
+        with atomic_write(folder / CONFIG_FILE) as partial:
+            config.save(partial)
+        with atomic_write(folder / DATA_FILE) as partial:
+            partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         (folder / FAILURE_FILE).unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"train.storage {folder}: cannot be written ({error.strerror})") from None
+        raise cannot_be_written(folder, error) from None
 
 
 def make_folder(folder: Path, config: ExperimentConfig) -> None:
-    """Makes a run folder with its config in it, or none: one without could neither be resumed nor begun anew.
+    """Create a run folder with its config, or nothing: without a config it could neither be resumed nor started over.
 
     Raises:
-        OSError: if it is there already, or cannot be written.
+        OSError: if it exists already, or cannot be written.
     """
     unfinished = folder.with_name(f".{folder.name}_{secrets.token_hex(4)}")
     unfinished.mkdir(parents=True)
@@ -71,3 +84,8 @@ def make_folder(folder: Path, config: ExperimentConfig) -> None:
     except OSError:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def cannot_be_written(folder: Path, error: OSError) -> UserError:
+    """Return the error for a run folder that cannot be written."""
+    return UserError(f"train.storage {folder}: cannot be written ({error.strerror}); check its disk and permissions")

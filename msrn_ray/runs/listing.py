@@ -11,7 +11,7 @@ from ..config import load_config
 from ..errors import UserError
 from .folder import CONFIG_FILE, FAILURE_FILE
 from .history import METRICS_FILE, read_history
-from .state import _SILENT_SECONDS, STATE_FILE, State, _read_state, _touched
+from .state import DEAD_SECONDS, STATE_FILE, State, read_state, touched_at
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ def summarize(folder: Path) -> RunSummary:
         epochs = load_config(folder / CONFIG_FILE).train.epochs
     except UserError as error:
         wrong = str(error)
-    said = _read_state(folder / STATE_FILE)
-    seen = _touched(folder / STATE_FILE) / 1e9 if said else math.nan
+    said = read_state(folder / STATE_FILE)
+    seen = touched_at(folder / STATE_FILE) / 1e9 if said else math.nan
     state: State = said.get("state", "unknown")
     reason = said.get("reason", "")
     if state == "failed" and (folder / FAILURE_FILE).is_file():
         reason = " ".join((folder / FAILURE_FILE).read_text(encoding="utf-8").split())
-    if state == "running" and time.time() - seen > _SILENT_SECONDS:
+    if state == "running" and time.time() - seen > DEAD_SECONDS:
         state, reason = "interrupted", "killed, or its machine is lost: no sign of life"
     return RunSummary(
         folder.name,

@@ -1,32 +1,41 @@
 """What a person sees of a run: progress on the terminal, and the files of the run folder.
 
-Workers send plain events; this runs in the driver, the one writer of the run folder:
-`metrics.jsonl`, `tensorboard/`, `curves.png`, `bad_images.csv`, `best.txt`.
+Workers send events; the driver, the only writer of the run folder, handles them here:
+`metrics.jsonl`, `tensorboard/`, `curves.png`, `bad_images.csv`, `best.txt`, `test.json`.
 """
 
 from __future__ import annotations
 
 import csv
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..io.files import atomic_write
 from ..training.bad_images import RECALLED
 from .checkpoint import BEST_FILE
 from .curves import draw_curves
+from .events import (
+    BadImagesFound,
+    EpochFinished,
+    Event,
+    Heartbeat,
+    StepsTrained,
+    TestScored,
+    WorkerFailed,
+    WorkersStarted,
+)
 from .history import METRICS_FILE, read_history, to_json, write_history
 
-CURVES_FILE, BAD_FILE = "curves.png", "bad_images.csv"
-_PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
+CURVES_FILE, BAD_FILE, TEST_FILE = "curves.png", "bad_images.csv", "test.json"
+_PLAIN_SECONDS = 10.0  # between two progress lines without a terminal
 _CURVES_SECONDS = 30.0  # between two drawings of the curves
-Event = Mapping[str, Any]
 
 
 class RunLog:
@@ -35,10 +44,15 @@ class RunLog:
     Args:
         folder: the run folder; must exist.
         console: where lines go; standard output by default.
+
+    Attributes:
+        history: metrics of the finished epochs, as lines of metrics.jsonl.
+        best: val/mAP and checkpoint name of the best epoch, or None.
+        test: metrics of the test split, once scored.
     """
 
     def __init__(self, folder: Path, console: Console | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # 2 s of import that nothing else needs
+        from torch.utils.tensorboard import SummaryWriter  # takes 2 s to import, and nothing else needs it
 
         self.folder = folder
         self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
@@ -47,20 +61,37 @@ class RunLog:
         self.test: dict[str, float] = {}
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
         self._bar: Progress | None = None
-        self._start = self._last_line = self._last_curves = time.monotonic()
-        self._total = self._first = self._per_epoch = 0
-        self._epochs = 0
+        self._start_time = self._last_line = self._last_curves = time.monotonic()
+        self._total_steps = self._first_step = self._steps_per_epoch = self._epochs = 0
 
     def handle(self, event: Event) -> None:
-        """Shows and writes one event; `kind` is start, progress, epoch, bad, failure or test."""
-        getattr(self, f"_on_{event['kind']}")(event)
+        """Show and write one event."""
+        match event:
+            case WorkersStarted():
+                self._start(event)
+            case StepsTrained():
+                self._show_progress(event)
+            case EpochFinished():
+                self._add_epoch(event)
+            case BadImagesFound():
+                self._list_bad_images(event)
+            case WorkerFailed():
+                self.say(event.description)
+            case TestScored():
+                self.test = dict(event.metrics)
+                with atomic_write(self.folder / TEST_FILE) as partial:
+                    partial.write_text(to_json(self.test, indent=2) + "\n", encoding="utf-8")
+            case Heartbeat():
+                pass  # the watchdog's
+            case _:
+                assert_never(event)
 
     def say(self, line: str) -> None:
-        """One line for the user, above the progress bar."""
+        """Print one line for the user, above the progress bar."""
         (self._bar.console if self._bar else self.console).print(line, markup=False)
 
     def close(self) -> None:
-        """Ends the progress line, draws the curves a last time."""
+        """End the progress line and draw the curves a last time."""
         if self._bar:
             self._bar.stop()
             self._bar = None
@@ -68,55 +99,59 @@ class RunLog:
         if self.history:
             draw_curves(self.history, self.folder / CURVES_FILE)
 
-    def _on_start(self, event: Event) -> None:
-        """Also after a resume: epochs after the checkpoint that the run goes on from are forgotten, and epochs that Ray Train has a
-        checkpoint of but whose line a kill cut off are taken up."""
-        first = event["first_epoch"]
-        self._per_epoch, self._epochs = event["steps_per_epoch"], event["epochs"]
-        self._first, self._total = first * self._per_epoch + event["first_step"], self._epochs * self._per_epoch
-        self._start = time.monotonic()
-        self.history = [line for line in self.history if line["epoch"] <= first]
+    def _start(self, event: WorkersStarted) -> None:
+        """Align the history with the checkpoint that the workers start from.
+
+        Drops epochs after that checkpoint. Adds epochs whose checkpoint Ray Train holds, but whose line a kill cut off.
+        """
+        self._steps_per_epoch, self._epochs = event.steps_per_epoch, event.epochs
+        self._first_step = event.first_epoch * self._steps_per_epoch + event.first_step
+        self._total_steps = self._epochs * self._steps_per_epoch
+        self._start_time = time.monotonic()
+        self.history = [line for line in self.history if line["epoch"] <= event.first_epoch]
         known = {line["epoch"] for line in self.history}
-        self.history += [line for line in event["reported"] if line["epoch"] not in known]
+        self.history += [dict(line) for line in event.reported if line["epoch"] not in known]
         self.history.sort(key=lambda line: line["epoch"])
         write_history(self.folder / METRICS_FILE, self.history)
         self.best = None
         (self.folder / BEST_FILE).unlink(missing_ok=True)
         for line in self.history:
-            self._note_best(line, line["checkpoint"])
-        self.say(event["text"])
+            self._update_best(line, line["checkpoint"])
+        self.say(event.description)
         if self.console.is_terminal and not self._bar:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.fields[text]}"),
-                TimeElapsedColumn(),
-            )
-            self._bar = Progress(*columns, console=self.console, transient=True)
-            self._bar.add_task(
-                "starting", total=self._total, completed=self._first, text="waiting for the first images"
-            )
-            self._bar.start()
+            self._start_bar()
 
-    def _on_progress(self, event: Event) -> None:
-        done = (event["epoch"] - 1) * self._per_epoch + event["step"]
-        elapsed = time.monotonic() - self._start
-        eta = elapsed / max(1, done - self._first) * (self._total - done)
-        bad = f"  {event['bad_reports']} bad" if event["bad_reports"] else ""
-        text = (
-            f"step {event['step']}/{self._per_epoch}  loss {event['loss']:.4f}  {event['images_per_second']:.1f} img/s"
-            f"  data wait {event['data_wait_fraction']:.0%}{bad}  ETA {_clock(eta)}"
+    def _start_bar(self) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
         )
+        self._bar = Progress(*columns, console=self.console, transient=True)
+        self._bar.add_task(
+            "starting", total=self._total_steps, completed=self._first_step, text="waiting for the first images"
+        )
+        self._bar.start()
+
+    def _show_progress(self, event: StepsTrained) -> None:
+        done = (event.epoch - 1) * self._steps_per_epoch + event.step
+        elapsed = time.monotonic() - self._start_time
+        remaining = elapsed / max(1, done - self._first_step) * (self._total_steps - done)
+        bad = f"  {event.bad_reports} bad" if event.bad_reports else ""
+        text = (
+            f"step {event.step}/{self._steps_per_epoch}  loss {event.loss:.4f}  {event.images_per_second:.1f} img/s"
+            f"  data wait {event.data_wait_fraction:.0%}{bad}  ETA {_clock(remaining)}"
+        )
+        title = f"epoch {event.epoch}/{self._epochs}"
         if self._bar:
-            self._bar.update(
-                self._bar.task_ids[0], description=f"epoch {event['epoch']}/{self._epochs}", completed=done, text=text
-            )
+            self._bar.update(self._bar.task_ids[0], description=title, completed=done, text=text)
         elif time.monotonic() - self._last_line >= _PLAIN_SECONDS:
             self._last_line = time.monotonic()
-            self.say(f"epoch {event['epoch']}/{self._epochs}  {text}")
+            self.say(f"{title}  {text}")
 
-    def _on_epoch(self, event: Event) -> None:
-        metrics: dict[str, Any] = {**event["metrics"], "checkpoint": event["checkpoint"]}
+    def _add_epoch(self, event: EpochFinished) -> None:
+        metrics: dict[str, Any] = {**event.metrics, "checkpoint": event.checkpoint}
         self.history.append(metrics)
         with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(to_json(metrics) + "\n")
@@ -124,54 +159,45 @@ class RunLog:
             if isinstance(value, (int, float)):
                 self._tensorboard.add_scalar(name, value, metrics["epoch"])
         self._tensorboard.flush()
-        improved = self._note_best(metrics, event["checkpoint"])
-        paper = metrics["protocol"] == "paper"
+        mark = " *" if self._update_best(metrics, event.checkpoint) else ""
+        note = " (val is the test split)" if metrics["protocol"] == "paper" else ""
         self._last_line = time.monotonic()
         self.say(
             f"epoch {metrics['epoch']}/{self._epochs}  train/loss {metrics['train/loss']:.4f}  val/loss {metrics['val/loss']:.4f}"
-            f"  val/mAP {metrics['val/mAP']:.4f}{' *' if improved else ''}{' (val is the test split)' if paper else ''}"
+            f"  val/mAP {metrics['val/mAP']:.4f}{mark}{note}"
             f"  {metrics['train/images_per_second']:.1f} img/s  data wait {metrics['train/data_wait_fraction']:.0%}"
         )
         if time.monotonic() - self._last_curves > _CURVES_SECONDS:
             draw_curves(self.history, self.folder / CURVES_FILE)
             self._last_curves = time.monotonic()
 
-    def _note_best(self, metrics: Mapping[str, Any], checkpoint: str) -> bool:
+    def _update_best(self, metrics: Mapping[str, Any], checkpoint: str) -> bool:
+        """Return whether an epoch is the best so far; of equals the later one is, because Ray Train deletes the earlier checkpoint."""
         if math.isnan(metrics["val/mAP"]) or (self.best is not None and metrics["val/mAP"] < self.best[0]):
-            return False  # the later of equals is kept: Ray Train deletes the earlier one's checkpoint
+            return False
         self.best = (metrics["val/mAP"], checkpoint)
-        partial = self.folder / f".{BEST_FILE}"
-        partial.write_text(checkpoint + "\n", encoding="utf-8")
-        os.replace(partial, self.folder / BEST_FILE)
+        with atomic_write(self.folder / BEST_FILE) as partial:
+            partial.write_text(checkpoint + "\n", encoding="utf-8")
         return True
 
-    def _on_bad(self, event: Event) -> None:
+    def _list_bad_images(self, event: BadImagesFound) -> None:
         path = self.folder / BAD_FILE
         rows = [["split", "uri", "reason"]]
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
                 rows = list(csv.reader(file))
         known = {(row[0], row[1]): row for row in rows}  # a resumed run meets the same files again
-        fresh = []
-        for uri, reason in event["images"]:
-            row = known.get((event["split"], uri))
+        new = []
+        for uri, reason in event.images:
+            row = known.get((event.split, uri))
             if row is None:
-                fresh.append([event["split"], uri, reason])
+                new.append([event.split, uri, reason])
             elif row[2] == RECALLED:
                 row[2] = reason
-        partial = path.with_name(f".{path.name}")
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([*rows, *fresh])
-        os.replace(partial, path)
-        if fresh:
-            self.say(f"{event['split']}: {len(fresh)} images could not be decoded and are left out, see {path}")
-
-    def _on_failure(self, event: Event) -> None:
-        self.say(event["text"])
-
-    def _on_test(self, event: Event) -> None:
-        self.test = dict(event["metrics"])
-        (self.folder / "test.json").write_text(to_json(self.test, indent=2) + "\n", encoding="utf-8")
+        with atomic_write(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([*rows, *new])
+        if new:
+            self.say(f"{event.split}: {len(new)} images could not be decoded and are left out, see {path}")
 
 
 def _clock(seconds: float) -> str:

@@ -1,8 +1,8 @@
-"""Whether a run is going on: a file that its driver keeps while it lives, and the list of runs that is read from such files; no Ray.
+"""Whether a run is running: a file that its driver keeps up to date; no Ray.
 
-`state.json` says `running` until the driver writes how the run ended: `finished`, `failed` or `interrupted`. While it says `running`, the
-driver touches it every few seconds; one that is killed cannot write any more, so a file that says so but is not touched is of a run that
-was interrupted.
+`state.json` says `running` until the driver writes how the run ended: `finished`, `failed` or `interrupted`. While the run trains, the
+driver touches the file every few seconds: that is its heartbeat. A killed driver cannot write, so a `running` file without heartbeat
+belongs to an interrupted run.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import StoppedEarlyError, UserError
+from ..io.files import atomic_write
+from .folder import cannot_be_written
 
 State = Literal["running", "finished", "failed", "interrupted", "unknown"]
 STATE_FILE = "state.json"
-_BEAT_SECONDS = 5.0  # between two touches
-_SILENT_SECONDS = 60.0  # without a touch the driver is dead: shared storage may show a touch so much later
+_HEARTBEAT_SECONDS = 5.0
+DEAD_SECONDS = 60.0  # without a heartbeat the driver counts as dead; shared storage may show a touch this late
 
 
 @contextmanager
-def kept_state(folder: Path, beat_seconds: float = _BEAT_SECONDS) -> Iterator[None]:
-    """Keeps `state.json` of a run folder true while the block trains, and writes how it ended.
+def kept_state(folder: Path, heartbeat_seconds: float = _HEARTBEAT_SECONDS) -> Iterator[None]:
+    """Keep `state.json` of a run folder up to date while the block trains, then write how it ended.
 
     Raises:
         UserError: if it cannot be written at the start.
     """
     path = folder / STATE_FILE
-    before = _read_state(path)
+    before = read_state(path)
     content = {
         "state": "running",
         "started": before.get("started", time.time()),
@@ -43,65 +45,69 @@ def kept_state(folder: Path, beat_seconds: float = _BEAT_SECONDS) -> Iterator[No
     try:
         _write_state(path, content)
     except OSError as error:
-        raise UserError(f"train.storage {folder}: cannot be written ({error.strerror})") from None
+        raise cannot_be_written(folder, error) from None
     stop = threading.Event()
 
-    def beat() -> None:
-        while not stop.wait(beat_seconds):
-            with suppress(OSError):  # storage that is away for a while; a run that needs it says so itself
+    def touch() -> None:
+        while not stop.wait(heartbeat_seconds):
+            with suppress(
+                OSError
+            ):  # the storage may be unavailable for a while; a run that needs it reports that itself
                 os.utime(path)
 
-    thread = threading.Thread(target=beat, name="run-state", daemon=True)
+    thread = threading.Thread(target=touch, name="run-state", daemon=True)
     thread.start()
-    ended = {"state": "failed", "reason": ""}
+    ending = {"state": "failed", "reason": ""}
     try:
         yield
-        ended = {"state": "finished"}
+        ending = {"state": "finished"}
     except (KeyboardInterrupt, SystemExit):
-        ended = {"state": "interrupted", "reason": "stopped"}
+        ending = {"state": "interrupted", "reason": "stopped"}
         raise
     except BaseException as error:
         if isinstance(getattr(error, "controller_failure", None), StoppedEarlyError):
-            ended = {"state": "finished", "reason": "stopped early"}
+            ending = {"state": "finished", "reason": "stopped early"}
             raise
-        ended["reason"] = (str(error).strip() or type(error).__name__).splitlines()[0]
+        ending["reason"] = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise
     finally:
         stop.set()
         thread.join()
-        with suppress(OSError):  # a full disk may be what is told of; the run then counts as interrupted
-            _write_state(path, content | ended)
+        with suppress(OSError):  # a full disk may have ended the run; it then counts as interrupted
+            _write_state(path, content | ending)
 
 
-def check_stopped(folder: Path, beat_seconds: float = _BEAT_SECONDS) -> None:
-    """Refuses to go on with a run that is still going on elsewhere: two drivers would write into one folder.
+def check_stopped(folder: Path, heartbeat_seconds: float = _HEARTBEAT_SECONDS) -> None:
+    """Refuse to resume a run that another driver still trains: two drivers would write into one folder.
 
-    Clocks of machines differ, so the file is watched for a touch, a few seconds, unless it is known that the driver is gone.
+    Clocks of machines differ. So unless the driver is known to be gone, this waits a few seconds for its heartbeat.
 
     Raises:
         UserError: with the process and its machine.
     """
     path = folder / STATE_FILE
-    said = _read_state(path)
-    if said.get("state") != "running":
+    state = read_state(path)
+    if state.get("state") != "running":
         return
-    if said["host"] == socket.gethostname() and not _is_alive(said["pid"]):
+    if state["host"] == socket.gethostname() and not _is_alive(state["pid"]):
         return
+    wait_seconds = 3 * heartbeat_seconds
     print(
-        f"{folder} says that it is trained on {said['host']}; looking {3 * beat_seconds:g} s for a sign of life of its driver",
+        f"{folder}: a driver on {state['host']} is training this run; waiting {wait_seconds:g} s for its heartbeat",
         flush=True,
     )
-    first, end = _touched(path), time.monotonic() + 3 * beat_seconds
+    first, end = touched_at(path), time.monotonic() + wait_seconds
     while time.monotonic() < end:
-        if _touched(path) != first:
+        if touched_at(path) != first:
             raise UserError(
-                f"{folder} is still trained, by process {said['pid']} on {said['host']}; stop that first, or give another train.run_name"
+                f"{folder}: process {state['pid']} on {state['host']} still trains this run; stop it first, or give another"
+                " train.run_name"
             )
-        time.sleep(beat_seconds / 10)
+        time.sleep(heartbeat_seconds / 10)
 
 
-def _touched(path: Path) -> int:
-    """When the file was touched last, nanoseconds since 1970; opened, since only then NFS asks the server; 0 where it is gone."""
+def touched_at(path: Path) -> int:
+    """Return when the file was last touched, nanoseconds since 1970; 0 if it is gone. Opens it, because only then NFS asks the server."""
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns
@@ -109,8 +115,8 @@ def _touched(path: Path) -> int:
         return 0
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    """What the file says, {} where there is none or it is not one of these."""
+def read_state(path: Path) -> dict[str, Any]:
+    """Return the content of a state file; {} if there is none or it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content if content["pid"] and content["host"] and content["state"] else {}
@@ -119,9 +125,8 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _write_state(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def _is_alive(pid: int) -> bool:
@@ -129,6 +134,6 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # another user's process
         return True
     return True

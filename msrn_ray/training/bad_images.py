@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
 from ..errors import BadImagesError
 from . import distributed
 
@@ -44,6 +48,12 @@ class BadImages:
         if image.row not in self.seen or self.seen[image.row].reason == RECALLED:
             self.seen[image.row] = image
         self.in_epoch.add(image.row)
+
+    def recall(self, unreadable: npt.NDArray[np.bool_], uris: pa.ChunkedArray) -> None:
+        """Add the images that could not be decoded before an interruption; unreadable: [N] bool, uris: [N] string."""
+        rows = np.flatnonzero(unreadable)
+        for row, uri in zip(rows.tolist(), uris.take(pa.array(rows)).to_pylist(), strict=True):
+            self.add(BadImage(row, uri, RECALLED))
 
     def gather(self) -> list[BadImage]:
         """Return the images of all ranks by row, each row once; the same on every rank, which must all call it."""

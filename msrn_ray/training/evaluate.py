@@ -21,7 +21,7 @@ from .metrics import MultiLabelMetrics
 
 @dataclass
 class Scores:
-    """What evaluation saw on this rank.
+    """Probabilities and losses of the images that were scored.
 
     Attributes:
         row: [n] int64, rows of the sample table.
@@ -38,9 +38,15 @@ class Scores:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterable[Batch], *, device: torch.device, num_classes: int) -> Scores:
-    """Scores every valid image of `batches` with the model in eval mode, on this rank alone.
+    """Score every valid image of `batches` with the model in eval mode, on this rank alone.
 
-    In full precision, whatever the model was trained in: in bf16 a score depends on which images share its batch.
+    Scores in full precision, whatever the training used: in bf16 a score depends on which images share its batch.
+
+    Args:
+        model: network whose `forward` returns an `MSRNOutput`.
+        batches: batches on the CPU.
+        device: where the model is.
+        num_classes: C, for a rank without images.
     """
     model.eval()
     row, scores, target, losses = [], [], [], []
@@ -60,9 +66,9 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, device: torch.device
     )
 
 
-def gather_scores(own: Scores) -> Scores:
-    """The scores of all ranks in row order, each row exactly once, on every rank."""
-    parts = distributed.all_gather(own)
+def gather_scores(scores: Scores) -> Scores:
+    """Return the scores of all ranks in row order, each row exactly once; the same on every rank, which must all call it."""
+    parts = distributed.all_gather(scores)
     row = np.concatenate([part.row for part in parts])
     order = np.argsort(row)
     assert len(np.unique(row)) == len(row), "a row was scored twice"
@@ -75,7 +81,7 @@ def gather_scores(own: Scores) -> Scores:
 
 
 def split_metrics(split: str, scores: Scores, label_names: Sequence[str]) -> dict[str, Any]:
-    """All metrics of a split as `split/name`; per-class AP as `split/AP/label`."""
+    """Return all metrics of a split as `split/name`, and per-class AP as `split/AP/label`."""
     metric = MultiLabelMetrics(len(label_names))
     metric.update(scores.scores, scores.target)
     values = metric.compute()

@@ -1,4 +1,4 @@
-"""What the driver gathers before any worker starts: splits, label graph, word vectors; no Ray."""
+"""Gathers what training needs before any worker starts: splits, label graph, word vectors; no Ray."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ..types import SampleTable
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """What the driver gathers before any worker starts; all of it plain data that travels to the workers.
+    """Everything that training needs of the data set; plain data that travels to the workers.
 
     Attributes:
         splits: train, val, test.
         counts: label counts of train, or those of `data.label_counts`.
         word_vectors: [C, V] float32.
-        missing_words: labels that the source of the word vectors lacks.
+        missing_words: labels that are not in the source of the word vectors.
         frequency: [C] float32 in (0, 1), how often a label is present among train images where it is known (add-one smoothed).
     """
 
@@ -43,7 +43,7 @@ class TrainingInputs:
 
 
 def gather_inputs(config: ExperimentConfig) -> TrainingInputs:
-    """Reads labels, label graph and word vectors, and checks that the backbone's weights can be had.
+    """Read labels, label graph and word vectors, and check that the backbone's weights are available.
 
     Raises:
         UserError: for anything wrong with them.
@@ -65,31 +65,31 @@ def gather_inputs(config: ExperimentConfig) -> TrainingInputs:
 
 
 def label_counts(train: SampleTable, file: str | None) -> LabelCounts:
-    """Counts for the label graph: of a train split, or given in a file (`data.label_counts`).
+    """Return the counts for the label graph, from a train split or from a file (`data.label_counts`).
 
     Raises:
-        UserError: if the file cannot be read or its labels are not those of the split.
+        UserError: if the file cannot be read or its labels differ from the split's.
     """
     if file is not None:
         return load_counts(Path(file).expanduser(), train.label_names)
     return count_labels(train.targets, train.label_names, Provenance(train.source, len(train), fingerprint(train)))
 
 
-def describe(inputs: TrainingInputs, config: ExperimentConfig) -> Iterator[str]:
-    """Lines that say what is about to be trained on."""
+def describe_inputs(inputs: TrainingInputs, config: ExperimentConfig) -> Iterator[str]:
+    """Yield lines that describe the data, the label graph and the word vectors of a run."""
     splits = inputs.splits
     yield from splits.notes
     sizes = [f"train {len(splits.train)}", f"val {len(splits.val)}", f"test {len(splits.test)}" if splits.test else ""]
     yield f"{config.data.dataset}: {len(inputs.label_names)} labels, images: {', '.join(filter(None, sizes))}"
     if config.data.label_counts is not None:
-        yield f"label graph from {config.data.label_counts}: {inputs.counts.provenance or 'no source is given in it'}"
+        yield f"label graph from {config.data.label_counts}: {inputs.counts.provenance or 'the file names no source'}"
     tau = choose_tau(inputs.counts, config.model.tau, config.model.tau_degree)
     edges = int(attend_mask(inputs.counts, tau).sum()) - len(inputs.label_names)
     chosen = " (auto)" if config.model.tau == "auto" else ""
-    alone = "" if edges else f" (labels only see themselves; {how_to_add_edges(inputs.counts)})"
+    alone = "" if edges else f" (each label attends only to itself; {how_to_add_edges(inputs.counts)})"
     yield f"label graph at tau {tau:.4g}{chosen}: {edges} edges{alone}"
     if config.data.word_vectors == LEARNED:
-        yield f"word vectors: {inputs.word_vectors.shape[1]} numbers a label, learnt from a random start"
+        yield f"word vectors: {inputs.word_vectors.shape[1]} numbers per label, learned from a random start"
     elif inputs.missing_words:
         names = ", ".join(inputs.missing_words)
         yield f"word vectors: {config.data.missing_words} for {len(inputs.missing_words)} labels not found: {names}"
@@ -102,18 +102,18 @@ def describe(inputs: TrainingInputs, config: ExperimentConfig) -> Iterator[str]:
             ]
             if empty:
                 more = f" and {len(empty) - 8} more" if len(empty) > 8 else ""
-                what = "cannot be learnt" if name == "train" else "AP is nan and left out of mAP"
+                what = "training cannot learn them" if name == "train" else "their AP is nan and does not count in mAP"
                 yield f"{name}: no image with {', '.join(empty[:8])}{more}; {what}"
 
 
 def check_batch(config: ExperimentConfig, num_images: int) -> None:
-    """Refuses settings that leave nothing to train on.
+    """Refuse settings that leave nothing to train on.
 
     Raises:
         UserError: if `data.drop_last` drops every image.
     """
     if config.data.drop_last and num_images < config.train.batch_size:
         raise UserError(
-            f"data.drop_last leaves out all {num_images} train images, since train.batch_size={config.train.batch_size} is more;"
-            " lower it, or set data.drop_last false"
+            f"data.drop_last drops all {num_images} train images, since train.batch_size={config.train.batch_size} is larger;"
+            " lower train.batch_size, or set data.drop_last false"
         )

@@ -13,18 +13,18 @@ from .losses import ClassificationLoss, classification_loss
 
 @dataclass
 class Learner:
-    """All that one optimizer step changes.
+    """A network with what trains it.
 
     Attributes:
         model: the network, or DistributedDataParallel around it.
-        optimizer, scheduler: stepped once a step.
+        optimizer, scheduler: stepped once per training step.
         scaler: scales the loss in float16; disabled otherwise.
         ema: moving average of the network's weights, or None.
         amp_dtype: autocast type, or None for float32.
         clip_norm: largest gradient norm, or None.
-        accumulation: micro-batches a step.
+        accumulation: micro-batches per step.
         group_weight: weight of the group loss.
-        loss: the classification loss that is trained on.
+        loss: the classification loss to train on.
     """
 
     model: nn.Module
@@ -44,3 +44,13 @@ class Learner:
         inner = getattr(self.model, "module", self.model)
         assert isinstance(inner, nn.Module)
         return inner
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is scored and saved: the moving average if there is one."""
+        return self.ema.module if self.ema is not None else self.network
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device

@@ -44,7 +44,7 @@ def said(folder: Path) -> dict[str, object]:
 
 def test_a_run_is_running_as_long_as_its_driver_touches_the_file(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", (0.25, 0.5, None), epochs=4)
-    with kept_state(run, beat_seconds=0.02):
+    with kept_state(run, heartbeat_seconds=0.02):
         age(run, 1000)  # the next touch makes up for it
         end = time.monotonic() + 30
         while summarize(run).state != "running":
@@ -100,7 +100,7 @@ DRIVER = """
 import sys, time
 from pathlib import Path
 from msrn_ray.runs.state import kept_state
-with kept_state(Path(sys.argv[1]), beat_seconds=0.05):
+with kept_state(Path(sys.argv[1]), heartbeat_seconds=0.05):
     print("up", flush=True)
     time.sleep(60)
 """
@@ -112,13 +112,13 @@ def test_a_killed_driver_leaves_an_interrupted_run_that_may_go_on(tmp_path: Path
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
     with pytest.raises(UserError) as caught:
-        check_stopped(run, beat_seconds=1)
+        check_stopped(run, heartbeat_seconds=1)
     here = socket.gethostname()
     assert f"is still trained, by process {process.pid} on {here}; stop that first" in str(caught.value)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     start = time.monotonic()
-    check_stopped(run, beat_seconds=60)
+    check_stopped(run, heartbeat_seconds=60)
     assert time.monotonic() - start < 30, "a process of this machine that is gone needs no watching"
     assert summarize(run).state == "running", "it cannot be seen yet from elsewhere"
     age(run, 100)
@@ -135,17 +135,17 @@ def test_a_driver_on_a_lost_machine_is_watched_for_a_sign_of_life(
     run = make_run(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt), kept_state(run):
         raise KeyboardInterrupt
-    check_stopped(run, beat_seconds=60)  # it said goodbye
+    check_stopped(run, heartbeat_seconds=60)  # it said goodbye
     (run / STATE_FILE).write_text(json.dumps(said(run) | {"state": "running", "host": "elsewhere", "pid": 7}))
     for seconds in (0, -3600, 3600):
         age(run, seconds)
-        check_stopped(run, beat_seconds=0.05)
+        check_stopped(run, heartbeat_seconds=0.05)
         told = capsys.readouterr().out
         assert told == f"{run} says that it is trained on elsewhere; looking 0.15 s for a sign of life of its driver\n"
-    with kept_state(make_run(tmp_path / "other"), beat_seconds=0.05):
+    with kept_state(make_run(tmp_path / "other"), heartbeat_seconds=0.05):
         other = tmp_path / "other"
         with pytest.raises(UserError, match=r"other is still trained"):
-            check_stopped(other, beat_seconds=0.1)
+            check_stopped(other, heartbeat_seconds=0.1)
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", "7", '{"state": "running"}'])
@@ -157,7 +157,7 @@ def test_runs_that_do_not_say_are_listed_as_unknown(tmp_path: Path, content: str
     assert (summary.state, summary.epoch, summary.best) == ("unknown", 1, 0.5)
     assert math.isnan(summary.seen)
     assert math.isnan(summary.started)
-    check_stopped(run, beat_seconds=60)
+    check_stopped(run, heartbeat_seconds=60)
 
 
 def test_the_list(tmp_path: Path) -> None:
