@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from msrn_ray.runs import log as run_log
 from msrn_ray.runs.curves import draw_curves
+from msrn_ray.runs.events import BadImagesFound, EpochFinished, StepsTrained, TestScored, WorkerFailed, WorkersStarted
 from msrn_ray.runs.log import RunLog
 from msrn_ray.training.bad_images import RECALLED
 
@@ -53,20 +55,12 @@ def open_log(folder: Path, screen: io.StringIO) -> RunLog:
     return RunLog(folder, Console(file=screen, width=200, highlight=False, soft_wrap=True))
 
 
-def start(first_epoch: int = 0, epochs: int = 5) -> dict[str, Any]:
-    text = f"training from epoch {first_epoch} [not a markup]"
-    return {
-        "kind": "start",
-        "first_epoch": first_epoch,
-        "first_step": 0,
-        "epochs": epochs,
-        "steps_per_epoch": 10,
-        "text": text,
-        "reported": [],
-    }
+def start(first_epoch: int = 0, epochs: int = 5) -> WorkersStarted:
+    description = f"training from epoch {first_epoch} [not a markup]"
+    return WorkersStarted(first_epoch, 0, epochs, 10, (), description)
 
 
-def epoch(number: int, mean: float, loss: float = 0.5) -> dict[str, Any]:
+def epoch(number: int, mean: float, loss: float = 0.5) -> EpochFinished:
     metrics = {
         "epoch": number,
         "protocol": "honest",
@@ -79,12 +73,11 @@ def epoch(number: int, mean: float, loss: float = 0.5) -> dict[str, Any]:
         "val/CF1": 0.3,
         "val/OF1": 0.4,
     }
-    return {"kind": "epoch", "metrics": metrics, "checkpoint": f"checkpoint_{number}"}
+    return EpochFinished(metrics, f"checkpoint_{number}")
 
 
-def progress(number: int, step: int) -> dict[str, Any]:
-    figures = {"loss": 0.75, "images_per_second": 12.34, "data_wait_fraction": 0.25, "bad_reports": 0}
-    return {"kind": "progress", "epoch": number, "step": step, **figures}
+def progress(number: int, step: int, bad_reports: int = 0) -> StepsTrained:
+    return StepsTrained(number, step, 0.75, 12.34, 0.25, bad_reports)
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
@@ -100,12 +93,12 @@ def test_a_run_from_start_to_end(tmp_path: Path, log: RunLog, screen: io.StringI
     for number, mean in enumerate((0.2, 0.6, 0.4, 0.6, 0.7), 1):
         event = epoch(number, mean)
         log.handle(event)
-        assert history(tmp_path)[-1] == event["metrics"] | {"checkpoint": f"checkpoint_{number}"}
+        assert history(tmp_path)[-1] == event.metrics | {"checkpoint": f"checkpoint_{number}"}
         assert len(history(tmp_path)) == number
         assert best(tmp_path) == f"checkpoint_{(1, 2, 2, 4, 5)[number - 1]}\n", (
             "the last of equals, which Ray Train keeps"
         )
-    log.handle({"kind": "test", "metrics": {"test/mAP": 0.65}})
+    log.handle(TestScored({"test/mAP": 0.65}))
     assert log.test == json.loads((tmp_path / "test.json").read_text()) == {"test/mAP": 0.65}
     log.close()
     lines = screen.getvalue().splitlines()
@@ -148,13 +141,13 @@ def test_curves_are_drawn_again_after_a_while(tmp_path: Path, log: RunLog, clock
 
 
 def test_a_failure_is_told(log: RunLog, screen: io.StringIO) -> None:
-    log.handle({"kind": "failure", "text": "worker 1 failed: [killed]"})
+    log.handle(WorkerFailed("worker 1 failed: [killed]"))
     assert screen.getvalue().splitlines() == ["worker 1 failed: [killed]"]
 
 
 def test_the_bar_goes_on_within_an_epoch(tmp_path: Path, log: RunLog, screen: io.StringIO, clock: Clock) -> None:
     """After 2 epochs of 10 steps and 5 steps; one more in 20 s, so 24 more need 8 minutes."""
-    log.handle(start(2) | {"first_step": 5})
+    log.handle(replace(start(2), first_step=5))
     clock.now += 20
     log.handle(progress(3, 6))
     assert "epoch 3/5  step 6/10" in screen.getvalue()
@@ -230,7 +223,7 @@ def test_progress_lines_are_rare_and_epochs_always_shown(log: RunLog, screen: io
     log.handle(progress(1, 6))
     assert new_lines() == []
     clock.now += 7
-    log.handle(progress(1, 7) | {"bad_reports": 3})
+    log.handle(progress(1, 7, bad_reports=3))
     assert "data wait 25%  3 bad  ETA" in new_lines()[0]
     log.handle(epoch(1, 0.5))
     log.handle(epoch(2, 0.5))
@@ -250,8 +243,8 @@ def test_time_left_after_a_resume_counts_only_what_was_done_since(
 
 
 def test_bad_images_are_listed(tmp_path: Path, log: RunLog, screen: io.StringIO) -> None:
-    log.handle({"kind": "bad", "split": "train", "images": [("/a, b.jpg", 'cut "off"'), ("/c\nd.jpg", "empty")]})
-    log.handle({"kind": "bad", "split": "val", "images": [("/ü.jpg", "too large")]})
+    log.handle(BadImagesFound("train", (("/a, b.jpg", 'cut "off"'), ("/c\nd.jpg", "empty"))))
+    log.handle(BadImagesFound("val", (("/ü.jpg", "too large"),)))
     with (tmp_path / "bad_images.csv").open(newline="", encoding="utf-8") as file:
         assert list(csv.reader(file)) == [
             ["split", "uri", "reason"],
@@ -286,7 +279,7 @@ def test_the_curves_title_names_the_best_epoch(tmp_path: Path, monkeypatch: pyte
 
     titles: list[str] = []
     monkeypatch.setattr(Axes, "set_title", lambda self, label, **_: titles.append(label))
-    lines = [epoch(number, mean)["metrics"] for number, mean in enumerate((math.nan, 0.3, 0.2), 1)]
+    lines = [dict(epoch(number, mean).metrics) for number, mean in enumerate((math.nan, 0.3, 0.2), 1)]
     draw_curves(lines, tmp_path / "curves.png")
     assert "best val/mAP 0.3000 at epoch 2" in titles
 
@@ -313,9 +306,9 @@ def test_an_epoch_that_only_ray_train_knows_is_taken_up(tmp_path: Path, log: Run
     """A kill between the checkpoint and its line in metrics.jsonl loses no figure and leaves no dangling best."""
     log.handle(start())
     log.handle(epoch(1, 0.4))
-    unwritten = epoch(2, 0.6)["metrics"] | {"checkpoint": "checkpoint_2"}
+    unwritten = dict(epoch(2, 0.6).metrics) | {"checkpoint": "checkpoint_2"}
     resumed = RunLog(tmp_path, Console(file=io.StringIO()))
-    resumed.handle(start(2) | {"reported": [unwritten]})
+    resumed.handle(replace(start(2), reported=(unwritten,)))
     assert [line["epoch"] for line in history(tmp_path)] == [1, 2]
     assert best(tmp_path) == "checkpoint_2\n"
     resumed.close()
@@ -323,15 +316,15 @@ def test_an_epoch_that_only_ray_train_knows_is_taken_up(tmp_path: Path, log: Run
 
 def test_the_reason_of_a_bad_image_is_put_in_when_it_is_known(tmp_path: Path, log: RunLog, screen: io.StringIO) -> None:
     for reason in (RECALLED, "empty", "cut"):
-        log.handle({"kind": "bad", "split": "train", "images": [("a.jpg", reason)]})
+        log.handle(BadImagesFound("train", (("a.jpg", reason),)))
     assert (tmp_path / "bad_images.csv").read_text().splitlines() == ["split,uri,reason", "train,a.jpg,empty"]
     assert screen.getvalue().count("could not be decoded and are left out") == 1
 
 
 def test_a_bad_image_is_listed_once(tmp_path: Path, log: RunLog) -> None:
-    for images in ([("a.jpg", "empty")], [("a.jpg", "empty"), ("b.jpg", "cut")]):
-        log.handle({"kind": "bad", "split": "train", "images": images})
-    log.handle({"kind": "bad", "split": "val", "images": [("a.jpg", "empty")]})
+    for images in ((("a.jpg", "empty"),), (("a.jpg", "empty"), ("b.jpg", "cut"))):
+        log.handle(BadImagesFound("train", images))
+    log.handle(BadImagesFound("val", (("a.jpg", "empty"),)))
     rows = (tmp_path / "bad_images.csv").read_text().splitlines()
     assert rows == ["split,uri,reason", "train,a.jpg,empty", "train,b.jpg,cut", "val,a.jpg,empty"]
 
@@ -344,9 +337,7 @@ def test_the_paper_protocol_is_said_in_the_epoch_line_and_the_curves(
     titles: list[str] = []
     monkeypatch.setattr(Axes, "set_title", lambda self, label, **_: titles.append(label))
     log.handle(start())
-    event = epoch(1, 0.4)
-    event["metrics"]["protocol"] = "paper"
-    log.handle(event)
+    log.handle(replace(epoch(1, 0.4), metrics={**epoch(1, 0.4).metrics, "protocol": "paper"}))
     log.close()
     assert "val is the test split" in screen.getvalue()
     assert any("on the test split (protocol paper)" in title for title in titles)

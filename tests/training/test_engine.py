@@ -6,6 +6,7 @@ import copy
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from msrn_ray.errors import NonFiniteLossError
 from msrn_ray.model import build_model
 from msrn_ray.training import distributed, engine
 from msrn_ray.training.ema import build_ema
-from msrn_ray.training.engine import EpochStats, Progress, SavePoints, train_one_epoch, train_step
+from msrn_ray.training.engine import EpochSchedule, EpochStats, Progress, train_one_epoch, train_step
 from msrn_ray.training.evaluate import Scores, evaluate, gather_scores
 from msrn_ray.training.learner import Learner
 from msrn_ray.training.losses import classification_loss
@@ -101,7 +102,7 @@ def step_batches(plan: TrainPlan, side: int = 64) -> list[Batch]:
     ]
 
 
-def trainee_of(model: nn.Module, lr: float = LR, **change: Any) -> Learner:
+def learner_of(model: nn.Module, lr: float = LR, **change: Any) -> Learner:
     optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=lr)
     fields: dict[str, Any] = {
         "ema": None,
@@ -157,44 +158,56 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: flo
         torch.testing.assert_close(value, other[name], rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
 
 
+@dataclass
+class Hooks:
+    """Record what an epoch calls.
+
+    Attributes:
+        num_bad: bad images of this rank.
+        on_save: called with the epoch so far.
+        rows, progress: what came.
+    """
+
+    num_bad: int = 0
+    on_save: Callable[[EpochStats], None] = lambda stats: None
+    rows: list[list[int]] = field(default_factory=list)
+    progress: list[dict[str, Any]] = field(default_factory=list)
+
+    def rows_trained(self, rows: Any) -> None:
+        self.rows.append(rows.tolist())
+
+    def progress_made(self, progress: Progress) -> None:
+        self.progress.append(dict(vars(progress)))
+
+    def save(self, stats: EpochStats) -> None:
+        self.on_save(stats)
+
+    def count_bad_images(self) -> int:
+        return self.num_bad
+
+    def image_ids(self, rows: list[int]) -> list[str]:
+        return [f"image-{row}" for row in rows]
+
+
 def run_epoch(
     learner: Learner,
     batches: Sequence[Batch],
     stats: EpochStats | None = None,
     *,
-    log_every: int = 2,
-    num_bad: int = 0,
+    schedule: EpochSchedule | None = None,
+    hooks: Hooks | None = None,
     wait: float = 0.0,
-    save_points: SavePoints | None = None,
-    on_rows: Callable[[Any], None] = lambda rows: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """`train_one_epoch`; -> its stats and its progress as plain data."""
-    told: list[dict[str, Any]] = []
-    stats = stats or EpochStats()
+    """Call `train_one_epoch` and return its stats and its progress as plain data."""
+    stats, hooks = stats or EpochStats(), hooks or Hooks()
 
     def deliver() -> Iterator[Batch]:
         for batch in batches:
             time.sleep(wait)
             yield batch
 
-    def on_progress(progress: Progress) -> None:
-        told.append(dict(vars(progress)))
-
-    train_one_epoch(
-        learner,
-        deliver(),
-        stats,
-        num_steps=plan_of().num_steps,
-        step_rows=plan_of().step_rows,
-        device=CPU,
-        log_every=log_every,
-        save_points=save_points or SavePoints(lambda stats: None),
-        on_rows=on_rows,
-        on_progress=on_progress,
-        count_bad=lambda: num_bad,
-        name_rows=lambda rows: [f"image-{row}" for row in rows],
-    )
-    return dict(vars(stats)), told
+    train_one_epoch(learner, deliver(), stats, plan_of(), schedule or EpochSchedule(2), hooks)
+    return dict(vars(stats)), hooks.progress
 
 
 # one process ----------------------------------------------------------------------------------------------------------
@@ -203,7 +216,7 @@ def run_epoch(
 @pytest.mark.parametrize(("build", "side"), [(Toy, 8), (msrn, 64)])
 def test_steps_equal_a_plain_loop(build: Callable[[], nn.Module], side: int) -> None:
     model, other = build(), build()
-    learner = trainee_of(model)
+    learner = learner_of(model)
     expected = plain_loop(other, whole_steps(), side)
     told = [train_step(learner, batch_of(rows, side=side), len(rows)) for rows in whole_steps()]
     assert all(one.shape == (2,) and one.dtype == torch.float32 and not one.requires_grad for one in told)
@@ -216,7 +229,7 @@ def test_steps_equal_a_plain_loop(build: Callable[[], nn.Module], side: int) -> 
 def test_accumulation_equals_the_whole_batch(parts: int) -> None:
     """Also where the micro-batches are of different sizes, and where there are fewer images than parts."""
     model, other = msrn(), msrn()
-    learner = trainee_of(model, accumulation=parts)
+    learner = learner_of(model, accumulation=parts)
     steps = [[0, 1, 2, 3, 4], [5, 6, 7], [8]]
     expected = plain_loop(other, steps)
     told = [train_step(learner, batch_of(rows), len(rows)) for rows in steps]
@@ -229,7 +242,7 @@ def test_accumulation_runs_the_model_on_parts() -> None:
     sizes = []
     model = Toy()
     model.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
-    train_step(trainee_of(model, accumulation=2), batch_of(range(5), side=8), 5)
+    train_step(learner_of(model, accumulation=2), batch_of(range(5), side=8), 5)
     assert sizes == [3, 2]
 
 
@@ -243,10 +256,10 @@ def test_gradients_are_clipped_before_the_update(parts: int) -> None:
     model.head.weight.data *= 100
     before = copy.deepcopy(dict(model.named_parameters()))
     free = copy.deepcopy(model)
-    train_step(trainee_of(free, lr=0.5, group_weight=1e4, accumulation=parts), batch_of(rows, side=8), 4)
+    train_step(learner_of(free, lr=0.5, group_weight=1e4, accumulation=parts), batch_of(rows, side=8), 4)
     large = moved(before, free)
     assert large > 1e3
-    train_step(trainee_of(model, 0.5, clip_norm=0.1, group_weight=1e4, accumulation=parts), batch_of(rows, side=8), 4)
+    train_step(learner_of(model, 0.5, clip_norm=0.1, group_weight=1e4, accumulation=parts), batch_of(rows, side=8), 4)
     assert moved(before, model).item() == pytest.approx(0.05, rel=1e-4)
     direction = [(now - before[name]).flatten() for name, now in model.named_parameters()]
     freely = [(now - before[name]).flatten() for name, now in free.named_parameters()]
@@ -255,8 +268,8 @@ def test_gradients_are_clipped_before_the_update(parts: int) -> None:
 
 def test_small_gradients_are_left_alone() -> None:
     clipped, free = Toy(), Toy()
-    train_step(trainee_of(clipped, clip_norm=1e3), batch_of(range(4), side=8), 4)
-    train_step(trainee_of(free, clip_norm=None), batch_of(range(4), side=8), 4)
+    train_step(learner_of(clipped, clip_norm=1e3), batch_of(range(4), side=8), 4)
+    train_step(learner_of(free, clip_norm=None), batch_of(range(4), side=8), 4)
     assert_same(clipped.state_dict(), free.state_dict(), 0)
 
 
@@ -265,7 +278,7 @@ def test_a_scaled_loss_trains_the_same(clip_norm: float | None) -> None:
     scaled, plain = Toy(), Toy()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     settings: dict[str, Any] = {"clip_norm": clip_norm, "group_weight": 1.0, "accumulation": 2}
-    for learner in (trainee_of(scaled, 0.5, **settings, scaler=scaler), trainee_of(plain, 0.5, **settings)):
+    for learner in (learner_of(scaled, 0.5, **settings, scaler=scaler), learner_of(plain, 0.5, **settings)):
         assert train_step(learner, batch_of(range(4), side=8), 4).max() < 100
     assert_same(scaled.state_dict(), plain.state_dict())
 
@@ -274,7 +287,7 @@ def test_a_gradient_that_overflows_skips_the_update_and_lowers_the_scale() -> No
     model = Toy()
     before = copy.deepcopy(model.state_dict())
     scaler = torch.amp.GradScaler("cpu", init_scale=3e38)
-    train_step(trainee_of(model, scaler=scaler, clip_norm=0.1, group_weight=1e4), batch_of(range(4), side=8), 4)
+    train_step(learner_of(model, scaler=scaler, clip_norm=0.1, group_weight=1e4), batch_of(range(4), side=8), 4)
     assert_same(model.state_dict(), before, 0)
     assert scaler.get_scale() == pytest.approx(1.5e38)
 
@@ -293,7 +306,7 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_step_reads_no_value(accumulation: int) -> None:
-    learner = trainee_of(msrn(), clip_norm=0.1, accumulation=accumulation)
+    learner = learner_of(msrn(), clip_norm=0.1, accumulation=accumulation)
     with Reads() as reads:
         loss = train_step(learner, batch_of(range(4)), 4)
     assert reads.count == 0
@@ -304,18 +317,18 @@ def test_a_step_reads_no_value(accumulation: int) -> None:
 
 def test_images_that_are_not_valid_count_nothing() -> None:
     model, other = msrn(), msrn()
-    told = train_step(trainee_of(model), batch_of([0, 7, 1, 8], [True, False, True, False]), 2)
+    told = train_step(learner_of(model), batch_of([0, 7, 1, 8], [True, False, True, False]), 2)
     expected = plain_loop(other, [[0, 1]])
     torch.testing.assert_close(told, torch.tensor(expected[0]), rtol=1e-5, atol=1e-6)
     assert_same(model.state_dict(), other.state_dict())
-    told = train_step(trainee_of(model), batch_of([3], [False]), 1)
+    told = train_step(learner_of(model), batch_of([3], [False]), 1)
     assert told[0] == 0
     assert told[1] > 0
 
 
 def test_schedule_and_average_follow_each_step() -> None:
     model = Toy()
-    learner = trainee_of(model, ema=build_ema(model, 0.9))
+    learner = learner_of(model, ema=build_ema(model, 0.9))
     learner.scheduler = torch.optim.lr_scheduler.LambdaLR(learner.optimizer, lambda step: 0.5**step)
     weights = []
     for step in range(3):
@@ -335,7 +348,7 @@ def test_schedule_and_average_follow_each_step() -> None:
 def test_epoch_stats_are_exact() -> None:
     model, other = Toy(), Toy()
     expected = torch.tensor(plain_loop(other, whole_steps(), 8), dtype=torch.float64)
-    stats, told = run_epoch(trainee_of(model), step_batches(plan_of(), 8), num_bad=2, wait=0.02)
+    stats, told = run_epoch(learner_of(model), step_batches(plan_of(), 8), hooks=Hooks(num_bad=2), wait=0.02)
     assert stats["steps"] == 3
     assert stats["images"] == NUM_ROWS
     assert stats["classification_sum"] == pytest.approx(expected[:, 0].sum().item(), rel=1e-5)
@@ -365,13 +378,15 @@ def test_an_epoch_in_two_parts_is_the_epoch() -> None:
         saved.append((copy.deepcopy(stats), (copy.deepcopy(states), torch.get_rng_state())))
 
     torch.manual_seed(0)
-    learner = trainee_of(model)
-    whole, told = run_epoch(learner, step_batches(plan_of(), 8), save_points=SavePoints(keep, steps=1), log_every=100)
+    learner = learner_of(model)
+    whole, told = run_epoch(
+        learner, step_batches(plan_of(), 8), schedule=EpochSchedule(100, save_steps=1), hooks=Hooks(on_save=keep)
+    )
     assert [stats.steps for stats, _ in saved] == [1, 2], "not at the end, where the epoch is saved anyway"
     assert [one["step"] for one in told] == [1, 2, 3], "what is saved was checked first"
     stats, ((weights, optimizer, scheduler), rng) = saved[0]
-    seen: list[list[int]] = []
-    again = trainee_of(other)
+    hooks = Hooks()
+    again = learner_of(other)
     again.network.load_state_dict(weights)
     again.optimizer.load_state_dict(optimizer)
     again.scheduler.load_state_dict(scheduler)
@@ -381,10 +396,10 @@ def test_an_epoch_in_two_parts_is_the_epoch() -> None:
         again,
         step_batches(plan_of(), 8)[1:],
         copy.deepcopy(stats),
-        save_points=SavePoints(lambda stats: None, steps=1),
-        on_rows=lambda rows: seen.append(rows.tolist()),
+        schedule=EpochSchedule(2, save_steps=1),
+        hooks=hooks,
     )
-    assert seen == whole_steps()[1:]
+    assert hooks.rows == whole_steps()[1:]
     assert [one["step"] for one in told] == [2, 3]
     for name in ("images", "classification_sum", "group_sum", "steps"):
         assert rest[name] == whole[name], name
@@ -397,10 +412,10 @@ def test_a_loss_that_is_not_finite_is_not_saved() -> None:
     saved: list[int] = []
     with pytest.raises(NonFiniteLossError):
         run_epoch(
-            trainee_of(Toy()),
+            learner_of(Toy()),
             poisoned(step_batches(plan_of(), 8), whole_steps()[1][0]),
-            log_every=100,
-            save_points=SavePoints(lambda stats: saved.append(stats.steps), steps=1),
+            schedule=EpochSchedule(100, save_steps=1),
+            hooks=Hooks(on_save=lambda stats: saved.append(stats.steps)),
         )
     assert saved == [1]
 
@@ -408,21 +423,21 @@ def test_a_loss_that_is_not_finite_is_not_saved() -> None:
 def test_save_points_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(engine.time, "monotonic", lambda: now[0])
-    points = SavePoints(lambda stats: None, seconds=60, last=100.0)
-    assert not points.is_time()
+    points = EpochSchedule(2, save_seconds=60, last_save=100.0)
+    assert not points.is_save_time()
     now[0] += 60
-    assert points.is_time()
+    assert points.is_save_time()
     points.restart()
-    assert not points.is_time()
-    assert not points.is_step(60)
+    assert not points.is_save_time()
+    assert not points.is_save_step(60)
     warnings = iter([False, True, True, False, True])
-    warned = SavePoints(lambda stats: None, is_warned=lambda: next(warnings))
-    assert [warned.is_time() for _ in range(5)] == [False, True, False, False, True], "once for each warning"
-    never = SavePoints(lambda stats: None)
+    warned = EpochSchedule(2, is_preempted=lambda: next(warnings))
+    assert [warned.is_save_time() for _ in range(5)] == [False, True, False, False, True], "once for each warning"
+    never = EpochSchedule(2)
     now[0] += 1e9
-    assert not never.is_time()
-    assert not never.is_step(1)
-    assert [SavePoints(lambda stats: None, steps=3).is_step(steps) for steps in (2, 3, 4, 6)] == [
+    assert not never.is_save_time()
+    assert not never.is_save_step(1)
+    assert [EpochSchedule(2, save_steps=3).is_save_step(steps) for steps in (2, 3, 4, 6)] == [
         False,
         True,
         False,
@@ -432,35 +447,22 @@ def test_save_points_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_batches_that_end_early_are_noticed() -> None:
     with pytest.raises(AssertionError, match="an epoch of 3 steps ended after 2"):
-        run_epoch(trainee_of(Toy()), step_batches(plan_of(), 8)[:2])
+        run_epoch(learner_of(Toy()), step_batches(plan_of(), 8)[:2])
 
 
 @pytest.mark.parametrize(("log_every", "steps"), [(1, [1, 2, 3]), (3, [3]), (100, [3])])
 def test_progress_comes_every_few_steps_and_at_the_end(log_every: int, steps: list[int]) -> None:
-    _, told = run_epoch(trainee_of(Toy()), step_batches(plan_of(), 8), log_every=log_every)
+    _, told = run_epoch(learner_of(Toy()), step_batches(plan_of(), 8), schedule=EpochSchedule(log_every))
     assert [one["step"] for one in told] == steps
 
 
 def test_progress_may_stop_the_epoch() -> None:
-    def stop(progress: Progress) -> None:
-        raise KeyError(progress.step)
+    class StoppingHooks(Hooks):
+        def progress_made(self, progress: Progress) -> None:
+            raise KeyError(progress.step)
 
-    model = Toy()
     with pytest.raises(KeyError, match="1"):
-        train_one_epoch(
-            trainee_of(model),
-            iter(step_batches(plan_of(), 8)),
-            EpochStats(),
-            num_steps=plan_of().num_steps,
-            step_rows=plan_of().step_rows,
-            device=CPU,
-            log_every=1,
-            save_points=SavePoints(lambda stats: None),
-            on_rows=lambda rows: None,
-            on_progress=stop,
-            count_bad=lambda: 0,
-            name_rows=lambda rows: [],
-        )
+        run_epoch(learner_of(Toy()), step_batches(plan_of(), 8), schedule=EpochSchedule(1), hooks=StoppingHooks())
 
 
 def poisoned(batches: list[Batch], row: int) -> list[Batch]:
@@ -476,7 +478,7 @@ def test_loss_that_is_not_finite(log_every: int) -> None:
     rows = whole_steps()[1]
     told = []
     with pytest.raises(NonFiniteLossError) as error:
-        run_epoch(trainee_of(Toy()), poisoned(step_batches(plan_of(), 8), rows[2]), log_every=log_every)
+        run_epoch(learner_of(Toy()), poisoned(step_batches(plan_of(), 8), rows[2]), schedule=EpochSchedule(log_every))
     told = str(error.value)
     assert "not finite at step 1 of the epoch" in told
     assert all(f"image-{row}" in told for row in rows)
@@ -492,7 +494,7 @@ def test_train_and_evaluation_mode() -> None:
     np.testing.assert_array_equal(*scores)
     modes = []
     model.register_forward_hook(lambda module, inputs, output: modes.append(module.training))
-    run_epoch(trainee_of(model), step_batches(plan_of(), 8))
+    run_epoch(learner_of(model), step_batches(plan_of(), 8))
     assert modes == [True] * 3, "training after an evaluation runs in train mode"
 
 
@@ -544,7 +546,7 @@ def test_evaluation_of_nothing() -> None:
 
 
 def test_mixed_precision_keeps_the_loss_in_full() -> None:
-    told = train_step(trainee_of(msrn().train(), amp_dtype=torch.bfloat16), batch_of(range(4)), 4)
+    told = train_step(learner_of(msrn().train(), amp_dtype=torch.bfloat16), batch_of(range(4)), 4)
     exact = torch.tensor(plain_loop(msrn(), [range(4)])[0])
     assert told.dtype == torch.float32
     torch.testing.assert_close(told, exact, rtol=0.03, atol=0)
@@ -587,22 +589,19 @@ def on_each_rank(rank: int, world: int) -> dict[str, Any]:
     found["valid"] = [batch.valid.tolist() for batch in step_batches(plan)]
 
     model = msrn()
-    found["rows"] = []
-    found["stats"], found["progress"] = run_epoch(
-        trainee_of(parallel(model)),
-        step_batches(plan),
-        num_bad=rank + 1,
-        on_rows=lambda rows: found["rows"].extend(rows),
-    )
+    hooks = Hooks(num_bad=rank + 1)
+    found["stats"], found["progress"] = run_epoch(learner_of(parallel(model)), step_batches(plan), hooks=hooks)
+    found["rows"] = [row for rows in hooks.rows for row in rows]
     found["weights"] = model.state_dict()
 
     found["saved"] = []
     seconds = 0.0 if rank == 0 else 1e9  # only the first rank's clock counts
-    saving = SavePoints(lambda stats: found["saved"].append(stats.steps), seconds=seconds)
-    run_epoch(trainee_of(parallel(Toy())), step_batches(plan, 8), log_every=2, save_points=saving)
+    schedule = EpochSchedule(2, save_seconds=seconds)
+    hooks = Hooks(on_save=lambda stats: found["saved"].append(stats.steps))
+    run_epoch(learner_of(parallel(Toy())), step_batches(plan, 8), schedule=schedule, hooks=hooks)
 
     model = msrn()
-    learner = trainee_of(parallel(model, 2), accumulation=2)
+    learner = learner_of(parallel(model, 2), accumulation=2)
     for step, batch in enumerate(step_batches(plan)):
         train_step(learner, batch, plan.step_rows(step))
     found["accumulated"] = model.state_dict()
@@ -612,7 +611,7 @@ def on_each_rank(rank: int, world: int) -> dict[str, Any]:
         wrapped = parallel(model)
         if compress:
             distributed.compress_gradients(wrapped)
-        train_step(trainee_of(wrapped), step_batches(plan, 8)[0], plan.step_rows(0))
+        train_step(learner_of(wrapped), step_batches(plan, 8)[0], plan.step_rows(0))
         found["compressed" if compress else "sent whole"] = {
             name: parameter.grad for name, parameter in model.named_parameters()
         }
@@ -620,7 +619,7 @@ def on_each_rank(rank: int, world: int) -> dict[str, Any]:
     model = Toy()
     model.head.weight.data *= 100
     before = copy.deepcopy(dict(model.named_parameters()))
-    learner = trainee_of(parallel(model), 0.5, clip_norm=0.1, group_weight=1e4)
+    learner = learner_of(parallel(model), 0.5, clip_norm=0.1, group_weight=1e4)
     train_step(learner, step_batches(plan, 8)[0], plan.step_rows(0))
     found["clipped"] = moved(before, model).item()
 
@@ -628,7 +627,8 @@ def on_each_rank(rank: int, world: int) -> dict[str, Any]:
     found["poisoned"] = int(row)
     for log_every in (1, 2, 100):
         try:
-            run_epoch(trainee_of(parallel(Toy())), poisoned(step_batches(plan, 8), int(row)), log_every=log_every)
+            batches = poisoned(step_batches(plan, 8), int(row))
+            run_epoch(learner_of(parallel(Toy())), batches, schedule=EpochSchedule(log_every))
         except NonFiniteLossError as error:
             found[f"error {log_every}"] = str(error)
 
@@ -806,7 +806,7 @@ def test_ranks_average_float_buffers(groups: Any, world: int) -> None:
         assert buffers["weight"].tolist() == [rank, rank], "weights are not buffers"
 
 
-def test_the_step_trains_on_the_trainees_loss() -> None:
+def test_the_step_trains_on_the_learners_loss() -> None:
     expected, _ = losses_of(msrn().train(), range(4), 64)
-    doubled = trainee_of(msrn().train(), loss=lambda logits, target: 2 * classification_loss(logits, target))
+    doubled = learner_of(msrn().train(), loss=lambda logits, target: 2 * classification_loss(logits, target))
     assert train_step(doubled, batch_of(range(4)), 4)[0].item() == pytest.approx(2 * expected.item(), rel=1e-5)
