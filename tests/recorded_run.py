@@ -1,4 +1,4 @@
-"""A training run that writes down which rows each rank trained on, step by step, and can kill one of its ranks.
+"""A training run that records which rows each rank trained on, step by step, and can kill one of its ranks.
 
 `python -m tests.recorded_run CONFIG FOLDER` trains with a saved config, as `msrn train --config` does, and records into the folder.
 """
@@ -56,13 +56,13 @@ def recording(folder: Path, kill: Kill | None = None) -> Callable[[dict[str, Any
                 self.place = (self.place[0], self.place[1] + 1)
 
         class RecordingWorker(worker.Worker):
-            def on_progress(self, epoch: int, progress: Progress) -> None:
-                super().on_progress(epoch, progress)
-                if self.rank == 0:
-                    write(loss=progress.loss, step=[epoch - 1, progress.step - 1])
+            def progress_made(self, progress: Progress) -> None:
+                super().progress_made(progress)
+                if self.plan.rank == 0:
+                    write(loss=progress.loss, step=[self.epoch, progress.step - 1])
 
         worker.Ledger = RecordingLedger  # type: ignore[misc]  # of this process alone
-        worker.train_loop_per_worker(loop_config, RecordingWorker)
+        worker.train_worker(loop_config, RecordingWorker)
 
     return loop
 
@@ -108,10 +108,10 @@ def read_record(folder: Path) -> Record:
 def main() -> None:
     """Trains; see the module."""
     from msrn_ray.config import load_config
-    from msrn_ray.ray_train import driver as trainer
+    from msrn_ray.ray_train import driver
 
-    trainer.train_loop_per_worker = recording(Path(sys.argv[2]))  # type: ignore[assignment]  # of this process alone
-    trainer.train(load_config(Path(sys.argv[1])))
+    driver.train_worker = recording(Path(sys.argv[2]))  # type: ignore[assignment]  # of this process alone
+    driver.train(load_config(Path(sys.argv[1])))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from msrn_ray.config import ResourceSettings
 from msrn_ray.errors import UserError
 from msrn_ray.ray_cluster.allocation import Allocation, allocate, decode_cpus
 from msrn_ray.ray_cluster.connection import connect, default_workers
-from msrn_ray.ray_train.torch_trainer import scaling
+from msrn_ray.ray_train.torch_trainer import scaling_config
 
 LARGEST = "msrn_ray.ray_cluster.allocation.max_cluster_resources"  # returns None where the cluster does not grow
 
@@ -170,9 +170,9 @@ def test_more_than_a_cluster_can_grow_to_is_refused_at_once(
 
 
 def test_a_range_is_left_to_ray_train_and_a_number_is_not() -> None:
-    assert scaling(Allocation(4, True, 1, (2, 8))).num_workers == (2, 8)
-    assert scaling(Allocation(4, False, 3)).num_workers == 4
-    assert scaling(Allocation(4, False, 3)).resources_per_worker == {"CPU": 3}
+    assert scaling_config(Allocation(4, True, 1, (2, 8))).num_workers == (2, 8)
+    assert scaling_config(Allocation(4, False, 3)).num_workers == 4
+    assert scaling_config(Allocation(4, False, 3)).resources_per_worker == {"CPU": 3}
 
 
 @pytest.mark.parametrize(
@@ -208,9 +208,9 @@ def test_workers_that_leave_nothing_to_decode_are_an_error_not_a_wait(monkeypatc
 def test_a_worker_may_take_a_part_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster(monkeypatch, cpus=36, gpus=4)
     allocation = allocate(ResourceSettings(num_workers=1, gpus_per_worker=0.25))
-    assert scaling(allocation).resources_per_worker == {"CPU": 1, "GPU": 0.25}
+    assert scaling_config(allocation).resources_per_worker == {"CPU": 1, "GPU": 0.25}
     whole = allocate(ResourceSettings(num_workers=1))
-    assert scaling(whole).resources_per_worker == {"CPU": 1, "GPU": 1}
+    assert scaling_config(whole).resources_per_worker == {"CPU": 1, "GPU": 1}
 
 
 def test_default_workers(monkeypatch: pytest.MonkeyPatch) -> None:

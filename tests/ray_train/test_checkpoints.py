@@ -14,7 +14,7 @@ import ray.train
 import torch
 
 from msrn_ray.errors import UserError
-from msrn_ray.ray_train import checkpoints as saving
+from msrn_ray.ray_train import checkpoints
 from msrn_ray.ray_train.checkpoints import NO_SCORE, SCORE, WITHIN_EPOCH, clear_leftovers, report_checkpoint
 from msrn_ray.runs.checkpoint import load_checkpoint, load_train_state
 from msrn_ray.runs.resume import LIST_COPY, LIST_FILE, NO_LIST, check_list
@@ -121,7 +121,7 @@ def test_scores_keep_finished_epochs_before_all_others() -> None:
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, reports: Reports, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving.distributed, "rank", lambda: 1)
+    monkeypatch.setattr(checkpoints.distributed, "rank", lambda: 1)
     name = report_checkpoint(tmp_path, {"epoch": 1}, None, state_of(0, 5))
     assert reports == [{"metrics": {"epoch": 1}, "checkpoint_dir_name": name}]
     assert not list(tmp_path.iterdir())
@@ -133,8 +133,8 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(tmp_path: Path, reports: Repor
     with pytest.raises(UserError) as caught:
         report_checkpoint(tmp_path, {"epoch": 2}, None, state_of(1, 5, model={"a": torch.ones(1_000_000)}))
     assert str(caught.value) == (
-        f"{tmp_path}: the checkpoint of epoch 2 cannot be written (File too large); the ones before are whole: make room,"
-        f" then msrn train --resume {tmp_path}"
+        f"{tmp_path}: the checkpoint of epoch 2 cannot be written (File too large); earlier checkpoints are whole:"
+        f" free some space, then msrn train --resume {tmp_path}"
     )
     assert files_of(tmp_path) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == [LIST_COPY, name], "no partial folder is left"
@@ -170,5 +170,5 @@ def test_what_an_interruption_left_is_deleted(tmp_path: Path, monkeypatch: pytes
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch_0001_5e", "tensorboard"], (
         "where Ray Train knows of none, its list may be lost, and the checkpoints must not be"
     )
-    with pytest.raises(UserError, match=r"train\.storage: .* not there on a worker's node"):
+    with pytest.raises(UserError, match=r"train\.storage: .* does not exist on a worker's node"):
         clear_leftovers(tmp_path / "elsewhere")

@@ -18,46 +18,47 @@ from msrn_ray.errors import AccountingError, BadImagesError, NoDecodeCpuError, U
 from msrn_ray.presets import PRESETS
 from msrn_ray.ray_cluster.allocation import Allocation
 from msrn_ray.ray_cluster.private_api import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
-from msrn_ray.ray_train import driver as trainer
+from msrn_ray.ray_train import driver, torch_trainer
 from msrn_ray.ray_train.driver import train
-from msrn_ray.ray_train.elastic_fit import run_elastic, run_trainer
-from msrn_ray.ray_train.failures import Failures
+from msrn_ray.ray_train.elastic_fit import fit, fit_elastic
+from msrn_ray.ray_train.failures import FailureCallback
 from msrn_ray.runs import state as run_state
+from msrn_ray.runs.events import Event, WorkerFailed
 from msrn_ray.runs.folder import CONFIG_FILE, make_folder
 from msrn_ray.runs.listing import list_runs
 from tests.ray_cluster.test_allocation import cluster
 from tests.tiny import make_coco
 
 
-class Told:
+class RecordingQueue:
     """In place of the queue of events."""
 
     def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
+        self.events: list[Event] = []
         self.actor = SimpleNamespace(put=SimpleNamespace(remote=self.events.append))
 
 
-@pytest.mark.parametrize("error", [UserError("mend it"), BadImagesError("too many"), AccountingError("twice")])
-def test_an_error_that_would_come_again_is_not_tried_again(error: Exception) -> None:
+@pytest.mark.parametrize("error", [UserError("fix it"), BadImagesError("too many"), AccountingError("twice")])
+def test_final_error_is_not_retried(error: Exception) -> None:
     """Whichever rank has it, and whatever the others say meanwhile."""
-    told = Told()
+    queue = RecordingQueue()
     with pytest.raises(type(error), match=str(error)):
-        Failures(told).after_exception(None, {0: RuntimeError("connection closed"), 1: error})
-    assert told.events == []
+        FailureCallback(queue).after_exception(None, {0: RuntimeError("connection closed"), 1: error})
+    assert queue.events == []
 
 
-def test_a_lost_worker_is_named_before_those_that_miss_it() -> None:
-    told = Told()
+def test_lost_worker_is_named_before_the_others() -> None:
+    queue = RecordingQueue()
     lost = WorkerHealthCheckFailedError("health check failed", RuntimeError("The actor died unexpectedly\nand more"))
-    Failures(told).after_exception(None, {0: RuntimeError("connection closed"), 1: lost})
-    Failures(told).after_exception(None, {2: MemoryError()})
-    assert told.events == [
-        {"kind": "failure", "text": "worker 1 failed: The actor died unexpectedly"},
-        {"kind": "failure", "text": "worker 2 failed: MemoryError"},
+    FailureCallback(queue).after_exception(None, {0: RuntimeError("connection closed"), 1: lost})
+    FailureCallback(queue).after_exception(None, {2: MemoryError()})
+    assert queue.events == [
+        WorkerFailed("worker 1 failed: The actor died unexpectedly"),
+        WorkerFailed("worker 2 failed: MemoryError"),
     ]
 
 
-def test_a_run_folder_is_there_with_its_config_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_folder_exists_with_its_config_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed while it is made, the run can begin anew; and what is there already stays as it is."""
     saved = ExperimentConfig.save
 
@@ -79,60 +80,58 @@ def test_a_run_folder_is_there_with_its_config_or_not_at_all(tmp_path: Path, mon
     assert len(list(tmp_path.glob("runs/*"))) == 2, "what the kill left behind, and the run"
 
 
-def test_a_run_that_waits_for_machines_is_not_resumed_a_second_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_that_waits_for_nodes_is_not_resumed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_coco(tmp_path / "data", {"train": [[0], [1], [2], [0, 1]] * 4, "val": [[0], [1, 2]]})
     config = PRESETS["scenes"].config.with_overrides(
         {"data.dataset": "coco", "data.root": str(root), "train.storage": str(tmp_path), "train.run_name": "run"}
     )
     make_folder(tmp_path / "run", config)
 
-    def wait_for_machines(_: object) -> None:
+    def wait_for_nodes(_: object) -> None:
         (run,) = list_runs(tmp_path)
         assert run.state == "running"
         monkeypatch.setattr(run_state, "socket", SimpleNamespace(gethostname=lambda: "another machine"))
-        with pytest.raises(UserError, match=r"run is still trained, by process \d+"):
+        with pytest.raises(UserError, match=r"run: process \d+ on .* still trains this run"):
             train(config, resume=True)
-        raise UserError("no machine came")
+        raise UserError("no node came")
 
-    monkeypatch.setattr(trainer, "connect", lambda _: None)
-    monkeypatch.setattr(trainer, "allocate", wait_for_machines)
-    with pytest.raises(UserError, match="no machine came"):
+    monkeypatch.setattr(driver, "connect", lambda _: None)
+    monkeypatch.setattr(driver, "allocate", wait_for_nodes)
+    with pytest.raises(UserError, match="no node came"):
         train(config, resume=True)
     (run,) = list_runs(tmp_path)
-    assert (run.state, run.reason) == ("failed", "no machine came")
+    assert (run.state, run.reason) == ("failed", "no node came")
 
 
 def failing(failure: Exception) -> Any:
-    def fit() -> None:
+    def raise_failure() -> None:
         raise failure
 
-    return SimpleNamespace(fit=fit)
+    return SimpleNamespace(fit=raise_failure)
 
 
 @pytest.mark.parametrize(
     "wrap",
     [ControllerError, lambda error: WorkerGroupError("failed", {0: RuntimeError("connection closed"), 1: error})],
 )
-def test_an_error_that_the_user_can_mend_is_raised_as_itself(wrap: Any) -> None:
-    with pytest.raises(UserError, match="mend it"):
-        run_trainer(failing(wrap(UserError("mend it"))))
+def test_user_error_is_raised_unwrapped(wrap: Any) -> None:
+    with pytest.raises(UserError, match="fix it"):
+        fit(failing(wrap(UserError("fix it"))))
 
 
-def test_other_failures_stay_ray_trains() -> None:
+def test_other_failures_stay_wrapped() -> None:
     with pytest.raises(TrainingFailedError, match="lost"):
-        run_trainer(failing(WorkerGroupError("lost", {0: RuntimeError("lost")})))
+        fit(failing(WorkerGroupError("lost", {0: RuntimeError("lost")})))
 
 
-def test_room_that_never_comes_back_is_told_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_room_is_reported_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 3.0, "GPU": 1.0})
     with pytest.raises(UserError, match=r"no room for 2 workers .* 3 CPUs and 1 GPUs now.*num_workers.*--resume"):
-        run_trainer(failing(ControllerError(WorkerGroupStartupTimeoutError(2))))
+        fit(failing(ControllerError(WorkerGroupStartupTimeoutError(2))))
 
 
 @pytest.mark.parametrize("hangs", [False, True])
-def test_sigterm_stops_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch, hangs: bool) -> None:
+def test_sigterm_stops_like_ctrl_c(monkeypatch: pytest.MonkeyPatch, hangs: bool) -> None:
     """Ray's handler of SIGINT, which gives back what the run has asked for, and exits; or never comes to an end."""
     monkeypatch.setattr("msrn_ray.ray_train.elastic_fit._STOP_SECONDS", 0.2)
     both = signal.SIGINT, signal.SIGTERM
@@ -146,13 +145,13 @@ def test_sigterm_stops_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch, hangs: bo
             time.sleep(100)
         sys.exit(0)
 
-    def fit() -> None:
+    def stop_itself() -> None:
         signal.signal(signal.SIGINT, abort)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(100)
 
     with pytest.raises(KeyboardInterrupt):
-        run_trainer(cast(Any, SimpleNamespace(fit=fit)))
+        fit(cast(Any, SimpleNamespace(fit=stop_itself)))
     assert stopped == [True]
     assert [signal.getsignal(which) for which in both] == before
     assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == timer, "the caller's own, as of a test's time limit"
@@ -164,7 +163,7 @@ def test_sigterm_before_ray_has_its_handler(handler: Any) -> None:
     before = signal.signal(signal.SIGINT, handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            run_trainer(cast(Any, SimpleNamespace(fit=lambda: os.kill(os.getpid(), signal.SIGTERM))))
+            fit(cast(Any, SimpleNamespace(fit=lambda: os.kill(os.getpid(), signal.SIGTERM))))
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -200,29 +199,27 @@ def test_fewer_workers_until_a_cpu_decodes(
     """They never suffice here: each attempt takes fewer than the one before, and the end is an error."""
     cluster(monkeypatch, cpus=left["CPU"], gpus=left.get("GPU"))
     attempts: list[Allocation] = []
-    said: list[str] = []
+    logged: list[str] = []
 
     def build(allocation: Allocation) -> Any:
         attempts.append(allocation)
         return failing(ControllerError(NoDecodeCpuError("no CPU")))
 
     with pytest.raises(NoDecodeCpuError):
-        run_elastic(build, ResourceSettings(**settings), before, said.append)
+        fit_elastic(build, ResourceSettings(**settings), before, logged.append)
     assert attempts[0] == before
     assert [one.num_workers for one in attempts[1:]] == tried
     assert all(
         one.runs == before.runs and (one.elastic or (0, one.num_workers))[1] == one.num_workers for one in attempts[1:]
     )
-    assert len(said) == len(tried)
+    assert len(logged) == len(tried)
 
 
 @pytest.mark.parametrize(("own", "policy"), [(None, "passive"), ("active", "active")])
-def test_threads_of_workers_sleep_where_they_wait(
-    monkeypatch: pytest.MonkeyPatch, own: str | None, policy: str
-) -> None:
+def test_waiting_worker_threads_sleep(monkeypatch: pytest.MonkeyPatch, own: str | None, policy: str) -> None:
     """Unless the user's own environment says else."""
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if own is not None:
         monkeypatch.setenv("OMP_WAIT_POLICY", own)
-    environment = trainer.run_config("run", "runs").worker_runtime_env
+    environment = torch_trainer.run_config("run", "runs").worker_runtime_env
     assert cast(Any, environment)["env_vars"]["OMP_WAIT_POLICY"] == policy

@@ -1,62 +1,62 @@
-"""What a rank tells: signs of life, gauges, object store figures."""
+"""What a rank reports: heartbeats, gauges, object store figures."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 import ray
 from ray.util.queue import Queue
 
-from msrn_ray.ray_train import heartbeat as telemetry
+from msrn_ray.ray_train import gauges as gauges_module
 from msrn_ray.ray_train.gauges import EPOCH_GAUGES, GAUGES, Gauges
-from msrn_ray.ray_train.heartbeat import DONE, WAITING, Pulse
+from msrn_ray.ray_train.heartbeat import DONE, WAITING, HeartbeatSender
 from msrn_ray.ray_train.object_store import StoreMeter
+from msrn_ray.runs.events import Heartbeat
 
 
-def wait_until(true: Callable[[], bool]) -> None:
-    """Until something is so that another thread or process brings about."""
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for something that another thread or process brings about."""
     end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end, "it never came"
+    while not condition():
+        assert time.monotonic() < end, "the condition never held"
         time.sleep(0.02)
 
 
 @pytest.mark.ray
-def test_a_pulse_tells_what_the_rank_is_doing(local_ray: None) -> None:
+def test_heartbeats_report_what_the_rank_does(local_ray: None) -> None:
     events = Queue(actor_options={"num_cpus": 0})
-    heard: list[dict[str, Any]] = []
+    received: list[Heartbeat] = []
 
-    def hears(doing: str, step: int) -> bool:
-        heard.extend(events.get_nowait_batch(events.qsize()))
-        return any((beat["doing"], beat["step"]) == (doing, step) for beat in heard)
+    def arrives(activity: str, step: int) -> bool:
+        received.extend(events.get_nowait_batch(events.qsize()))
+        return any((heartbeat.activity, heartbeat.step) == (activity, step) for heartbeat in received)
 
     def batches() -> Iterator[str]:
         for step, batch in enumerate("ab", 1):
-            wait_until(lambda step=step: hears(WAITING, step))  # beats come while the rank waits
+            wait_until(lambda step=step: arrives(WAITING, step))  # heartbeats arrive while the rank waits
             yield batch
 
-    with Pulse(events, rank=3, seconds=0.02) as pulse:
-        wait_until(lambda: hears("starting", 0))
+    with HeartbeatSender(events, rank=3, seconds=0.02) as sender:
+        wait_until(lambda: arrives("starting", 0))
         got = []
-        for step, batch in enumerate(pulse.watch(batches(), epoch=5, doing="in a step"), 1):
+        for step, batch in enumerate(sender.watch(batches(), epoch=5, activity="in a step"), 1):
             got.append(batch)
-            wait_until(lambda step=step: hears("in a step", step))
-    wait_until(lambda: hears(DONE, 3))
+            wait_until(lambda step=step: arrives("in a step", step))
+    wait_until(lambda: arrives(DONE, 3))
     assert got == ["a", "b"]
-    assert heard[-1]["doing"] == DONE, "nothing comes after the goodbye"
-    here = {"kind": "beat", "rank": 3, "node": ray.nodes()[0]["NodeManagerAddress"], "pid": os.getpid()}
-    assert all(beat.items() >= here.items() for beat in heard)
-    assert {beat["epoch"] for beat in heard} == {0, 5}
-    assert all(0 <= beat["idle"] < 120 for beat in heard)
+    assert received[-1].activity == DONE, "nothing comes after the last heartbeat"
+    sender_of_all = (3, ray.nodes()[0]["NodeManagerAddress"], os.getpid())
+    assert all((heartbeat.rank, heartbeat.node, heartbeat.pid) == sender_of_all for heartbeat in received)
+    assert {heartbeat.epoch for heartbeat in received} == {0, 5}
+    assert all(0 <= heartbeat.idle_seconds < 120 for heartbeat in received)
 
 
 @pytest.mark.ray
-def test_the_peak_of_the_object_store_stays_when_the_objects_are_gone(local_ray: None) -> None:
+def test_object_store_peak_outlives_its_objects(local_ray: None) -> None:
     with StoreMeter(seconds=0.02) as meter:
         before = meter.peak_bytes
         reference = ray.put(np.zeros(200_000_000, np.uint8))
@@ -80,7 +80,7 @@ def test_gauges_carry_run_and_rank(monkeypatch: pytest.MonkeyPatch) -> None:
         def set(self, value: float, tags: dict[str, str]) -> None:
             self.values.append((value, dict(tags)))
 
-    monkeypatch.setattr(telemetry, "Gauge", Recorder)
+    monkeypatch.setattr(gauges_module, "Gauge", Recorder)
     gauges = Gauges("my-run", 1)
     gauges.set({"loss": 0.5, "epoch": 2})
     gauges.set({"loss": 0.25})

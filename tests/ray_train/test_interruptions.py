@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 from msrn_ray.config import ExperimentConfig
 from msrn_ray.datasets.protocol import load_splits
 from msrn_ray.datasets.scenes.generate import generate_scenes
-from msrn_ray.ray_train import driver as trainer
+from msrn_ray.ray_train import driver
 from msrn_ray.ray_train.driver import TrainResult, train
 from msrn_ray.runs.checkpoint import load_checkpoint
 from msrn_ray.runs.resume import resume_config
@@ -66,7 +66,7 @@ def train_recorded(
 ) -> tuple[TrainResult, Record]:
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "train_loop_per_worker", recording(folder, kill))
+        patch.setattr(driver, "train_worker", recording(folder, kill))
         result = train(config, resume=resume)
     return result, read_record(folder)
 
@@ -114,7 +114,7 @@ def test_a_killed_rank_costs_only_the_steps_since_the_last_checkpoint(
     assert (tmp_path / "killed_record" / "killed").exists()
     told = capsys.readouterr().out
     assert "\nworker " in told
-    assert f", going on after step {record.starts[-1][0][1]} of epoch 2\n" in told
+    assert f", resuming after step {record.starts[-1][0][1]} of epoch 2\n" in told
     assert_every_image_once(record)
     first, again = record.starts
     assert (first, again[1]) == (((0, 0), 2), 2)
@@ -206,7 +206,7 @@ def test_bad_images_one_that_is_gone_and_workers_as_many_as_there_is_room_for(
     """It was there when the run began; it counts as an image that cannot be decoded, and the epoch's account says so."""
     root = coco_copy(scenes, tmp_path / "data")
     broken = {3: b"plain text", 31: b"\xff\xd8\xff\xe0" + bytes(300)}
-    gather, uris = trainer.gather_inputs, load_splits(config_of(root, tmp_path)).train.table["uri"].to_pylist()
+    gather, uris = driver.gather_inputs, load_splits(config_of(root, tmp_path)).train.table["uri"].to_pylist()
 
     def gather_and_spoil(config: ExperimentConfig) -> TrainingInputs:
         inputs = gather(config)
@@ -215,7 +215,7 @@ def test_bad_images_one_that_is_gone_and_workers_as_many_as_there_is_room_for(
             Path(uris[row]).write_bytes(content)
         return inputs
 
-    monkeypatch.setattr(trainer, "gather_inputs", gather_and_spoil)
+    monkeypatch.setattr(driver, "gather_inputs", gather_and_spoil)
     # ranks may meet the same image in different epochs: counted twice, it would be more than 4.5
     settings = {"resources.num_workers": "1..2", "data.max_bad_fraction": 0.09}
     result, record = train_recorded(config_of(root, tmp_path / "runs", **settings), tmp_path / "record")

@@ -235,7 +235,7 @@ def test_resuming_on_other_data_is_refused(finished: TrainResult, scenes: Path, 
 
 def test_fewer_epochs_than_a_run_has_done_are_refused(finished: TrainResult) -> None:
     config = resume_config(finished.run_folder).with_overrides({"train.epochs": 1})
-    with pytest.raises(UserError, match="can be raised when a run goes on, not lowered"):
+    with pytest.raises(UserError, match="can be raised when a run is resumed, not lowered"):
         train(config, resume=True)
 
 

@@ -5,43 +5,47 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
 from msrn_ray.presets import PRESETS
-from msrn_ray.ray_train import driver as trainer
-from msrn_ray.ray_train import watchdog
+from msrn_ray.ray_train import driver, watchdog
 from msrn_ray.ray_train.driver import train
-from msrn_ray.ray_train.heartbeat import DONE, WAITING, beat_seconds
-from msrn_ray.ray_train.watchdog import Watchdog
+from msrn_ray.ray_train.heartbeat import DONE, WAITING, heartbeat_seconds
+from msrn_ray.ray_train.watchdog import Watchdog, WatchdogActions
+from msrn_ray.runs.events import Heartbeat
 from msrn_ray.runs.listing import list_runs
 from tests.tiny import make_coco
 
 
 class Scene:
-    """A watchdog with a clock that moves only when told, and notes of what it says and ends."""
+    """A watchdog with a clock that the test moves, and records of what it logs and ends."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, there: bool = True) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, alive: bool = True) -> None:
         self.now = 100.0
-        self.said: list[str] = []
+        self.logged: list[str] = []
         self.ended: list[int] = []
         monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: self.now))
 
-        def end(beat: Mapping[str, Any]) -> bool:
-            self.ended.append(beat["pid"])
-            return there
+        def end_process(heartbeat: Heartbeat) -> bool:
+            self.ended.append(heartbeat.pid)
+            return alive
 
-        self.watchdog = Watchdog(1.0, self.said.append, end)
+        self.actions = WatchdogActions(self.logged.append, end_process)
+        self.watchdog = Watchdog(1.0, self.actions)
 
-    def beat(self, rank: int, doing: str, idle: float, step: int = 7, full: str | None = None) -> None:
-        place = {"node": "10.0.0.1", "node_id": "n", "pid": 1000 + rank, "full": full}
-        self.watchdog.hear({"rank": rank, "epoch": 2, "step": step, "doing": doing, "idle": idle, **place})
+    def beat(self, rank: int, activity: str, idle: float, step: int = 7, full: str | None = None) -> None:
+        self.watchdog.receive(heartbeat_of(rank, activity, idle, step, full))
+
+
+def heartbeat_of(rank: int, activity: str, idle: float, step: int = 7, full: str | None = None) -> Heartbeat:
+    return Heartbeat(rank, "10.0.0.1", "n", 1000 + rank, 2, step, activity, idle, full)
 
 
 @pytest.fixture
@@ -49,84 +53,87 @@ def scene(monkeypatch: pytest.MonkeyPatch) -> Scene:
     return Scene(monkeypatch)
 
 
-def test_ranks_that_move_are_left_alone(scene: Scene) -> None:
+def test_moving_ranks_stay_alive(scene: Scene) -> None:
     for _ in range(30):
         scene.now += 5
         for rank in range(2):
             scene.beat(rank, "in a step", idle=11.0)
-        scene.watchdog.look()
-    assert (scene.said, scene.ended, scene.watchdog.verdict) == ([], [], None)
+        scene.watchdog.check()
+    assert (scene.logged, scene.ended, scene.watchdog.hang) == ([], [], None)
 
 
-def test_a_silent_rank_is_named_warned_of_once_and_ended(scene: Scene) -> None:
+def test_silent_rank_is_named_warned_once_and_ended(scene: Scene) -> None:
     scene.beat(1, "in a step", idle=0.0)
     for _ in range(13):
         scene.beat(0, "in a step", idle=scene.now - 100)
-        scene.watchdog.look()
+        scene.watchdog.check()
         scene.now += 5
-    assert scene.said[0] == (
-        "rank 1 (node 10.0.0.1, process 1001) has done nothing for 15 s, no sign of life, last seen in epoch 2, step 7, in a step;"
+    assert scene.logged[0] == (
+        "rank 1 (node 10.0.0.1, process 1001) has done nothing for 15 s, sends no heartbeat, last seen in epoch 2, step 7, in a step;"
         " its process is ended if that lasts 1 minutes"
     )
-    assert len(scene.said) == 1
-    scene.watchdog.look()
+    assert len(scene.logged) == 1
+    scene.watchdog.check()
     assert scene.ended == [1001]
-    assert scene.watchdog.verdict is not None
-    assert scene.watchdog.verdict.startswith(
-        "rank 1 (node 10.0.0.1, process 1001) has done nothing for 65 s, no sign of life, last seen in epoch 2, step 7, in a step"
+    assert scene.watchdog.hang is not None
+    assert scene.watchdog.hang.startswith(
+        "rank 1 (node 10.0.0.1, process 1001) has done nothing for 65 s, sends no heartbeat, last seen in epoch 2, step 7, in a step"
     )
-    assert "train.hang_minutes=1" in scene.watchdog.verdict
+    assert "train.hang_minutes=1" in scene.watchdog.hang
     scene.now += 100
-    scene.watchdog.look()
+    scene.watchdog.check()
     assert scene.ended == [1001], "the other rank only waited for it"
 
 
 @pytest.mark.parametrize("others", [True, False])
-def test_a_node_with_a_full_disk_is_set_aside_once_and_where_there_is_no_other_the_run_ends(
-    scene: Scene, others: bool
-) -> None:
-    aside: list[tuple[str, str, Collection[str]]] = []
+def test_node_with_full_disk_is_drained_once(scene: Scene, others: bool) -> None:
+    drained: list[tuple[str, str, Collection[str]]] = []
     given_up: list[float] = []
 
-    def set_aside(node: str, why: str, before: Collection[str]) -> bool:
-        aside.append((node, why, before))
+    def drain_node(node: str, reason: str, drained_before: Collection[str]) -> bool:
+        drained.append((node, reason, drained_before))
         return others
 
-    scene.watchdog = Watchdog(60.0, scene.said.append, give_up=lambda: given_up.append(scene.now), set_aside=set_aside)
+    actions = replace(scene.actions, give_up=lambda: given_up.append(scene.now), drain_node=drain_node)
+    scene.watchdog = Watchdog(60.0, actions)
     scene.beat(0, "in a step", idle=0.0)
-    assert aside == []
+    assert drained == []
     for _ in range(3):
         scene.beat(0, "in a step", idle=0.0, full="/tmp/ray/session")
-    place = "node 10.0.0.1: the disk of /tmp/ray/session is full"
-    assert aside == [("n", place, frozenset())]
+    reason = "node 10.0.0.1: the disk of /tmp/ray/session is full"
+    assert drained == [("n", reason, frozenset())]
     if others:
-        assert (scene.said, given_up, scene.watchdog.abandoned) == (
-            [f"{place}; nothing more is started there until Ray on it is started again"],
+        assert (scene.logged, given_up, scene.watchdog.give_up_reason) == (
+            [f"{reason}; Ray starts nothing there until it is restarted on that node"],
             [],
             None,
         )
     else:
-        assert scene.watchdog.abandoned == f"{place}, and there is no other node; make room, and go on with --resume"
-        assert (scene.said, given_up) == ([scene.watchdog.abandoned], [scene.now])
+        assert (
+            scene.watchdog.give_up_reason
+            == f"{reason}, and there is no other node; free some space, and resume with --resume"
+        )
+        assert (scene.logged, given_up) == ([scene.watchdog.give_up_reason], [scene.now])
 
 
-def test_a_run_without_workers_is_given_up_when_the_wait_is_over(scene: Scene) -> None:
+def test_run_without_workers_is_given_up_after_the_wait(scene: Scene) -> None:
     """At its start, or after a fault; any worker's sign of life counts, of a rank that is ended too."""
     given_up: list[float] = []
-    waits = Watchdog(60.0, scene.said.append, wait_minutes=2.0, give_up=lambda: given_up.append(scene.now))
+    actions = replace(scene.actions, give_up=lambda: given_up.append(scene.now))
+    waits = Watchdog(60.0, actions, wait_minutes=2.0)
     for _ in range(5):
         scene.now += 100
-        waits.hear({"rank": 0, "doing": DONE, "node_id": "n", "pid": 1000, "full": None})
-        waits.look()
+        waits.receive(heartbeat_of(0, DONE, 0.0))
+        waits.check()
     heard = scene.now
-    assert (scene.said, given_up, waits.abandoned) == ([], [], None)
+    assert (scene.logged, given_up, waits.give_up_reason) == ([], [], None)
     for _ in range(50):
         scene.now += 5
-        waits.look()
-    assert scene.said == ["no sign of life of any worker for 60 s; waiting for room, resources.wait_minutes=2 at most"]
+        waits.check()
+    assert scene.logged == ["no heartbeat of any worker for 60 s; waiting at most resources.wait_minutes=2 for room"]
     assert given_up == [heard + 185]
-    assert waits.abandoned is not None
-    assert "no room for the workers for longer than resources.wait_minutes=2;" in waits.abandoned
+    assert waits.give_up_reason is not None
+    assert "no room for the workers for longer than resources.wait_minutes=2;" in waits.give_up_reason
 
 
 @pytest.mark.parametrize(
@@ -140,82 +147,82 @@ def test_a_run_without_workers_is_given_up_when_the_wait_is_over(scene: Scene) -
         (("in a step", 61.0, 7), ("in a step", 62.0, 7)),  # nothing else tells them apart: for longer
     ],
 )
-def test_among_ranks_that_are_alive_the_one_that_holds_up_is_ended(
+def test_among_live_ranks_the_blocking_rank_is_ended(
     scene: Scene, first: tuple[str, float, int], second: tuple[str, float, int]
 ) -> None:
     scene.beat(0, *first)
     scene.beat(1, *second)
-    scene.watchdog.look()
+    scene.watchdog.check()
     assert scene.ended == [1001]
-    assert scene.watchdog.verdict is not None
-    assert "alive" in scene.watchdog.verdict
+    assert scene.watchdog.hang is not None
+    assert "sends heartbeats" in scene.watchdog.hang
 
 
-def test_a_rank_that_goes_on_after_a_warning_may_be_warned_of_again(scene: Scene) -> None:
+def test_rank_that_moved_again_is_warned_again(scene: Scene) -> None:
     for idle in (13.0, 1.0, 14.0, 15.0):
         scene.beat(0, "in a step", idle)
-        scene.watchdog.look()
-    assert len(scene.said) == 2
-    assert "done nothing for 13 s" in scene.said[0]
-    assert "done nothing for 14 s" in scene.said[1]
+        scene.watchdog.check()
+    assert len(scene.logged) == 2
+    assert "done nothing for 13 s" in scene.logged[0]
+    assert "done nothing for 14 s" in scene.logged[1]
 
 
-def test_a_rank_that_said_goodbye_or_whose_process_is_gone_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    scene = Scene(monkeypatch, there=False)
+def test_ended_rank_or_lost_process_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, alive=False)
     scene.beat(0, "in a step", idle=0.0)
     scene.beat(0, DONE, idle=0.0)
     scene.now += 1000
-    scene.watchdog.look()
+    scene.watchdog.check()
     assert scene.ended == []
     scene.beat(1, "in a step", idle=0.0)
     scene.now += 1000
-    scene.watchdog.look()
-    scene.watchdog.look()
-    assert (scene.ended, scene.watchdog.verdict) == ([1001], None), "Ray Train sees to lost processes"
+    scene.watchdog.check()
+    scene.watchdog.check()
+    assert (scene.ended, scene.watchdog.hang) == ([1001], None), "Ray Train sees to lost processes"
 
 
-def test_new_workers_start_without_the_old_ones_beats_and_verdict(scene: Scene) -> None:
+def test_new_workers_start_without_old_heartbeats(scene: Scene) -> None:
     scene.beat(0, "in a step", idle=0.0)
     scene.beat(1, "in a step", idle=0.0)
     scene.now += 1000
-    scene.watchdog.look()
-    assert scene.watchdog.verdict is not None
-    scene.watchdog.restart()
+    scene.watchdog.check()
+    assert scene.watchdog.hang is not None
+    scene.watchdog.reset()
     scene.beat(0, "in a step", idle=2000.0)  # sent while it was going down
-    scene.watchdog.look()
-    assert (len(scene.ended), scene.watchdog.verdict) == (1, None)
+    scene.watchdog.check()
+    assert (len(scene.ended), scene.watchdog.hang) == (1, None)
 
 
-def test_workers_that_ray_train_ends_are_forgotten_while_new_ones_are_awaited(scene: Scene) -> None:
+def test_workers_that_ray_train_ends_are_forgotten(scene: Scene) -> None:
     """One failed; the others are ended without a word, and what they sent before may still come."""
     for rank in range(2):
         scene.beat(rank, "in a step", idle=0.0)
-    scene.watchdog.forget()
+    scene.watchdog.forget_workers()
     scene.beat(1, "in a step", idle=1.0)
     scene.now += 5000
-    scene.watchdog.look()
-    assert (scene.said, scene.ended, scene.watchdog.verdict) == ([], [], None)
+    scene.watchdog.check()
+    assert (scene.logged, scene.ended, scene.watchdog.hang) == ([], [], None)
 
 
-def test_a_rank_that_new_workers_do_not_have_is_forgotten(scene: Scene) -> None:
+def test_rank_missing_in_new_workers_is_forgotten(scene: Scene) -> None:
     for rank in range(3):
         scene.beat(rank, "in a step", idle=0.0)
-    scene.watchdog.restart()
+    scene.watchdog.reset()
     for _ in range(200):
         scene.now += 5
         for rank in range(2):
             scene.beat(rank, "in a step", idle=1.0)
-        scene.watchdog.look()
-    assert (scene.said, scene.ended) == ([], [])
+        scene.watchdog.check()
+    assert (scene.logged, scene.ended) == ([], [])
     for _ in range(13):
         scene.now += 5
         scene.beat(0, "in a step", idle=1.0)
-        scene.watchdog.look()
+        scene.watchdog.check()
     assert scene.ended == [1001]
 
 
-def test_signs_of_life_come_often_enough() -> None:
-    assert [beat_seconds(minutes) for minutes in (0.1, 0.5, 10, 600)] == [pytest.approx(1.0), 5.0, 5.0, 5.0]
+def test_heartbeats_are_frequent_enough() -> None:
+    assert [heartbeat_seconds(minutes) for minutes in (0.1, 0.5, 10, 600)] == [pytest.approx(1.0), 5.0, 5.0, 5.0]
 
 
 def endless(folder: Path, name: str) -> ExperimentConfig:
@@ -243,26 +250,27 @@ class StopsRankOne(Watchdog):
 
     stopped: int | None = None
 
-    def hear(self, beat: Mapping[str, Any]) -> None:
-        super().hear(beat)
-        # the last beat of a rank may be 5 s old
-        fresh = [heard for heard in self._heard.values() if heard.idle(time.monotonic()) < 8]
-        if self.stopped is None and len(fresh) == 2 and beat["rank"] == 1 and beat["step"] > 1:
-            StopsRankOne.stopped = beat["pid"]
-            os.kill(beat["pid"], signal.SIGSTOP)
-            # a rank is silent 12.5 s after its last beat, which may have come after 8 s without a step: it is silent before it is late
-            self._limit = 21.0
+    def receive(self, heartbeat: Heartbeat) -> None:
+        super().receive(heartbeat)
+        # the last heartbeat of a rank may be 5 s old
+        fresh = [received for received in self._received.values() if received.idle(time.monotonic()) < 8]
+        if self.stopped is None and len(fresh) == 2 and heartbeat.rank == 1 and heartbeat.step > 1:
+            StopsRankOne.stopped = heartbeat.pid
+            os.kill(heartbeat.pid, signal.SIGSTOP)
+            # A rank is silent 12.5 s after its last heartbeat, which may have arrived after 8 s without a step. So with this limit its
+            # heartbeat times out before the hang limit
+            self._hang_seconds = 21.0
 
 
 @pytest.mark.ray
 @pytest.mark.faults
-def test_a_stopped_process_ends_the_run_with_its_name(
+def test_stopped_process_ends_the_run_and_is_named(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trainer, "Watchdog", StopsRankOne)
+    monkeypatch.setattr(driver, "Watchdog", StopsRankOne)
     config = endless(tmp_path, "hung")
     try:
-        with pytest.raises(UserError, match=r"rank 1 .*no sign of life.*train\.hang_minutes=10") as caught:
+        with pytest.raises(UserError, match=r"rank 1 .*sends no heartbeat.*train\.hang_minutes=10") as caught:
             train(config)
     finally:
         pid = StopsRankOne.stopped
@@ -279,11 +287,11 @@ def test_a_stopped_process_ends_the_run_with_its_name(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_run_that_finds_no_room_in_time_ends_with_that_error(
+def test_run_without_room_ends_with_that_error(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It does not, since no worker starts within two seconds."""
-    monkeypatch.setattr(watchdog, "_ALONE_SECONDS", 0.2)
+    monkeypatch.setattr(watchdog, "_NO_WORKER_SECONDS", 0.2)
     config = endless(tmp_path, "waits").with_overrides({"resources.wait_minutes": 0.03})
     with pytest.raises(UserError, match=r"no room for the workers for longer than resources\.wait_minutes=0\.03;"):
         train(config)

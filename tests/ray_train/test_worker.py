@@ -1,4 +1,4 @@
-"""What a worker decides without Ray: precision, kernels, what it goes on from."""
+"""What a worker decides without Ray: precision, kernels, where it resumes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import ray
 import ray.train
 import torch
 from torch import nn
@@ -18,14 +17,18 @@ from torch import nn
 from msrn_ray.config import ExperimentConfig, ModelSettings
 from msrn_ray.errors import UserError
 from msrn_ray.model import build_model, choose_attention_kernels
-from msrn_ray.ray_train.worker import Worker
+from msrn_ray.ray_train.checkpoints import StartPoint, load_start
+from msrn_ray.ray_train.worker import BLOCK_ROWS, Worker
+from msrn_ray.ray_train.worker_input import StoredSplit
 from msrn_ray.runs.checkpoint import TrainState, save_train_state
+from msrn_ray.runs.events import BadImagesFound, Event
 from msrn_ray.runs.snapshot import get_rng
 from msrn_ray.training.bad_images import RECALLED, BadImage, BadImages
 from msrn_ray.training.build import amp_dtype
 from msrn_ray.training.engine import EpochStats
 from msrn_ray.training.learner import Learner
 from msrn_ray.training.row_ledger import Account
+from msrn_ray.training.sampling import TrainPlan
 from msrn_ray.types import SampleTable
 
 CPU = torch.device("cpu")
@@ -40,7 +43,7 @@ CPU = torch.device("cpu")
         ({"amx_bf16": True}, torch.bfloat16),
     ],
 )
-def test_precision_of_a_cpu(
+def test_auto_precision_follows_the_cpu(
     monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: torch.dtype | None
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
@@ -52,7 +55,7 @@ def test_precision_of_a_cpu(
     )
 
 
-def test_a_torch_that_does_not_tell_what_the_cpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_without_cpu_capabilities_means_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert amp_dtype("auto", CPU) is None
 
@@ -69,10 +72,11 @@ def test_kernels_follow_the_settings() -> None:
 
 
 NUM_ROWS = 10
-Resume = Callable[[TrainState], tuple[Worker, object]]
+Resume = Callable[[TrainState], tuple[Learner, StartPoint]]
+PLAN = TrainPlan(NUM_ROWS, 4, 0, 1, 0, 0, 3, BLOCK_ROWS)
 
 
-def learner() -> Learner:
+def make_learner() -> Learner:
     network = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
@@ -82,88 +86,88 @@ def learner() -> Learner:
 def state_of(account: Account, step: int) -> TrainState:
     """After `step` steps of the second epoch of 10 rows in batches of 4."""
     torch.manual_seed(5)
-    one = learner()
-    states = (one.network.state_dict(), one.optimizer.state_dict(), one.scheduler.state_dict(), {}, None)
+    learner = make_learner()
+    states = (learner.network.state_dict(), learner.optimizer.state_dict(), learner.scheduler.state_dict(), {}, None)
     stats = asdict(EpochStats(steps=step, images=7)) if step else {}
     return TrainState(*states, 1, "same", step, account.pack() if step else {}, stats, 1, [get_rng(CPU)])
 
 
 @pytest.fixture
 def resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resume:
-    """A worker without a run around it takes up a state."""
+    """A learner without a run around it loads a state."""
 
-    def resume_from(state: TrainState) -> tuple[Worker, object]:
+    def resume_from(state: TrainState, plan: TrainPlan = PLAN) -> tuple[Learner, StartPoint]:
         save_train_state(tmp_path / "saved", state)
         latest = SimpleNamespace(path="saved", as_directory=lambda: nullcontext(tmp_path / "saved"))
         monkeypatch.setattr(ray.train, "get_checkpoint", lambda: latest)
-        monkeypatch.setattr(ray, "get", lambda table: table)
-        worker = object.__new__(Worker)
-        uris = [f"/{row}.jpg" for row in range(NUM_ROWS)]
-        table = SampleTable.from_columns(uris, uris, np.zeros((NUM_ROWS, 1), np.int8), ("x",), "made").table
-        worker.loop = {"sizes": {"train": NUM_ROWS}, "fingerprint": "same", "tables": {"train": table}}
-        worker.config = ExperimentConfig().with_overrides(
-            {"train.batch_size": 4, "train.epochs": 3, "data.max_bad_fraction": 0.1}
-        )
-        worker.rank, worker.world, worker.device = 0, 1, CPU
-        worker.learner = learner()
-        worker.bad, worker.told = {"train": BadImages()}, {"train": {}}
+        learner = make_learner()
         torch.manual_seed(77)
-        return worker, worker.resume()
+        return learner, load_start(learner, plan, "same")
 
     return resume_from
 
 
-def account_of(step: int, resume: Resume) -> Account:
+def account_of(step: int) -> Account:
     """What the plan has before a step of the second epoch; its first row could not be decoded."""
-    worker, _ = resume(state_of(Account.empty(NUM_ROWS), 0))
-    rows = worker.plan(1, 0).rows_before(1, step)
+    rows = PLAN.rows_before(1, step)
     account = Account.empty(NUM_ROWS)
     account.trained[rows[1:]] = account.unreadable[rows[:1]] = True
     return account
 
 
-def test_a_worker_goes_on_within_an_epoch(resume: Resume) -> None:
-    account = account_of(2, resume)
+def test_worker_resumes_within_an_epoch(resume: Resume) -> None:
+    account = account_of(2)
     state = state_of(account, 2)
-    worker, start = resume(state)
+    learner, start = resume(state)
     assert (start.epoch, start.stats) == (1, EpochStats(steps=2, images=7))
     np.testing.assert_array_equal(start.account.trained, account.trained)
-    assert torch.equal(worker.learner.network.state_dict()["weight"], state.model["weight"])
+    np.testing.assert_array_equal(start.account.unreadable, account.unreadable)
+    assert torch.equal(learner.network.state_dict()["weight"], state.model["weight"])
     assert torch.equal(torch.get_rng_state(), state.rng[0]["cpu"])
+    resume(state, replace(PLAN, rank=5, world_size=6))
+    assert torch.equal(torch.get_rng_state(), state.rng[0]["cpu"]), "more ranks than before share the states"
+
+
+def test_recalled_bad_images_are_reported_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver may not have listed them; once an image is met again, its reason is known."""
+    account = account_of(2)
     (row,) = np.flatnonzero(account.unreadable).tolist()
+    uris = [f"/{number}.jpg" for number in range(NUM_ROWS)]
+    table = SampleTable.from_columns(uris, uris, np.zeros((NUM_ROWS, 1), np.int8), ("x",), "made").table
+    worker = object.__new__(Worker)
+    worker.config = ExperimentConfig().with_overrides({"data.max_bad_fraction": 0.1})
+    worker.splits = {"train": StoredSplit(table, NUM_ROWS)}
+    worker.bad = {"train": BadImages()}
+    worker.bad["train"].recall(account.unreadable, table["uri"])
     assert [(image.row, image.uri) for image in worker.bad["train"].seen.values()] == [(row, f"/{row}.jpg")]
-    sent: list[dict[str, object]] = []
-    worker.send = lambda kind, **content: sent.append({"kind": kind, **content})  # type: ignore[method-assign]
-    told = {"kind": "bad", "split": "train", "images": [(f"/{row}.jpg", RECALLED)]}
-    assert (worker.collect_bad("train"), worker.collect_bad("train")) == (1, 1)
-    assert sent == [told], "the driver may not know of it"
+    sent: list[Event] = []
+    monkeypatch.setattr(worker, "send", sent.append)
+    assert (worker.check_bad_images("train"), worker.check_bad_images("train")) == (1, 1)
+    assert sent == [BadImagesFound("train", ((f"/{row}.jpg", RECALLED),))]
     worker.bad["train"].add(BadImage(row, f"/{row}.jpg", "the file is empty"))
-    assert worker.collect_bad("train") == 1
-    assert sent == [told, told | {"images": [(f"/{row}.jpg", "the file is empty")]}], "and not why"
-    worker.rank = 5
-    worker.resume()
-    assert torch.equal(torch.get_rng_state(), state.rng[0]["cpu"]), "more ranks than there were share the states"
+    assert worker.check_bad_images("train") == 1
+    assert sent[1:] == [BadImagesFound("train", ((f"/{row}.jpg", "the file is empty"),))]
 
 
-def test_a_worker_goes_on_after_an_epoch(resume: Resume) -> None:
+def test_worker_resumes_after_an_epoch(resume: Resume) -> None:
     _, start = resume(state_of(Account.empty(NUM_ROWS), 0))
     assert (start.epoch, start.stats) == (1, EpochStats())
     assert not start.account.trained.any()
 
 
-def test_a_checkpoint_of_another_order_is_refused(resume: Resume) -> None:
-    """Rows of other steps are done than the plan has: going on would train on some twice and on others never."""
-    account = account_of(2, resume)
+def test_checkpoint_of_another_order_is_refused(resume: Resume) -> None:
+    """Other rows are done than the plan has before its step: some would be trained on twice and others never."""
+    account = account_of(2)
     done, left = int(np.flatnonzero(account.trained)[0]), int(np.flatnonzero(~account.trained & ~account.unreadable)[0])
     account.trained[[done, left]] = False, True
     with pytest.raises(UserError) as caught:
         resume(state_of(account, 2))
-    assert (
-        f"order of epoch 2 (trained on before their turn: {left}; passed over: {done}); another version of numpy"
-        in str(caught.value)
-    )
+    difference = account.difference(PLAN, 1, 2)
+    assert f"order of epoch 2 ({difference}); another version of numpy" in str(caught.value)
+    assert str(left) in difference
+    assert str(done) in difference
 
 
-def test_a_checkpoint_of_other_data_is_refused(resume: Resume) -> None:
-    with pytest.raises(UserError, match=r"checkpoint saved is of other images or labels than data\.root holds"):
+def test_checkpoint_of_other_data_is_refused(resume: Resume) -> None:
+    with pytest.raises(UserError, match=r"checkpoint saved belongs to other images or labels than data\.root holds"):
         resume(replace(state_of(Account.empty(NUM_ROWS), 0), data="other"))

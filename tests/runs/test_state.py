@@ -84,7 +84,7 @@ def test_the_error_that_the_user_can_mend_is_told_whole(tmp_path: Path) -> None:
         assert summarize(run).reason == ""
 
 
-def test_a_run_that_goes_on_keeps_its_start(tmp_path: Path) -> None:
+def test_resumed_run_keeps_its_start(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt), kept_state(run):
         raise KeyboardInterrupt
@@ -106,7 +106,7 @@ with kept_state(Path(sys.argv[1]), heartbeat_seconds=0.05):
 """
 
 
-def test_a_killed_driver_leaves_an_interrupted_run_that_may_go_on(tmp_path: Path) -> None:
+def test_killed_driver_leaves_a_resumable_run(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     process = subprocess.Popen([sys.executable, "-c", DRIVER, str(run)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -114,7 +114,7 @@ def test_a_killed_driver_leaves_an_interrupted_run_that_may_go_on(tmp_path: Path
     with pytest.raises(UserError) as caught:
         check_stopped(run, heartbeat_seconds=1)
     here = socket.gethostname()
-    assert f"is still trained, by process {process.pid} on {here}; stop that first" in str(caught.value)
+    assert f"process {process.pid} on {here} still trains this run; stop it first" in str(caught.value)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     start = time.monotonic()
@@ -124,32 +124,32 @@ def test_a_killed_driver_leaves_an_interrupted_run_that_may_go_on(tmp_path: Path
     age(run, 100)
     assert (summarize(run).state, summarize(run).reason) == (
         "interrupted",
-        "killed, or its machine is lost: no sign of life",
+        "killed, or its machine is lost: no heartbeat",
     )
 
 
-def test_a_driver_on_a_lost_machine_is_watched_for_a_sign_of_life(
+def test_only_a_new_heartbeat_proves_a_remote_driver_alive(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its clock may be wrong, so the time of the last touch says nothing: only a new touch does."""
     run = make_run(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt), kept_state(run):
         raise KeyboardInterrupt
-    check_stopped(run, heartbeat_seconds=60)  # it said goodbye
+    check_stopped(run, heartbeat_seconds=60)  # it wrote how it ended
     (run / STATE_FILE).write_text(json.dumps(said(run) | {"state": "running", "host": "elsewhere", "pid": 7}))
     for seconds in (0, -3600, 3600):
         age(run, seconds)
         check_stopped(run, heartbeat_seconds=0.05)
         told = capsys.readouterr().out
-        assert told == f"{run} says that it is trained on elsewhere; looking 0.15 s for a sign of life of its driver\n"
+        assert told == f"{run}: a driver on elsewhere is training this run; waiting 0.15 s for its heartbeat\n"
     with kept_state(make_run(tmp_path / "other"), heartbeat_seconds=0.05):
         other = tmp_path / "other"
-        with pytest.raises(UserError, match=r"other is still trained"):
+        with pytest.raises(UserError, match=r"other: process \d+ on .* still trains this run"):
             check_stopped(other, heartbeat_seconds=0.1)
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", "7", '{"state": "running"}'])
-def test_runs_that_do_not_say_are_listed_as_unknown(tmp_path: Path, content: str | None) -> None:
+def test_damaged_state_files_are_listed_as_unknown(tmp_path: Path, content: str | None) -> None:
     run = make_run(tmp_path / "run", (0.5,))
     if content is not None:
         (run / STATE_FILE).write_text(content)
@@ -181,7 +181,7 @@ def test_the_list(tmp_path: Path) -> None:
         ("silent", "unknown", 0, 3),
     ]
     assert "train.epochs" in runs[2].reason
-    with pytest.raises(UserError, match=r"nowhere: no folder; give the train\.storage"):
+    with pytest.raises(UserError, match=r"nowhere: no such folder; give the train\.storage"):
         list_runs(tmp_path / "nowhere")
 
 
