@@ -1,45 +1,80 @@
-"""The README is true: its commands parse, its files exist, its pictures are pictures."""
+"""The READMEs are true: commands parse, options, files and links exist, defaults are right, the Python example runs."""
 
 from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from msrn_ray.cli.app import _COMMANDS, _parse
+from msrn_ray.config import ExperimentConfig
 from msrn_ray.presets import PRESETS
+from tests.tiny import make_photo, make_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "cluster/README.md", "tuning/README.md", "tests/README.md", "msrn_ray/README.md")
+}
+README, REFERENCE, WORKING = PAGES["README.md"], PAGES["msrn_ray/README.md"], PAGES["tests/README.md"]
+ALL = "\n".join(PAGES.values())
+CONFIG = ExperimentConfig()
+OPTION = r"--(data|model|loss|optim|train|resources)\.([a-z-]+)"
 
 
-def commands() -> list[str]:
-    """Every `msrn ...` and `python -m msrn_ray ...` of the README, in blocks and in running text."""
-    joined = README.replace("\\\n", " ")
+def commands(text: str) -> list[str]:
+    """Every `msrn ...` and `python -m msrn_ray ...` of a page, in blocks and in running text."""
+    joined = text.replace("\\\n", " ")
     lines = [line for block in re.findall(r"```bash\n(.*?)```", joined, re.S) for line in block.splitlines()]
     inline = re.findall(r"`(msrn [^`]+)`", joined)
     found = []
-    for text in [*lines, *inline]:
-        for part in re.split(r"&&|-- +(?=python)", text.split("  #")[0]):
-            words = part.strip().removeprefix(".venv/bin/").removeprefix("python -m msrn_ray")
-            if words != part.strip().removeprefix(".venv/bin/"):
+    for line in [*lines, *inline]:
+        for part in re.split(r"&&|-- +(?=python)", line.split("  #")[0]):
+            stripped = part.strip().removeprefix(".venv/bin/")
+            words = stripped.removeprefix("python -m msrn_ray")
+            if words != stripped:
                 found.append("msrn" + words)
             elif words.startswith("msrn "):
                 found.append(words)
     return found
 
 
-def test_the_readme_has_the_commands_that_are_looked_for() -> None:
-    used = {shlex.split(command)[1] for command in commands()}
-    assert used >= set(_COMMANDS)
+def default_of(group: str, name: str) -> Any:
+    """The config's value of an option, which may be the `no-` form of a flag.
+
+    Raises:
+        AttributeError: if the option does not exist.
+    """
+    return getattr(getattr(CONFIG, group), name.removeprefix("no-").replace("-", "_"))
 
 
-@pytest.mark.parametrize("command", commands())
-def test_command_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_readme_takes_two_minutes() -> None:
+    assert len(README.split()) <= 1400
+
+
+def test_readme_shows_every_command() -> None:
+    assert {shlex.split(command)[1] for command in commands(README)} >= set(_COMMANDS)
+
+
+def test_test_command_is_one_marked_line() -> None:
+    (block,) = re.findall(r"<!-- test command -->\n```bash\n(.*?)```$", README, re.S | re.M)
+    assert block == "python3 -m venv .venv && .venv/bin/pip install -e '.[dev]' && .venv/bin/pytest\n"
+
+
+@pytest.mark.parametrize(("page", "command"), [(page, command) for page in PAGES for command in commands(PAGES[page])])
+def test_command_parses(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = shlex.split(command)[1:]
-    # runs and configs that the README only names are stood in for by the preset that they started from
+    # the runs and configs of the examples do not exist: parse against the preset that they started from
     monkeypatch.setattr("msrn_ray.cli.app.starting_config", lambda argv: PRESETS["scenes"].config)
     if "--help" in argv:
         with pytest.raises(SystemExit) as stop:
@@ -49,38 +84,94 @@ def test_command_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert type(_parse(argv)) is _COMMANDS[argv[0]]
 
 
-def test_options_exist_with_the_defaults_that_are_named() -> None:
-    config = PRESETS["scenes"].config
-    options = set(re.findall(r"--(data|model|loss|optim|train|resources)\.([a-z-]+)", README))
+def test_config_options_exist() -> None:
+    options = set(re.findall(OPTION, ALL))
     assert {("train", "checkpoint-every"), ("train", "max-failures"), ("resources", "num-workers")} <= options
     for group, name in options:
-        field = name.removeprefix("no-").replace("-", "_")
-        assert hasattr(getattr(config, group), field), f"--{group}.{name}"
-    assert f"`--train.max-failures` times ({config.train.max_failures})" in README
-    assert f'`--train.checkpoint-every "{config.train.checkpoint_every}"`' in README
+        default_of(group, name)
+
+
+def test_other_options_in_running_text_exist() -> None:
+    known = {field.name.replace("_", "-") for command in _COMMANDS.values() for field in fields(command)}
+    known |= set(ExperimentConfig.model_fields) | {"help"}
+    named = set(re.findall(r"`--([a-z-]+)[ `=]", ALL))
+    assert {"efficiency", "short-side", "protocol", "space"} <= named
+    assert named - known == {"working-dir"}  # of `ray job submit`
+
+
+def test_defaults_that_are_named_are_true() -> None:
+    named = re.findall(rf'`{OPTION}` \(default "?([^")]+)"?\)', ALL)
+    assert {"max-failures", "checkpoint-every", "hang-minutes", "wait-minutes"} <= {name for _, name, _ in named}
+    rows = re.findall(rf"^\| `{OPTION}` \| `([^`]+)` \|", ALL, re.M)
+    assert {"compile", "amp", "head"} <= {name for _, name, _ in rows}
+    for group, name, value in [*named, *rows]:
+        default = default_of(group, name)
+        assert default == (type(default)(value) if type(default) in (int, float) else value) or str(default) == value
+    plan = {field.name: field.default for field in fields(_COMMANDS["plan"])}
+    for name, value in re.findall(r"`--([a-z-]+)` \(default ([\d.]+)\)", PAGES["cluster/README.md"]):
+        assert plan[name.replace("-", "_")] == float(value), name
 
 
 def test_every_preset_is_in_the_table() -> None:
     for name in set(PRESETS) - {"scenes"}:
-        assert f"| `{name}` |" in README
-        assert f"`msrn train {name} --data.root {'FILE' if name == 'manifest' else 'DIR'}`" in README
+        assert f"| `{name}` |" in REFERENCE
+        assert f"`msrn train {name} --data.root {'FILE' if name == 'manifest' else 'DIR'}`" in REFERENCE
 
 
-def test_files_on_the_map_exist() -> None:
-    tree = README.split("## Map")[1]
-    for name in re.findall(r"[\w/]+\.(?:py|yaml)", tree):
-        assert any((ROOT / folder / name).exists() for folder in ("", "msrn_ray", "tuning")), name
-    modules = {path.name for path in (ROOT / "msrn_ray").glob("*.py")}
-    left_out = {"__init__.py", "errors.py", "types.py", "distributed.py"}
-    named = set(re.findall(r"\w+\.py", tree))
-    assert modules - left_out - named <= {
-        "inputs.py",
-        "prediction.py",
-        "graph_report.py",
-        "label_names.py",
-    }
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings(page: str) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
 
 
-def test_pictures_are_pictures() -> None:
-    for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
-        assert (ROOT / name).read_bytes().startswith(b"\x89PNG"), name
+@pytest.mark.parametrize("page", PAGES)
+def test_pictures_are_png(page: str) -> None:
+    for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", PAGES[page]):
+        assert ((ROOT / page).parent / name).read_bytes().startswith(b"\x89PNG"), name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_of_the_project_exist(page: str) -> None:
+    for name in re.findall(r"(?<![\w/.])((?:msrn_ray|tuning|tests|cluster)/[\w/.-]*)", PAGES[page]):
+        if "NAME" not in name and "ROOM" not in name:
+            assert (ROOT / name.rstrip(".")).exists(), name
+
+
+def test_every_room_is_in_the_table() -> None:
+    table = WORKING.split("## Rooms")[1].split("## ")[0]
+    for path in (ROOT / "msrn_ray").iterdir():
+        is_room = (path / "__init__.py").exists() or (path.suffix == ".py" and path.name != "__init__.py")
+        assert not is_room or f"`msrn_ray/{path.name}{'/' if path.is_dir() else ''}`" in table, path.name
+
+
+def test_every_benchmark_is_in_the_table() -> None:
+    table = WORKING.split("## Benchmarks")[1]
+    modules = {path.stem for path in (ROOT / "tests/benchmarks").glob("*.py")} - {"__init__", "measure"}
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) == modules
+    assert set(re.findall(r"python -m tests\.benchmarks\.(\w+)", ALL)) <= modules
+
+
+def test_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len([line for line in example.splitlines() if line]) == 4
+    make_tiny_checkpoint(tmp_path / "runs/RUN")
+    make_photo(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert names["probabilities"].shape == (1, 3)
+    assert names["predictor"].label_names == ("label 0", "label 1", "label 2")
+
+
+def test_public_names_exist() -> None:
+    import msrn_ray
+
+    for path in re.findall(r"`(msrn_ray(?:\.\w+)+)", README):
+        found: Any = msrn_ray
+        for name in path.split(".")[1:]:
+            found = getattr(found, name)
