@@ -232,7 +232,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_the_readmes_space_is_one(tmp_path: Path) -> None:
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).resolve().parents[2] / "tuning/README.md").read_text(encoding="utf-8")
     (text,) = [block for block in re.findall(r"```yaml\n(.*?)```", readme, re.S) if "extends: default" in block]
     base = PRESETS["voc2007"].config
     space = build_space(read_space(write(tmp_path, text)), base, "my_space.yaml")
