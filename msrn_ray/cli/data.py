@@ -135,5 +135,5 @@ class Doctor:
         if self.out is not None:
             write_page(self.out, diagnosis, self.data.max_pixels)
             out.print(f"page {self.out}", markup=False)
-        if diagnosis.number("error"):
+        if diagnosis.num_findings("error"):
             raise SystemExit(1)

@@ -1,7 +1,7 @@
-"""What the doctor's findings are made from and of: labels and facts side by side, and one finding.
+"""The types of the doctor: facts about a data set, and one finding.
 
-Shapes: n images over all splits (train, val, test, in that order), C labels. Per-image data stays in arrow and numpy; only the few
-images that a finding shows become Python objects.
+Shapes: n images over all splits (train, val, test, in that order), S splits, C labels. Per-image data stays in arrow and numpy;
+only the few images that a finding shows become Python objects.
 """
 
 from __future__ import annotations
@@ -15,16 +15,22 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ..config import ExperimentConfig
+from ..labels.graph import LabelCounts
 from ..types import SampleTable
 
-Gravity = Literal["error", "warning", "info"]
-GRAVITIES: tuple[Gravity, ...] = ("error", "warning", "info")
-SHOWN = 12  # images and names that a finding shows
+Severity = Literal["error", "warning", "info"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")  # most severe first
+MAX_SHOWN = 12  # images and names that a finding shows
 
 
 @dataclass(frozen=True)
-class Shown:
-    """An image that a finding shows: `split: file` (its id where it is a part of a file), and where it lies."""
+class ShownImage:
+    """An image that a finding shows.
+
+    Attributes:
+        caption: `split: file`, or `split: id` for an image that is a part of a file.
+        uri: where the image is.
+    """
 
     caption: str
     uri: str
@@ -32,21 +38,21 @@ class Shown:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found.
+    """One problem, or one fact worth knowing.
 
     Attributes:
-        gravity: `error` makes training stop or its scores wrong, `warning` costs quality, `info` is good to know.
+        severity: `error` stops training or makes its scores wrong, `warning` costs quality, `info` is good to know.
         title: what was found, with numbers.
-        mend: what to do about it.
-        details: names, the first few.
+        fix: what to do about it.
+        details: the first few names.
         images: some of the images concerned.
     """
 
-    gravity: Gravity
+    severity: Severity
     title: str
-    mend: str
+    fix: str
     details: tuple[str, ...] = ()
-    images: tuple[Shown, ...] = ()
+    images: tuple[ShownImage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,10 @@ class SplitSummary:
     """One split in numbers.
 
     Attributes:
-        name, source: `train`, `val` or `test`, and what was read.
+        name: `train`, `val` or `test`.
+        source: what was read.
         num_images, num_unlabelled, num_unreadable, num_bytes: of its images.
-        present, unknown: [C] int64, images with the label, and images where it is unknown.
+        present, unknown: [C] int64, images where the label is present, and images where it is unknown.
         labels_per_image: [K] int64, images with 0, 1, ..., K - 1 labels.
     """
 
@@ -72,52 +79,78 @@ class SplitSummary:
 
     @property
     def mean_labels(self) -> float:
-        """Labels of an image on average."""
+        """Mean number of labels per image."""
         return float(self.present.sum() / self.num_images)
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """Labels and facts side by side; `start[s]` is the first row of split s, `facts` has a row for each image."""
+class LabelFacts:
+    """What the label checks need besides the images.
+
+    Attributes:
+        counts: label counts of the train split.
+        graph: counts that the label graph is made from: `counts`, or those of `data.label_counts`.
+        missing_words: labels without a word vector.
+    """
+
+    counts: LabelCounts
+    graph: LabelCounts
+    missing_words: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """Labels and images of all splits.
+
+    Attributes:
+        config: the experiment that the data set is checked for.
+        split_names, tables, summaries: one for each split.
+        first_rows: [S] int64, where each split starts in `samples`.
+        samples: [n] rows of `image_id`, `uri`, `target`.
+        images: [n] rows of schema `diagnosis.FACTS`, in the order of `samples`.
+        num_labels: [n] int32, present labels of each image; -1 for an image without a label, not even an unknown one.
+    """
 
     config: ExperimentConfig
-    names: tuple[str, ...]
+    split_names: tuple[str, ...]
     tables: tuple[SampleTable, ...]
     samples: pa.Table
-    start: npt.NDArray[np.int64]
-    facts: pa.Table
+    first_rows: npt.NDArray[np.int64]
+    images: pa.Table
     summaries: tuple[SplitSummary, ...]
-    per_image: npt.NDArray[np.int32]
+    num_labels: npt.NDArray[np.int32]
 
     @property
     def label_names(self) -> tuple[str, ...]:
+        """C names."""
         return self.tables[0].label_names
 
     def split_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        return np.searchsorted(self.start, rows, side="right") - 1
+        """Return the number of the split that each row is in."""
+        return np.searchsorted(self.first_rows, rows, side="right") - 1
 
-    def show(self, rows: npt.NDArray[np.int64]) -> tuple[Shown, ...]:
-        """The first few of these images."""
-        rows = rows[:SHOWN]
+    def show(self, rows: npt.NDArray[np.int64]) -> tuple[ShownImage, ...]:
+        """Return the first few of these images."""
+        rows = rows[:MAX_SHOWN]
         chosen = self.samples.take(pa.array(rows))
         ids, uris = (chosen[column].to_pylist() for column in ("image_id", "uri"))
-        return tuple(
-            Shown(f"{self.names[split]}: {image_id if '#' in uri else uri}", uri)  # a part of a file says nothing
+        return tuple(  # the URI of a part of a file holds only numbers, so its id is shown
+            ShownImage(f"{self.split_names[split]}: {image_id if '#' in uri else uri}", uri)
             for split, image_id, uri in zip(self.split_of(rows), ids, uris, strict=True)
         )
 
 
-def few(names: Sequence[str], number: int | None = None) -> tuple[str, ...]:
-    """The first names, and how many more of `number` there are (None: of the names given)."""
-    more = (len(names) if number is None else number) - SHOWN
-    return (*names[:SHOWN], *([f"... and {more:,} more"] if more > 0 else []))
+def shorten(names: Sequence[str], total: int | None = None) -> tuple[str, ...]:
+    """Return the first names and a line that counts the rest; `total` is the number of names, by default of those given."""
+    num_more = (len(names) if total is None else total) - MAX_SHOWN
+    return (*names[:MAX_SHOWN], *([f"... and {num_more:,} more"] if num_more > 0 else []))
 
 
-def listed(names: Sequence[str]) -> tuple[str, ...]:
-    """The first names in one line."""
-    return (", ".join(few(names)),)
+def in_one_line(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the first names, joined into one line."""
+    return (", ".join(shorten(names)),)
 
 
-def plural(number: int, what: str) -> str:
-    """`1 image`, `2 images`."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def plural(number: int, noun: str) -> str:
+    """Return `1 image`, `2 images`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

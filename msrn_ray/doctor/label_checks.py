@@ -1,7 +1,4 @@
-"""What is known to go wrong with a data set, each kind found by one function, with what to do about it.
-
-Those of images are in `image_findings`; here are those of labels, label graph and word vectors. C labels.
-"""
+"""Known problems of labels, label graph and word vectors, and the list of all findings. C labels."""
 
 from __future__ import annotations
 
@@ -14,18 +11,18 @@ import pyarrow as pa
 
 from ..config import ExperimentConfig
 from ..labels.graph import LabelCounts, choose_tau, conditional_probability
-from .finding import GRAVITIES, Evidence, Finding, few, listed, plural
+from .finding import SEVERITIES, DatasetFacts, Finding, LabelFacts, in_one_line, plural, shorten
 from .image_checks import copies, sizes, unlabelled_images, unreadable_images
 
 _ENOUGH = 5  # images from which on "always together" is more than a coincidence
-_FEW = 10  # images below which neither training nor AP says much of a label
+_FEW = 10  # with fewer images, neither training nor AP says much about a label
 _UNEVEN = 100  # most frequent label / rarest label
-_DENSE = 0.5  # share of all pairs: with more edges the graph tells labels apart no longer
+_DENSE = 0.5  # share of all pairs: with more edges the graph no longer distinguishes labels
 
 
 @dataclass(frozen=True)
 class TauRow:
-    """The graph at one threshold: edges between different labels, edges a label, labels without any edge."""
+    """The graph at one threshold: edges between different labels, edges per label, labels without any edge."""
 
     tau: float
     num_edges: int
@@ -33,122 +30,112 @@ class TauRow:
     num_alone: int
 
 
-def find_all(
-    evidence: Evidence,
-    *,
-    counts: LabelCounts,
-    graph: LabelCounts,
-    tau: float,
-    missing_words: Sequence[str],
-    left_out: pa.Table | None,
-) -> list[Finding]:
-    """Every finding, the gravest first; see `doctor.diagnose` for the arguments."""
-    found = [
-        *unreadable_images(evidence),
-        *copies(evidence),
-        *_labels_without_images(evidence),
-        *_labels_together(counts),
-        *unlabelled_images(evidence, left_out),
-        *_balance(evidence),
-        *sizes(evidence),
-        *_graph(graph, tau, evidence.config),
-        *_word_vectors(missing_words, evidence.config),
+def find_all(dataset: DatasetFacts, labels: LabelFacts, tau: float, left_out: pa.Table | None) -> list[Finding]:
+    """Return every finding, most severe first; see `diagnose` for the arguments."""
+    findings = [
+        *unreadable_images(dataset),
+        *copies(dataset),
+        *_labels_without_images(dataset),
+        *_labels_together(labels.counts),
+        *unlabelled_images(dataset, left_out),
+        *_balance(dataset),
+        *sizes(dataset),
+        *_graph(labels.graph, tau, dataset.config),
+        *_word_vectors(labels.missing_words, dataset.config),
     ]
-    return sorted(found, key=lambda finding: GRAVITIES.index(finding.gravity))
+    return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
 def tau_row(probability: npt.NDArray[np.float64], tau: float) -> TauRow:
-    """The graph at one threshold; probability: [C, C] as `conditional_probability` gives it."""
+    """Return the graph at one threshold; probability: [C, C] as `conditional_probability` returns it."""
     edge = probability >= tau
     num_edges = int(np.count_nonzero(edge))
-    alone = int(np.count_nonzero(~(edge.any(0) | edge.any(1))))
-    return TauRow(tau, num_edges, num_edges / len(probability), alone)
+    num_alone = int(np.count_nonzero(~(edge.any(0) | edge.any(1))))
+    return TauRow(tau, num_edges, num_edges / len(probability), num_alone)
 
 
-def _labels_without_images(evidence: Evidence) -> Iterator[Finding]:
-    for summary in evidence.summaries:
-        empty = [name for name, number in zip(evidence.label_names, summary.present, strict=True) if not number]
-        if empty:
+def _labels_without_images(dataset: DatasetFacts) -> Iterator[Finding]:
+    for summary in dataset.summaries:
+        absent = [name for name, number in zip(dataset.label_names, summary.present, strict=True) if not number]
+        if absent:
             yield Finding(
                 "warning",
-                f"{plural(len(empty), 'label')} without an image in {summary.name}",
+                f"{plural(len(absent), 'label')} without an image in {summary.name}",
                 "add images with them, or take the labels out of the data set: they cannot be learnt"
                 if summary.name == "train"
-                else "their AP is nan and left out of mAP; add images with them, or split anew",
-                listed(empty),
+                else "their AP is nan and left out of mAP; add images with them, or split the data differently",
+                in_one_line(absent),
             )
-    train = evidence.summaries[0]
+    train = dataset.summaries[0]
     known = train.num_images - train.unknown
     always = [
         name
-        for name, number, out_of in zip(evidence.label_names, train.present, known, strict=True)
-        if number == out_of and number >= _ENOUGH
+        for name, number, num_known in zip(dataset.label_names, train.present, known, strict=True)
+        if number == num_known and number >= _ENOUGH
     ]
     if always:
         yield Finding(
             "warning",
             f"{plural(len(always), 'label')} on every train image where known",
-            "add images without them, or take the labels out: there is nothing to tell apart",
-            listed(always),
+            "add images without them, or take the labels out: training has nothing to compare them with",
+            in_one_line(always),
         )
 
 
 def _labels_together(counts: LabelCounts) -> Iterator[Finding]:
     probability = conditional_probability(counts)  # [r, c] = P(c | r)
-    given = (probability == 1) & (counts.count[:, None] >= _ENOUGH)
+    implies = (probability == 1) & (counts.count[:, None] >= _ENOUGH)
     twins = [
-        f"{counts.names[one]} = {counts.names[other]} ({counts.count[one]} images)"
-        for one, other in np.argwhere(np.triu(given & given.T))
+        f"{counts.names[row]} = {counts.names[column]} ({counts.count[row]} images)"
+        for row, column in np.argwhere(np.triu(implies & implies.T))
     ]
     if twins:
         yield Finding(
             "warning",
             f"{plural(len(twins), 'pair')} of labels that always occur together",
-            "make one label of each pair, or add images with one of the two alone: nothing can tell them apart",
-            few(twins),
+            "merge each pair into one label, or add images with only one of the two: the model cannot distinguish them",
+            shorten(twins),
         )
     implied = [
         f"{counts.names[row]} -> {counts.names[column]} ({counts.count[row]} images)"
-        for row, column in np.argwhere(given & ~given.T)
+        for row, column in np.argwhere(implies & ~implies.T)
     ]
     if implied:
         yield Finding(
             "info",
             f"{plural(len(implied), 'label')} never without another",
             "fine where one is a kind or part of the other; the label graph uses it. Else add images with it alone",
-            few(implied),
+            shorten(implied),
         )
 
 
-def _balance(evidence: Evidence) -> Iterator[Finding]:
-    train = evidence.summaries[0]
-    order = np.argsort(train.present, kind="stable")
-    rare = [
-        f"{evidence.label_names[index]} ({train.present[index]})" for index in order if 0 < train.present[index] < _FEW
-    ]
+def _balance(dataset: DatasetFacts) -> Iterator[Finding]:
+    names, present = dataset.label_names, dataset.summaries[0].present
+    order = np.argsort(present, kind="stable")
+    rare = [f"{names[index]} ({present[index]})" for index in order if 0 < present[index] < _FEW]
     if rare:
         yield Finding(
             "info",
             f"{plural(len(rare), 'label')} with fewer than {_FEW} train images",
-            "add images, or merge with a kindred label; with few images in all, keep the backbone as it is "
+            "add images, or merge with a similar label; if the data set is small, freeze the backbone "
             "(model.frozen_stages 5)",
-            listed(rare),
+            in_one_line(rare),
         )
-    seen = train.present[train.present > 0]
-    if len(seen) and seen.max() >= _UNEVEN * seen.min():
-        most, least = int(train.present.argmax()), int(np.where(train.present > 0, train.present, seen.max()).argmin())
+    seen = [index for index in order if present[index]]
+    if seen and present[seen[-1]] >= _UNEVEN * present[seen[0]]:
+        most, least = int(present.argmax()), seen[0]
         yield Finding(
             "info",
-            f"uneven labels: {evidence.label_names[most]} is {seen.max() / seen.min():,.0f} times as frequent as "
-            f"{evidence.label_names[least]}",
-            "look at the AP of each label (msrn evaluate), not at OF1 alone; model.prior_bias starts each label at its own rate",
+            f"uneven labels: {names[most]} is {present[most] / present[least]:,.0f} times as frequent as {names[least]}",
+            "look at the AP of each label (msrn evaluate), not at OF1 alone;"
+            " model.prior_bias starts each label at its own frequency",
         )
-    unknown = [f"{summary.name} {number:,}" for summary in evidence.summaries if (number := int(summary.unknown.sum()))]
+    unknown = [f"{summary.name} {number:,}" for summary in dataset.summaries if (number := int(summary.unknown.sum()))]
     if unknown:
         yield Finding(
             "info",
-            f"labels of images that are unknown (-1): {', '.join(unknown)}",
-            "nothing to do: they are left out of the loss, the label graph and the metrics",
+            f"labels that are unknown (-1): {', '.join(unknown)}",
+            "nothing to do: the loss, the label graph and the metrics leave them out",
         )
 
 
@@ -168,7 +155,7 @@ def _graph(graph: LabelCounts, tau: float, config: ExperimentConfig) -> Iterator
         yield Finding(
             "info",
             f"the label graph is dense at tau {tau:.4g}: {row.num_edges} of {num_pairs} possible edges",
-            "a higher model.tau, or auto, keeps the strong ones",
+            "a higher model.tau, or auto, keeps only the strong edges",
         )
 
 
@@ -180,6 +167,6 @@ def _word_vectors(missing: Sequence[str], config: ExperimentConfig) -> Iterator[
             f"{plural(len(missing), 'label')} without a word vector",
             "training would stop; rename them, or choose --data.missing-words random or --data.word-vectors learned"
             if stops
-            else f"they get {config.data.missing_words} vectors (data.missing_words); rename them for real ones",
-            listed(missing),
+            else f"they get {config.data.missing_words} vectors (data.missing_words); rename them to get real vectors",
+            in_one_line(missing),
         )

@@ -22,93 +22,49 @@ from ..io.byte_ranges import read_bytes
 from ..labels.graph import conditional_probability
 from ..labels.graph_plot import draw_graph
 from .diagnosis import Diagnosis
-from .finding import GRAVITIES, Gravity, Shown
+from .finding import SEVERITIES, Severity, ShownImage
 
-_COLOURS: dict[Gravity, str] = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+_COLOURS: dict[Severity, str] = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 _LABEL_ROWS = 60  # labels that the terminal lists; the page lists all
 _BAR = 30  # characters of the longest bar
 _THUMBNAIL = 96  # pixels of the longer side
-_HEAT_MAP = 120  # labels up to which the page draws every pair
+_HEAT_MAP = 120  # with more labels the page draws no heat map: its cells would be too small
 
 
 def print_diagnosis(out: Console, diagnosis: Diagnosis) -> None:
-    """Findings, the gravest first, then the numbers that they come from."""
+    """Print the numbers, then the findings, most severe first."""
     for note in diagnosis.notes:
         out.print(note, markup=False)
-    table = Table(
-        "split",
-        "images",
-        "without label",
-        "unreadable",
-        "labels an image",
-        "MB",
-        Column("from", overflow="fold"),
-        title="images",
-    )
-    for one in diagnosis.splits:
-        table.add_row(
-            one.name,
-            f"{one.num_images:,}",
-            f"{one.num_unlabelled:,}",
-            f"{one.num_unreadable:,}",
-            f"{one.mean_labels:.2f}",
-            f"{one.num_bytes / 1e6:,.1f}",
-            escape(one.source),
-        )
-    out.print(table)
-    _print_labels(out, diagnosis)
-
-    longest = max(len(one.labels_per_image) for one in diagnosis.splits)
-    table = Table("labels", *(one.name for one in diagnosis.splits), title="images by number of labels")
-    for number in range(longest):
-        row = [_at(one.labels_per_image, number) for one in diagnosis.splits]
-        if any(row):
-            table.add_row(str(number), *(f"{value:,}" for value in row))
-    out.print(table)
-
-    table = Table("pair", "images", "P(second | first)", title="labels that occur together most often (train)")
-    for first, second, together, probability in diagnosis.pairs[: _LABEL_ROWS // 5]:
-        table.add_row(escape(f"{first}, {second}"), f"{together:,}", f"{probability:.2f}")
-    out.print(table)
-
-    table = Table(
-        "tau",
-        "edges",
-        "edges a label",
-        "labels without one",
-        title=escape(f"label graph, counted on {_origin(diagnosis)}"),
-    )
-    for at in diagnosis.taus:
-        mark = " *" if at.tau == diagnosis.tau else ""
-        table.add_row(f"{at.tau:.4g}{mark}", f"{at.num_edges:,}", f"{at.mean_degree:.2f}", str(at.num_alone))
-    out.print(table)
-
-    table = Table("", "least", "5 %", "median", "95 %", "most", title="sizes")
-    for what, values in diagnosis.sizes:
-        table.add_row(what, *(_short(value) for value in values))
-    out.print(table)
-
+    for table in (
+        _splits_table(diagnosis),
+        _labels_table(diagnosis),
+        _per_image_table(diagnosis),
+        _pairs_table(diagnosis),
+        _tau_table(diagnosis),
+        _sizes_table(diagnosis),
+    ):
+        out.print(table)
     for finding in diagnosis.findings:
-        out.print(f"[{_COLOURS[finding.gravity]}]{finding.gravity}[/] {escape(finding.title)}")
+        out.print(f"[{_COLOURS[finding.severity]}]{finding.severity}[/] {escape(finding.title)}")
         for line in finding.details:
             out.print(f"    {line}", markup=False)
-        out.print(f"  -> {finding.mend}", markup=False)
+        out.print(f"  -> {finding.fix}", markup=False)
     out.print(summary_line(diagnosis), markup=False)
 
 
 def summary_line(diagnosis: Diagnosis) -> str:
-    """How many findings of each gravity."""
-    counts = {gravity: diagnosis.number(gravity) for gravity in GRAVITIES}
-    found = ", ".join(
-        f"{number} {gravity}{'' if number == 1 or gravity == 'info' else 's'}"
-        for gravity, number in counts.items()
+    """Return the number of findings of each severity, in one line."""
+    counts = [(severity, diagnosis.num_findings(severity)) for severity in SEVERITIES]
+    words = [
+        f"{number} {severity}{'' if number == 1 or severity == 'info' else 's'}"
+        for severity, number in counts
         if number
-    )
-    return f"findings: {found or 'none'}"
+    ]
+    return f"findings: {', '.join(words) or 'none'}"
 
 
 def write_page(path: Path, diagnosis: Diagnosis, max_pixels: int) -> None:
-    """Writes the page; thumbnails and pictures are inside it.
+    """Write the page; thumbnails and plots are inside it.
 
     Args:
         path: an .html file.
@@ -125,13 +81,13 @@ def write_page(path: Path, diagnosis: Diagnosis, max_pixels: int) -> None:
     template = environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
     thumbnails: dict[str, str | None] = {}
 
-    def thumbnail(shown: Shown) -> str | None:
-        if shown.uri not in thumbnails:
-            thumbnails[shown.uri] = _thumbnail(shown.uri, max_pixels)
-        return thumbnails[shown.uri]
+    def thumbnail(image: ShownImage) -> str | None:
+        if image.uri not in thumbnails:
+            thumbnails[image.uri] = _thumbnail(image.uri, max_pixels)
+        return thumbnails[image.uri]
 
-    picture = io.BytesIO()
-    draw_graph(diagnosis.graph, diagnosis.tau, picture)
+    plot = io.BytesIO()
+    draw_graph(diagnosis.graph, diagnosis.tau, plot)
     page = template.render(
         diagnosis=diagnosis,
         summary=summary_line(diagnosis),
@@ -141,7 +97,7 @@ def write_page(path: Path, diagnosis: Diagnosis, max_pixels: int) -> None:
         origin=_origin(diagnosis),
         margin=1 + 0.45 * min(20, max(map(len, diagnosis.label_names))),
         heat_map=_heat_map(diagnosis) if len(diagnosis.label_names) <= _HEAT_MAP else [],
-        graph=_data_uri(picture.getvalue(), "png"),
+        graph=_data_uri(plot.getvalue(), "png"),
     )
     try:
         path.write_text(page, encoding="utf-8")
@@ -149,32 +105,81 @@ def write_page(path: Path, diagnosis: Diagnosis, max_pixels: int) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def _print_labels(out: Console, diagnosis: Diagnosis) -> None:
-    table = Table("label", *(one.name for one in diagnosis.splits), "train", title="images with each label")
+def _splits_table(diagnosis: Diagnosis) -> Table:
+    headings = ("split", "images", "without label", "unreadable", "labels per image", "MB")
+    table = Table(*headings, Column("from", overflow="fold"), title="images")
+    for split in diagnosis.splits:
+        table.add_row(
+            split.name,
+            f"{split.num_images:,}",
+            f"{split.num_unlabelled:,}",
+            f"{split.num_unreadable:,}",
+            f"{split.mean_labels:.2f}",
+            f"{split.num_bytes / 1e6:,.1f}",
+            escape(split.source),
+        )
+    return table
+
+
+def _labels_table(diagnosis: Diagnosis) -> Table:
+    table = Table("label", *(split.name for split in diagnosis.splits), "train", title="images with each label")
     rows = _label_rows(diagnosis)
-    skipped = len(rows) - _LABEL_ROWS
+    num_skipped = len(rows) - _LABEL_ROWS
     for place, row in enumerate(rows):
-        if skipped > 0 and place == _LABEL_ROWS // 2:
-            table.add_row(f"... {skipped} more", *[""] * (len(diagnosis.splits) + 1))
-        if skipped <= 0 or not _LABEL_ROWS // 2 <= place < len(rows) - _LABEL_ROWS // 2:
+        if num_skipped > 0 and place == _LABEL_ROWS // 2:
+            table.add_row(f"... {num_skipped} more", *[""] * (len(diagnosis.splits) + 1))
+        if num_skipped <= 0 or not _LABEL_ROWS // 2 <= place < len(rows) - _LABEL_ROWS // 2:
             bar = "█" * round(_BAR * row["share"]) or ("▏" if row["numbers"][0] else "")
             table.add_row(escape(row["name"]), *(f"{number:,}" for number in row["numbers"]), bar)
-    out.print(table)
+    return table
+
+
+def _per_image_table(diagnosis: Diagnosis) -> Table:
+    table = Table("labels", *(split.name for split in diagnosis.splits), title="images by number of labels")
+    for row in _per_image_rows(diagnosis):
+        table.add_row(str(row["number"]), *(f"{count:,}" for count in row["counts"]))
+    return table
+
+
+def _pairs_table(diagnosis: Diagnosis) -> Table:
+    table = Table("pair", "images", "P(second | first)", title="labels that occur together most often (train)")
+    for first, second, num_both, probability in diagnosis.pairs[: _LABEL_ROWS // 5]:
+        table.add_row(escape(f"{first}, {second}"), f"{num_both:,}", f"{probability:.2f}")
+    return table
+
+
+def _tau_table(diagnosis: Diagnosis) -> Table:
+    title = escape(f"label graph, counted on {_origin(diagnosis)}")
+    table = Table("tau", "edges", "edges per label", "labels without edges", title=title)
+    for row in diagnosis.taus:
+        mark = " *" if row.tau == diagnosis.tau else ""
+        table.add_row(f"{row.tau:.4g}{mark}", f"{row.num_edges:,}", f"{row.mean_degree:.2f}", str(row.num_alone))
+    return table
+
+
+def _sizes_table(diagnosis: Diagnosis) -> Table:
+    table = Table("", "minimum", "5 %", "median", "95 %", "maximum", title="sizes")
+    for measure, values in diagnosis.sizes:
+        table.add_row(measure, *(_short(value) for value in values))
+    return table
 
 
 def _origin(diagnosis: Diagnosis) -> str:
-    """What the label graph was counted on."""
-    return str(diagnosis.graph.provenance or "a file that does not say on what it was counted")
+    """Return what the label graph was counted on."""
+    return str(diagnosis.graph.provenance or "a file that does not name its images")
 
 
 def _label_rows(diagnosis: Diagnosis) -> list[dict[str, Any]]:
-    """One row a label, the most frequent in train first: `name`, `numbers` of each split, `unknown` in all, `share` of the largest."""
+    """Return one row per label, the most frequent in train first.
+
+    Each has `name`, `numbers` of each split, `unknown` in all splits, `share` of the most frequent label, `example`.
+    """
     train = diagnosis.splits[0].present
     return [
         {
             "name": diagnosis.label_names[index],
-            "numbers": [int(one.present[index]) for one in diagnosis.splits],
-            "unknown": int(sum(one.unknown[index] for one in diagnosis.splits)),
+            "numbers": [int(split.present[index]) for split in diagnosis.splits],
+            "unknown": int(sum(split.unknown[index] for split in diagnosis.splits)),
             "share": float(train[index] / max(1, train.max())),
             "example": diagnosis.examples.get(diagnosis.label_names[index]),
         }
@@ -183,11 +188,13 @@ def _label_rows(diagnosis: Diagnosis) -> list[dict[str, Any]]:
 
 
 def _per_image_rows(diagnosis: Diagnosis) -> list[dict[str, Any]]:
-    """One row for each number of labels that an image has: `number`, `counts` of each split, `share` of the largest in train."""
-    longest = max(len(one.labels_per_image) for one in diagnosis.splits)
-    most = int(diagnosis.splits[0].labels_per_image.max())
-    counts = [[_at(one.labels_per_image, number) for one in diagnosis.splits] for number in range(longest)]
-    return [{"number": number, "counts": row, "share": row[0] / most} for number, row in enumerate(counts) if any(row)]
+    """Return one row for each number of labels that an image has: `number`, `counts` of each split, `share` of the largest in train."""
+    per_split = [split.labels_per_image for split in diagnosis.splits]
+    counts = [[_at(values, number) for values in per_split] for number in range(max(map(len, per_split)))]
+    largest = int(per_split[0].max())
+    return [
+        {"number": number, "counts": row, "share": row[0] / largest} for number, row in enumerate(counts) if any(row)
+    ]
 
 
 def _at(values: Sequence[int] | np.ndarray[Any, Any], index: int) -> int:
@@ -195,7 +202,7 @@ def _at(values: Sequence[int] | np.ndarray[Any, Any], index: int) -> int:
 
 
 def _heat_map(diagnosis: Diagnosis) -> list[tuple[int, int, float, str]]:
-    """(column, row, P, words) of each pair that occurs together in train; row r, column c show P(c | r)."""
+    """Return (column, row, P, tooltip) of each pair that occurs together in train; row r, column c show P(c | r)."""
     probability = conditional_probability(diagnosis.counts)
     names = diagnosis.label_names
     return [
@@ -205,11 +212,11 @@ def _heat_map(diagnosis: Diagnosis) -> list[tuple[int, int, float, str]]:
 
 
 def _thumbnail(uri: str, max_pixels: int) -> str | None:
-    """A small JPEG as a data URI; None where the image cannot be shown."""
+    """Return a small JPEG as a data URI; None where the image cannot be shown."""
     try:
         pixels = decode(read_bytes(uri), max_pixels=max_pixels)
     except (UserError, OSError):
-        return None  # the page shows its name in place of it
+        return None  # the page shows "unreadable" instead
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     stream = io.BytesIO()
@@ -222,5 +229,5 @@ def _data_uri(data: bytes, kind: str) -> str:
 
 
 def _short(value: float) -> str:
-    """Three figures, or all of a whole number."""
+    """Return a number with three significant digits; from 100 on as a whole number."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

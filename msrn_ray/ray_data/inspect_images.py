@@ -19,6 +19,7 @@ from ..config import ExperimentConfig
 from ..datasets.protocol import Splits, load_splits
 from ..datasets.transforms import decode
 from ..doctor.diagnosis import FACTS, Diagnosis, all_samples, diagnose
+from ..doctor.finding import LabelFacts
 from ..errors import UserError
 from ..io.byte_ranges import read_bytes
 from ..io.progress_bar import count_images
@@ -58,10 +59,8 @@ def diagnose_data(config: ExperimentConfig) -> Diagnosis:
         splits,
         pa.concat_tables(facts),
         config,
-        counts=counts,
-        graph=graph,
-        missing_words=missing,
-        left_out=left_out,
+        LabelFacts(counts, graph, missing),
+        left_out,
     )
 
 
