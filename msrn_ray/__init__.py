@@ -1,6 +1,6 @@
 """MSRN for multi-label image classification, trained, evaluated and searched on Ray.
 
-The names below are loaded at their first use, so that `import msrn_ray` is quick and takes no Ray.
+Names load at their first use, so that `import msrn_ray` is quick and does not import Ray.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ __all__ = [
     "train",
 ]
 
-_HOME = {
+_MODULES = {
     "ExperimentConfig": "config",
     "MSRNOutput": "types",
-    "MultiLabelMetrics": "metrics",
-    "Predictor": "predictor",
-    "TrainResult": "trainer",
+    "MultiLabelMetrics": "training.metrics",
+    "Predictor": "inference.predictor",
+    "TrainResult": "ray_train.driver",
     "UserError": "errors",
     "load_config": "config",
-    "load_model": "predictor",
-    "train": "trainer",
+    "load_model": "inference.predictor",
+    "train": "ray_train.driver",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     if name in {"model", "official"}:
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

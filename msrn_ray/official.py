@@ -1,4 +1,10 @@
-"""`msrn import-official`: an authors' checkpoint file becomes a normal checkpoint."""
+"""The authors' checkpoints: their label names, and how a released file becomes a checkpoint of this package.
+
+`read_official` loads a file without running code from it, `convert_state_dict` renames its tensors, `import_official` does both, checks
+that the result fits a preset and writes the checkpoint.
+
+Source: the authors' PyTorch release of MSRN (arXiv 2106.11596), whose names and label orders these are.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config import LEVELS
+from .config import LEVELS, Dataset, ExperimentConfig
 from .datasets.apparel import APPAREL_LABELS
 from .datasets.nuswide import NUSWIDE_LABELS
 from .datasets.voc import VOC_LABELS
@@ -19,60 +25,7 @@ from .model import build_model
 from .presets import PRESETS
 from .runs.checkpoint import Checkpoint, save_checkpoint
 
-
-def import_official(
-    file: Path, preset: str, *, word_vectors: Path, graph: Path, out: Path, levels: int = 3
-) -> tuple[str, ...]:
-    """Converts and writes; see `official` for the names.
-
-    Args:
-        file: the authors' .pth.tar.
-        preset: whose label names, group ratio and input size it has.
-        word_vectors: GloVe text or .npz; the same 300-wide vectors that it was trained with.
-        graph: .npz with `names`, `adj`, `nums`.
-        out: the new checkpoint folder.
-        levels: backbone stages used, counted from the deepest.
-
-    Returns:
-        The C label names.
-
-    Raises:
-        UserError: if a file cannot be read, the folder exists, or the tensors do not fit the preset.
-    """
-    if out.exists():
-        raise UserError(f"--out {out}: exists already; give a new folder")
-    if preset not in LABEL_NAMES:
-        raise UserError(f"--preset {preset}: the authors trained on {', '.join(LABEL_NAMES)}")
-    names = LABEL_NAMES[preset]
-    converted = convert_state_dict(read_official(file), levels=levels)
-    head = "mlp" if "head.hidden.weight" in converted else "elementwise"
-    config = PRESETS[preset].config.with_overrides(
-        {
-            "model.levels": LEVELS[-levels:],
-            "model.head": head,
-            "model.pretrained": None,
-            "data.word_vectors": str(word_vectors.resolve()),
-        }
-    )
-    counts = load_counts(graph, names)
-    vectors, _ = load_word_vectors(names, str(word_vectors.resolve()))
-    mask = attend_mask(counts, choose_tau(counts, config.model.tau, config.model.tau_degree))
-    with torch.device("meta"):  # shapes alone are needed, not 264 M random weights
-        own = build_model(config.model, vectors, mask).state_dict()
-    weights = converted | {"label_semantics.word_vectors": vectors, "label_semantics.attend_mask": mask}
-    wrong = [
-        f"{name} is {tuple(weights[name].shape) if name in weights else 'missing'}, not {tuple(own[name].shape)}"
-        for name in own
-        if name not in weights or weights[name].shape != own[name].shape
-    ]
-    if wrong:
-        raise UserError(f"{file}: does not fit preset {preset} ({len(names)} labels): {'; '.join(wrong[:3])}")
-    if not all(torch.isfinite(tensor).all() for tensor in weights.values() if tensor.is_floating_point()):
-        raise UserError(f"{file}: holds weights that are not finite")
-    save_checkpoint(out, Checkpoint(config, names, counts, weights, (0.5,) * len(names), {}, 0))
-    return names
-
-
+# alphabetical by name, unlike COCO's category ids
 COCO_LABELS = (
     "airplane", "apple", "backpack", "banana", "baseball bat", "baseball glove", "bear", "bed", "bench", "bicycle",
     "bird", "boat", "book", "bottle", "bowl", "broccoli", "bus", "cake", "car", "carrot", "cat", "cell phone",
@@ -83,13 +36,15 @@ COCO_LABELS = (
     "sports ball", "stop sign", "suitcase", "surfboard", "teddy bear", "tennis racket", "tie", "toaster", "toilet",
     "toothbrush", "traffic light", "train", "truck", "tv", "umbrella", "vase", "wine glass", "zebra",
 )  # fmt: skip
-LABEL_NAMES: dict[str, tuple[str, ...]] = {
-    "voc2007": VOC_LABELS,
-    "coco2014": COCO_LABELS,
+LABEL_NAMES: dict[Dataset, tuple[str, ...]] = {
+    "voc": VOC_LABELS,
+    "coco": COCO_LABELS,
     "nuswide": NUSWIDE_LABELS,
     "apparel": APPAREL_LABELS,
 }
-_PARTS = {
+
+# released name -> name in `model.MSRN`
+_SEMANTICS = {
     "fc_label.weight": "label_semantics.input.weight",
     "fc_label.bias": "label_semantics.input.bias",
     "label_embed.layers.0.W": "label_semantics.first.weight",
@@ -110,54 +65,8 @@ _MLP = {
 _ELEMENTWISE = {"W": "head.weight", "B": "head.bias"}
 
 
-def convert_state_dict(official: Mapping[str, Tensor], *, levels: int = 3) -> dict[str, Tensor]:
-    """Renames the tensors of an authors' `state_dict` to this package's names.
-
-    Args:
-        official: the released names, with or without the prefix `module.`.
-        levels: how many of the deepest backbone stages the model uses; 3 (layer2 to layer4) in the release.
-
-    Returns:
-        Every parameter and BatchNorm statistic of `model.MSRN` (its two buffers, word vectors and graph mask, are not in the
-        released files). What the release never uses is left out: `conv_buffer0`, `ProjectMs`, and `W`, `B` where `fc1` is there.
-        Float tensors become float32, untouched otherwise.
-
-    Raises:
-        UserError: if a tensor is missing or one is there that the release does not have.
-    """
-    if not 1 <= levels <= len(LEVELS):
-        raise UserError(f"levels={levels}: a number from 1 to {len(LEVELS)} is expected")
-    used = LEVELS[-levels:]
-    source = {name.removeprefix("module."): tensor for name, tensor in official.items()}
-    names = dict(_PARTS)
-    for index, level in enumerate(used):
-        for kind in ("weight", "bias"):
-            names[f"ProjectM.{index}.{kind}"] = f"projections.{level}.{kind}"
-            if level != "layer4":
-                names[f"resnet_101.conv_buffer{LEVELS.index(level)}.{kind}"] = f"buffer_convs.{level}.{kind}"
-    names |= _MLP if "fc1.weight" in source else _ELEMENTWISE
-    missing = [name for name in names if name not in source]
-    if missing:
-        raise UserError(
-            f"not an MSRN state dict of {levels} levels: {', '.join(missing[:4])} missing ({len(missing)} in all)"
-        )
-    converted = {}
-    for name, tensor in source.items():
-        if name.startswith(("resnet_101.conv_buffer", "ProjectMs.")) or name in _ELEMENTWISE:
-            target = names.get(name)
-        else:
-            target = names.get(name) or (
-                name.replace("resnet_101.", "backbone.", 1) if name.startswith("resnet_101.") else None
-            )
-            if target is None:
-                raise UserError(f"not an MSRN state dict: {name!r} is not a name of the release")
-        if target is not None:
-            converted[target] = tensor.float() if tensor.is_floating_point() else tensor
-    return converted
-
-
 def read_official(path: Path) -> dict[str, Tensor]:
-    """The `state_dict` of an authors' checkpoint file (`epoch`, `arch`, `state_dict`, `best_score`); runs no code from it.
+    """Return the `state_dict` of an authors' file (`epoch`, `arch`, `state_dict`, `best_score`) without running code from it.
 
     Raises:
         UserError: if the file is missing, would run code, or holds no `state_dict`.
@@ -166,11 +75,116 @@ def read_official(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: no such file; give the .pth.tar of the authors' release")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds here; all of them mean: not safely readable
+    except Exception as error:  # torch raises many kinds; all of them mean that the file is not safe to read
         raise UserError(
-            f"{path}: cannot be read without running code from it, refused ({str(error).splitlines()[0]})"
+            f"{path}: cannot be read without running code from it, refused ({str(error).splitlines()[0]});"
+            " give the .pth.tar of the authors' release"
         ) from None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{path}: holds no 'state_dict'; give the .pth.tar of the authors' release")
     state: dict[str, Tensor] = content["state_dict"]
     return state
+
+
+def convert_state_dict(official: Mapping[str, Tensor], *, levels: int = 3) -> dict[str, Tensor]:
+    """Rename the tensors of an authors' `state_dict` to this package's names.
+
+    Args:
+        official: the released names, with or without the prefix `module.`.
+        levels: how many of the deepest backbone stages the model uses; 3 (layer2 to layer4) in the release.
+
+    Returns:
+        Every parameter and BatchNorm statistic of `model.MSRN`. Its two buffers, word vectors and graph mask, are not in the released
+        files. What the release never uses is left out: `conv_buffer0`, `ProjectMs`, and `W`, `B` where `fc1` exists.
+        Float tensors become float32; nothing else changes.
+
+    Raises:
+        UserError: if a tensor is missing, or a name is not one of the release's.
+    """
+    if not 1 <= levels <= len(LEVELS):
+        raise UserError(f"levels={levels}: a number from 1 to {len(LEVELS)} is expected")
+    source = {name.removeprefix("module."): tensor for name, tensor in official.items()}
+    names = _SEMANTICS | (_MLP if "fc1.weight" in source else _ELEMENTWISE)
+    for index, level in enumerate(LEVELS[-levels:]):
+        for kind in ("weight", "bias"):
+            names[f"ProjectM.{index}.{kind}"] = f"projections.{level}.{kind}"
+            if level != "layer4":
+                names[f"resnet_101.conv_buffer{LEVELS.index(level)}.{kind}"] = f"buffer_convs.{level}.{kind}"
+    missing = [name for name in names if name not in source]
+    if missing:
+        raise UserError(
+            f"not an MSRN state dict of {levels} levels: {', '.join(missing[:4])} missing ({len(missing)} in all)"
+        )
+    converted = {}
+    for name, tensor in source.items():
+        target = names.get(name)
+        unused = name.startswith(("resnet_101.conv_buffer", "ProjectMs.")) or name in _ELEMENTWISE
+        if target is None and not unused:
+            if not name.startswith("resnet_101."):
+                raise UserError(f"not an MSRN state dict: {name!r} is not a name of the release")
+            target = name.replace("resnet_101.", "backbone.", 1)
+        if target is not None:
+            converted[target] = tensor.float() if tensor.is_floating_point() else tensor
+    return converted
+
+
+def import_official(
+    file: Path, preset: str, *, word_vectors: Path, graph: Path, out: Path, levels: int = 3
+) -> tuple[str, ...]:
+    """Convert an authors' file and write it as a checkpoint.
+
+    Args:
+        file: the authors' .pth.tar.
+        preset: benchmark that gives label names, group ratio and input size.
+        word_vectors: GloVe text or .npz; the 300-wide vectors that the file was trained with.
+        graph: .npz with `names`, `adj`, `nums`.
+        out: the new checkpoint folder.
+        levels: backbone stages used, counted from the deepest.
+
+    Returns:
+        The C label names.
+
+    Raises:
+        UserError: if a file cannot be read, the folder exists, or the tensors do not fit the preset.
+    """
+    if out.exists():
+        raise UserError(f"--out {out}: exists already; give a new folder")
+    trained = [name for name, known in PRESETS.items() if known.config.data.dataset in LABEL_NAMES]
+    if preset not in trained:
+        raise UserError(f"--preset {preset}: the authors trained on {', '.join(trained)}; give one of these")
+    names = LABEL_NAMES[PRESETS[preset].config.data.dataset]
+    converted = convert_state_dict(read_official(file), levels=levels)
+    config = PRESETS[preset].config.with_overrides(
+        {
+            "model.levels": LEVELS[-levels:],
+            "model.head": "mlp" if "head.hidden.weight" in converted else "elementwise",
+            "model.pretrained": None,
+            "data.word_vectors": str(word_vectors.resolve()),
+        }
+    )
+    counts = load_counts(graph, names)
+    vectors, _ = load_word_vectors(names, str(word_vectors.resolve()))
+    mask = attend_mask(counts, choose_tau(counts, config.model.tau, config.model.tau_degree))
+    weights = converted | {"label_semantics.word_vectors": vectors, "label_semantics.attend_mask": mask}
+    _check_weights(file, config, weights)
+    save_checkpoint(out, Checkpoint(config, names, counts, weights, (0.5,) * len(names), {}, 0))
+    return names
+
+
+def _check_weights(file: Path, config: ExperimentConfig, weights: Mapping[str, Tensor]) -> None:
+    """Raise UserError if an entry of the model is missing, has another shape, or is not finite."""
+    vectors, mask = weights["label_semantics.word_vectors"], weights["label_semantics.attend_mask"]
+    with torch.device("meta"):  # only shapes are needed, not 264 M random weights
+        expected = build_model(config.model, vectors, mask).state_dict()
+    wrong = [
+        f"{name} is {tuple(weights[name].shape) if name in weights else 'missing'}, not {tuple(expected[name].shape)}"
+        for name in expected
+        if name not in weights or weights[name].shape != expected[name].shape
+    ]
+    if wrong:
+        raise UserError(
+            f"{file}: does not fit preset {config.preset} ({len(vectors)} labels): {'; '.join(wrong[:3])};"
+            " give the preset, levels and word vectors that it was trained with"
+        )
+    if not all(torch.isfinite(tensor).all() for tensor in weights.values() if tensor.is_floating_point()):
+        raise UserError(f"{file}: holds weights that are not finite; give another file")

@@ -1,9 +1,8 @@
 """Whole experiments by name.
 
-`scenes` needs nothing; `manifest`, `folders`, `huggingface` and `webdataset` are for your own images. The four benchmarks follow the
-paper's recipe (arXiv 2106.11596 and the authors' released settings): ResNet-101 pre-trained on ImageNet, 448 pixels, SGD 0.1 / 0.01
-with a step at epoch 30, batch 16, the `mlp` head, layer2 to layer4. Gradients are clipped at norm 10 after backward; the release clips
-them before, so never.
+`scenes` needs no data; four presets are for custom images. The four benchmarks follow the paper's recipe (arXiv 2106.11596 and the
+authors' released settings): ResNet-101 pre-trained on ImageNet, 448 pixels, SGD 0.1 / 0.01 with a step at epoch 30, batch 16, the `mlp`
+head, layer2 to layer4. Gradients are clipped at norm 10 after backward. The release clips them before backward, so never.
 """
 
 from __future__ import annotations
@@ -36,15 +35,15 @@ def _benchmark(name: str, dataset: Dataset, group_ratio: float) -> ExperimentCon
     )
 
 
-def _own_images(name: str, dataset: Dataset) -> ExperimentConfig:
-    """For data sets of some hundreds to some hundred thousand images, on one GPU or a patient CPU."""
+def _custom_images(name: str, dataset: Dataset) -> ExperimentConfig:
+    """Return a recipe for a few hundred to a few hundred thousand images, on one GPU or (slowly) on a CPU."""
     return ExperimentConfig(
         preset=name,
         data=DataSettings(
             dataset=dataset,
             image_size=224,
-            missing_words="random",  # labels are anybody's words
-            keep_unlabelled_train=True,  # an image with none of the labels says what they do not look like
+            missing_words="random",  # custom labels may not be in GloVe
+            keep_unlabelled_train=True,  # images without a label are negative examples of every label
         ),
         model=ModelSettings(backbone="resnet50", head="elementwise", group_ratio=0.2),
         optim=OptimSettings(name="adamw", lr=2e-4, weight_decay=1e-2, schedule="onecycle"),
@@ -54,9 +53,8 @@ def _own_images(name: str, dataset: Dataset) -> ExperimentConfig:
 
 _SCENES = ExperimentConfig(
     preset="scenes",
-    data=DataSettings(
-        dataset="scenes", image_size=96, crop_scales=()
-    ),  # a crop would cut labelled objects out of small scenes
+    # no crop: it would cut labelled objects out of small scenes
+    data=DataSettings(dataset="scenes", image_size=96, crop_scales=()),
     model=ModelSettings(
         backbone="resnet10",
         pretrained=None,
@@ -64,11 +62,12 @@ _SCENES = ExperimentConfig(
         embed_dim=128,
         group_ratio=0.2,
     ),
-    # a backbone from scratch learns faster than the semantics that attend to it
+    # a backbone from scratch needs a higher rate than the semantics that attend to it
     optim=OptimSettings(name="adamw", lr=5e-4, backbone_lr_factor=4.0, weight_decay=1e-2, schedule="onecycle"),
     train=TrainSettings(epochs=6, batch_size=16, eval_batch_size=50),
 )
 
+# the only list of presets: the choices of the command line are derived from it
 PRESETS: dict[str, Preset] = {
     "scenes": Preset(
         _SCENES,
@@ -96,22 +95,22 @@ PRESETS: dict[str, Preset] = {
         "none published on this split",
     ),
     "manifest": Preset(
-        _own_images("manifest", "manifest"),
+        _custom_images("manifest", "manifest"),
         "your own images, listed with their labels in a CSV, TSV, JSON Lines or Parquet file",
         "depends on the data",
     ),
     "folders": Preset(
-        _own_images("folders", "folders"),
+        _custom_images("folders", "folders"),
         "your own images in a folder for each label, with or without train/, val/, test/ around them",
         "depends on the data",
     ),
     "huggingface": Preset(
-        _own_images("huggingface", "huggingface"),
+        _custom_images("huggingface", "huggingface"),
         "a Hugging Face data set: what `save_to_disk` wrote, or Parquet files with the images inside",
         "depends on the data",
     ),
     "webdataset": Preset(
-        _own_images("webdataset", "webdataset"),
+        _custom_images("webdataset", "webdataset"),
         "WebDataset tars with an image and its labels (.json or .cls) side by side",
         "depends on the data",
     ),
@@ -120,4 +119,4 @@ PRESETS: dict[str, Preset] = {
 if TYPE_CHECKING:
     PresetName = str
 else:
-    PresetName = Literal[tuple(PRESETS)]  # the command line's choices
+    PresetName = Literal[tuple(PRESETS)]

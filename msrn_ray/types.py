@@ -1,6 +1,6 @@
-"""The contracts that more than one module speaks: label convention, sample table, batch and model output.
+"""The contracts between packages: label convention, sample table, batch and model output.
 
-Labels are int8: 1 present, 0 absent, -1 unknown. Unknown labels are left out of losses, label counts and metrics.
+Labels are int8: 1 present, 0 absent, -1 unknown. Losses, label counts and metrics leave unknown labels out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-if TYPE_CHECKING:  # who reads tables alone need not wait for torch
+if TYPE_CHECKING:  # code that only reads tables need not wait for torch
     from torch import Tensor
 
 PRESENT, ABSENT, UNKNOWN = 1, 0, -1
@@ -21,14 +21,14 @@ PRESENT, ABSENT, UNKNOWN = 1, 0, -1
 
 @dataclass(frozen=True)
 class SampleTable:
-    """One split of a data set: which images there are and what is on them.
+    """One split of a data set: its images and their labels.
 
     Attributes:
         table: columns `image_id` (string, unique), `uri` (string, a local path or a URI), `target`
             (fixed_size_list<int8>[C], values in {1, 0, -1}); n rows in a fixed order.
         label_names: the C label names, in the order of `target`.
         source: what was read, for messages ("instances_train2014.json", ...).
-        notes: lines worth telling the user (images dropped, images without a label, ...).
+        notes: lines for the user (images dropped, images without a label, ...).
     """
 
     table: pa.Table
@@ -46,7 +46,7 @@ class SampleTable:
         source: str,
         notes: tuple[str, ...] = (),
     ) -> SampleTable:
-        """Builds the table; targets: [n, C] int8 in {1, 0, -1}."""
+        """Build the table; targets: [n, C] int8 in {1, 0, -1}."""
         assert targets.shape == (len(uris), len(label_names))
         assert len(image_ids) == len(uris)
         target = pa.FixedSizeListArray.from_arrays(pa.array(targets.reshape(-1), pa.int8()), len(label_names))
@@ -58,12 +58,12 @@ class SampleTable:
 
     @property
     def targets(self) -> npt.NDArray[np.int8]:
-        """[n, C] int8 in {1, 0, -1}."""
+        """Return [n, C] int8 in {1, 0, -1}."""
         flat = self.table["target"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         return np.asarray(flat, dtype=np.int8).reshape(len(self), len(self.label_names))
 
     def take(self, rows: npt.NDArray[np.int64]) -> SampleTable:
-        """The same split reduced to `rows` ([m] indices), in that order."""
+        """Return the split reduced to `rows` ([m] indices), in that order."""
         return SampleTable(self.table.take(pa.array(rows)), self.label_names, self.source, self.notes)
 
 
@@ -72,13 +72,13 @@ def _strings(values: Sequence[str] | pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 class Batch(NamedTuple):
-    """What crosses from the data side to the engine; B images of S x S pixels, C labels.
+    """One batch from the data pipeline to the train step; B images of S x S pixels, C labels.
 
     Attributes:
         images: [B, 3, S, S] uint8, RGB, not normalised.
         target: [B, C] int8 in {1, 0, -1}.
         row: [B] int64, the row of each image in its sample table.
-        valid: [B] bool; False marks a filler that keeps a rank without an image in step: its loss and score count nothing.
+        valid: [B] bool; False marks a filler that keeps a rank without images in step. Its loss and score do not count.
     """
 
     images: Tensor
@@ -92,9 +92,9 @@ class MSRNOutput(NamedTuple):
 
     Attributes:
         logits: [B, C] float.
-        label_embedding: [C, D] float, E; None for the `gap` and `gmp` baselines, as the next two.
-        group_embedding: [G, D] float, Q.
-        assignment: [C, G] float in [0, 1], rows sum to 1: how much of a label goes to each group.
+        label_embedding: [C, D] float, E; None for the `gap` and `gmp` baselines.
+        group_embedding: [G, D] float, Q; None for the baselines.
+        assignment: [C, G] float in [0, 1], rows sum to 1: how much of a label goes to each group; None for the baselines.
     """
 
     logits: Tensor

@@ -1,4 +1,10 @@
-"""Addresses of parts of files: an image inside a shard, a tar, an Arrow file or a Parquet row group."""
+"""Addresses of parts of files: an image inside a shard, a tar, an Arrow file or a Parquet row group.
+
+An address is a location, its options included, with a fragment behind it. Reading it reads only the part it names:
+
+- `FILE#bytes=OFFSET+LENGTH`: LENGTH bytes from byte OFFSET on, counted from 0.
+- `FILE#parquet=GROUP,ROW,COLUMN`: a value that is compressed in a Parquet row group; reading it reads the column of that group.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +23,21 @@ from ..errors import UserError
 from .storage import Location
 
 _Numbers: TypeAlias = Sequence[int] | npt.NDArray[np.int64] | pa.ChunkedArray
-PART = re.compile(r"#(?:bytes=(?P<offset>\d+)\+(?P<length>\d+)|parquet=(?P<group>\d+),(?P<row>\d+),(?P<column>[^#]+))$")
+_PART = re.compile(
+    r"#(?:bytes=(?P<offset>\d+)\+(?P<length>\d+)|parquet=(?P<group>\d+),(?P<row>\d+),(?P<column>[^#]+))$"
+)
 
 
 def range_uris(files: Location | pa.ChunkedArray, offsets: _Numbers, lengths: _Numbers) -> pa.StringArray:
-    """The addresses of parts of files, for `read_bytes`.
+    """Return the addresses of parts of files, for `read_bytes`.
 
     Args:
-        files: one file for all of them, or [n] the location of each.
+        files: one file that holds all parts, or [n] locations.
         offsets: [n] first byte of each part, counted from 0.
-        lengths: [n] its bytes.
+        lengths: [n] number of bytes of each part.
 
     Returns:
-        [n] string; chunked where an argument is.
+        [n] string; chunked if an argument is.
     """
     places = str(files) if isinstance(files, Location) else files
     starts, sizes = (
@@ -40,25 +48,25 @@ def range_uris(files: Location | pa.ChunkedArray, offsets: _Numbers, lengths: _N
 
 
 def parquet_uris(file: Location, group: int, num_rows: int, column: str) -> pa.StringArray:
-    """The addresses of all values of a binary column in a row group, [num_rows] string; `column` is dotted if nested."""
+    """Return the addresses of all values of a binary column in a row group, [num_rows] string; `column` is dotted if nested."""
     rows = pa.array(np.arange(num_rows)).cast(pa.string())
     return pc.binary_join_element_wise(f"{file}#parquet={group}", rows, column, ",")
 
 
 def in_row_group(uri: str) -> bool:
-    """Whether the address is a value in a Parquet file, which costs its row group to read."""
-    part = PART.search(uri)
+    """Return whether the address is a value in a Parquet file; reading it costs its whole row group."""
+    part = _PART.search(uri)
     return part is not None and part["column"] is not None
 
 
 def read_bytes(uri: str) -> bytes:
-    """The bytes of a local path or URI, or of a part of it (see above); the quick way for images.
+    """Return the bytes of a local path, a URI or a part of a file (see above).
 
     Raises:
-        OSError: if it cannot be read, whatever the reason.
+        OSError: if it cannot be read, for any reason.
     """
-    part = PART.search(uri)
-    if part is None and "://" not in uri:
+    part = _PART.search(uri)
+    if part is None and "://" not in uri:  # quicker than through a Location, for millions of images
         with open(uri, "rb") as file:
             return file.read()
     try:
@@ -75,7 +83,7 @@ def read_bytes(uri: str) -> bytes:
         raise OSError(str(error)) from None
 
 
-@lru_cache(maxsize=2)  # rows are met in order while a data set is prepared: a group is decompressed once
+@lru_cache(maxsize=2)  # preparing reads rows in order, so it decompresses each group once
 def _column(place: str, group: int, column: str) -> pa.ChunkedArray:
     with Location(place).opened_input() as stream:
         table = pq.ParquetFile(stream).read_row_group(group, columns=[column])

@@ -1,4 +1,4 @@
-"""Reads YAML and .npz files, checks where output goes, and writes files whole or not at all. Loads no pickle."""
+"""Read YAML and .npz files without running code from them, check output paths, write files whole or not at all."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def read_arrays(path: Path, fields: Sequence[str]) -> list[npt.NDArray[Any]]:
-    """Reads the named arrays of an .npz file without unpickling anything.
+    """Return the named arrays of an .npz file without unpickling anything.
 
     Raises:
-        UserError: if the file is missing, is no .npz, lacks a field, or a field is a pickled object.
+        UserError: if the file is missing, is not an .npz, lacks a field, or a field is a pickled object.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; give an .npz file with {', '.join(fields)}")
@@ -59,15 +59,19 @@ def read_arrays(path: Path, fields: Sequence[str]) -> list[npt.NDArray[Any]]:
 
 
 def check_output(path: Path, suffixes: Sequence[str], option: str = "--out") -> None:
-    """Raises UserError for another suffix or a folder that does not exist; called before the work starts."""
+    """Check the suffix and the folder of an output file before the work starts; `option` names it in the error.
+
+    Raises:
+        UserError: for another suffix, or a folder that does not exist.
+    """
     if path.suffix not in suffixes:
         raise UserError(f"{option} {path}: the suffix must be one of {' '.join(suffixes)}")
     if not path.resolve().parent.is_dir():
-        raise UserError(f"{option} {path}: the folder {path.resolve().parent} does not exist")
+        raise UserError(f"{option} {path}: the folder {path.resolve().parent} does not exist; create it")
 
 
 def read_yaml(path: Path, name: str) -> Any:
-    """What a YAML file holds; JSON is YAML too.
+    """Return what a YAML file holds; JSON is YAML too.
 
     Args:
         path: the file.

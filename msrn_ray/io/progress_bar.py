@@ -1,4 +1,4 @@
-"""How far a pass over all images is: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a pass over all images: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-_PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
+_PLAIN_SECONDS = 10.0  # between two lines without a terminal
 
 
 @contextmanager
 def count_images(console: Console, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, a line now and then elsewhere; yields what counts images as done."""
+    """Show the progress of `total` images; yield a function that adds finished images."""
     start = last = time.monotonic()
     done = 0
 

@@ -1,11 +1,7 @@
-"""Files of a data set, on this machine or behind a URI: the one door to file systems; no Ray.
+"""Files and folders of a data set, on this machine or behind a URI.
 
-A location is a local path or a URI that pyarrow reads (file://, s3://, gs://, hdfs://) or, failing that, one that an installed fsspec
-package reads. Options of pyarrow's go into the URI (s3://bucket/folder?endpoint_override=localhost:9000&scheme=http).
-
-A part of a file is written as a fragment behind its location, options included: `FILE#bytes=OFFSET+LENGTH` are the LENGTH bytes from
-byte OFFSET on (counted from 0): an image in a shard has an address of its own, and reading it reads nothing else. Where the bytes lie
-compressed in a Parquet file, `FILE#parquet=GROUP,ROW,COLUMN` is one value of a row group; reading it reads the group's column.
+A location is a local path, a URI that pyarrow reads (file://, s3://, gs://, hdfs://), or a URI that an installed fsspec package reads.
+Options of pyarrow go into the URI (s3://bucket/folder?endpoint_override=localhost:9000&scheme=http).
 """
 
 from __future__ import annotations
@@ -16,16 +12,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
-from urllib.parse import parse_qsl, unquote
+from typing import cast
 
-import fsspec
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from ..errors import UserError
+from .filesystems import filesystem_of
 
 
 @dataclass(frozen=True)
@@ -40,9 +34,9 @@ class Location:
 
     @classmethod
     def of(cls, place: str | Path | Location) -> Location:
-        """From what a user wrote; local paths become absolute, `~` is the home folder, file:// becomes a path."""
+        """Return the location of what a user wrote; local paths become absolute, `~` is the home folder, file:// becomes a path."""
         text = str(place)
-        if text.startswith("file://"):  # decoded once and for all: a name below it must not climb out as %2e%2e
+        if text.startswith("file://"):  # decoded only here: a name below it must not climb out as %2e%2e
             text = filesystem_of(text)[1]
         if "://" in text:
             head, mark, options = cls(text)._split()
@@ -60,30 +54,30 @@ class Location:
 
     @property
     def name(self) -> str:
-        """The last part of the path."""
+        """Return the last part of the path."""
         return posixpath.basename(self._split()[0])
 
     @property
     def parent(self) -> Location:
-        """The folder around it."""
+        """Return the folder that holds it."""
         head, mark, options = self._split()
         return Location(posixpath.dirname(head) + mark + options)
 
     @property
     def is_local(self) -> bool:
-        """Whether the operating system can open it."""
+        """Return whether the operating system can open it."""
         return "://" not in self.text
 
     def is_file(self) -> bool:
-        """Whether there is a file of this name."""
+        """Return whether a file of this name exists."""
         return bool(self._info().type == pafs.FileType.File)
 
     def is_dir(self) -> bool:
-        """Whether there is a folder of this name, or files under it."""
+        """Return whether a folder of this name exists, or files under it."""
         return bool(self._info().type == pafs.FileType.Directory)
 
     def read_bytes(self) -> bytes:
-        """The whole file.
+        """Return the whole file.
 
         Raises:
             OSError: if it cannot be read.
@@ -92,16 +86,16 @@ class Location:
             return cast(bytes, stream.read())
 
     def read_range(self, offset: int, length: int) -> bytes:
-        """`length` bytes from byte `offset` on; no others are read.
+        """Return `length` bytes from byte `offset` on, and read no others.
 
         Raises:
-            OSError: if they cannot be read, or the file ends before.
+            OSError: if they cannot be read, or the file ends before them.
         """
         if self.is_local:
             with open(self.text, "rb", buffering=0) as file:
                 data = os.pread(file.fileno(), length, offset)
         else:
-            filesystem, path = self._opened()
+            filesystem, path = filesystem_of(self.text)
             with _as_os_error(self):
                 if isinstance(filesystem, pafs.PyFileSystem):  # its files read megabytes ahead
                     data = filesystem.handler.fs.cat_file(path, start=offset, end=offset + length)
@@ -113,12 +107,12 @@ class Location:
         return data
 
     def write_bytes(self, data: bytes) -> None:
-        """Writes the whole file under a hidden name and renames it, so that the name stands for all of it or nothing; makes its folder.
+        """Write the file under a hidden name and rename it, so that readers see all of it or nothing. Make its folder if needed.
 
         Raises:
             UserError: if it cannot be written.
         """
-        filesystem, path = self._opened()
+        filesystem, path = filesystem_of(self.text)
         folder, name = posixpath.split(path)
         partial = posixpath.join(folder, f".{name}")
         try:
@@ -127,29 +121,31 @@ class Location:
                 stream.write(data)
             filesystem.move(partial, path)
         except (OSError, pa.ArrowException) as error:
-            with suppress(OSError, pa.ArrowException):  # a full disk is not left fuller; what counts is the first error
+            with suppress(
+                OSError, pa.ArrowException
+            ):  # leave a full disk no fuller; the first error is the one to report
                 filesystem.delete_file(partial)
             raise UserError(f"{self}: cannot be written ({' '.join(str(error).split())[:300]})") from None
 
     def remove(self) -> None:
-        """Takes the file away, if there is one.
+        """Remove the file if it exists.
 
         Raises:
-            UserError: if that is not allowed.
+            UserError: if it cannot be removed.
         """
         if self.is_file():
-            filesystem, path = self._opened()
-            with self._told():
+            filesystem, path = filesystem_of(self.text)
+            with _as_user_error(self):
                 filesystem.delete_file(path)
 
     def sizes(self) -> dict[str, int]:
-        """Name -> bytes of the files in this folder, with one listing; {} where there is no folder. Hidden ones are left out.
+        """Return name -> bytes of the files in this folder, from one listing; {} if it does not exist. Hidden files are left out.
 
         Raises:
             UserError: if it cannot be listed.
         """
-        filesystem, path = self._opened()
-        with self._told():
+        filesystem, path = filesystem_of(self.text)
+        with _as_user_error(self):
             entries = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
         return {
             entry.base_name: entry.size
@@ -159,29 +155,29 @@ class Location:
 
     @contextmanager
     def opened_input(self) -> Iterator[pa.NativeFile]:
-        """The file, open for reads at any place; pyarrow's readers take it.
+        """Open the file for reads at any place, as pyarrow's readers take it.
 
         Raises:
             OSError: if it cannot be read.
         """
-        filesystem, path = self._opened()
+        filesystem, path = filesystem_of(self.text)
         with _as_os_error(self), filesystem.open_input_file(path) as stream:
             yield stream
 
     def names(self, *, recursive: bool = False, missing_ok: bool = False) -> list[str]:
-        """Paths of the files and folders in this folder, relative to it, sorted; folders end in `/`. Hidden ones are left out.
+        """Return the files and folders in this folder, relative to it, sorted. Folders end in `/`. Hidden names are left out.
 
         Args:
-            recursive: with what is in inner folders.
-            missing_ok: whether a folder that is not there counts as empty.
+            recursive: include what is in inner folders.
+            missing_ok: whether a folder that does not exist counts as empty.
 
         Raises:
             UserError: if it cannot be listed.
         """
-        filesystem, path = self._opened()
+        filesystem, path = filesystem_of(self.text)
         if isinstance(filesystem, pafs.LocalFileSystem):
             return sorted(self._names_on_disk(path, missing_ok, recursive, frozenset()))
-        with self._told():
+        with _as_user_error(self):
             entries = filesystem.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=missing_ok))
         start = len(path.strip("/")) + 1
         names = [
@@ -190,9 +186,9 @@ class Location:
         return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
 
     def _names_on_disk(self, path: str, missing_ok: bool, recursive: bool, above: frozenset[str]) -> list[str]:
-        """As `names`; pyarrow would look at each file of the folder, on a mounted one a round trip each.
+        """Like `names`. pyarrow would look at each file, on a mounted folder a round trip per file.
 
-        Links to folders are followed, but not to one of those that they lie in (`above`, real paths): that has no end.
+        Follows links to folders, but not to a folder that holds the link (`above`, real paths): that would never end.
         """
         try:
             with os.scandir(path) as entries:
@@ -214,27 +210,25 @@ class Location:
 
     @property
     def is_on_disk(self) -> bool:
-        """Whether it is on this machine, as a path or a file:// URI."""
+        """Return whether it is on this machine, as a path or a file:// URI."""
         return self.is_local or self.text.startswith("file://")
 
     def _split(self) -> tuple[str, str, str]:
-        """Path and, after the mark, the file system's options, which only URIs of other machines have."""
+        """Return path, mark and the file system's options, which only URIs of other machines have."""
         return (self.text, "", "") if self.is_on_disk else self.text.partition("?")
 
-    def _opened(self) -> tuple[pafs.FileSystem, str]:
-        return filesystem_of(self.text)
-
     def _info(self) -> pafs.FileInfo:
-        filesystem, path = self._opened()
-        with self._told():
+        filesystem, path = filesystem_of(self.text)
+        with _as_user_error(self):
             return filesystem.get_file_info(path)
 
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, pa.ArrowException, *_web_errors()) as error:
-            raise UserError(f"{self}: cannot be reached ({' '.join(str(error).split())[:300]})") from None
+
+@contextmanager
+def _as_user_error(place: Location) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException, *_web_errors()) as error:
+        raise UserError(f"{place}: cannot be reached ({' '.join(str(error).split())[:300]})") from None
 
 
 @contextmanager
@@ -248,71 +242,5 @@ def _as_os_error(place: Location) -> Iterator[None]:
 
 
 def _web_errors() -> tuple[type[Exception], ...]:
-    """What fsspec's http:// raises beside OSError, where it is in use."""
+    """Return what fsspec's http:// raises besides OSError, if it is in use."""
     return (sys.modules["aiohttp"].ClientError,) if "aiohttp" in sys.modules else ()
-
-
-_WEB = ("http", "https")
-_GOOGLE = ("gs", "gcs")
-_S3_OPTIONS = ("region", "scheme", "endpoint_override", "anonymous")
-_CONNECT_SECONDS, _REQUEST_SECONDS = 5, 20  # a bucket that does not answer is an error soon, not a hang
-
-
-def filesystem_of(place: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a local path or URI, connected once a process, and the path in it.
-
-    Raises:
-        UserError: if the URI's scheme is not known or its options are wrong.
-    """
-    scheme, separator, rest = place.partition("://")
-    if not separator:
-        return _connect("file", "", ""), place
-    if scheme == "file":  # a name as it is, or percent-encoded as `Path.as_uri` writes it
-        return _connect("file", "", ""), rest if os.path.exists(rest) else unquote(rest)
-    path, _, options = rest.partition("?")
-    bucket, _, _ = path.partition("/")
-    if scheme in _GOOGLE:  # a public bucket is written gs://anonymous@bucket
-        path = path.removeprefix("anonymous@")
-    if scheme in _WEB:  # "?" and what follows is the server's
-        return _connect(scheme, bucket, ""), place
-    filesystem = _connect(scheme, bucket, options)
-    if isinstance(filesystem, pafs.PyFileSystem):  # each has its own idea of what of a URI is the path
-        path = filesystem.handler.fs._strip_protocol(f"{scheme}://{path}")
-    return filesystem, path
-
-
-@lru_cache(maxsize=32)
-def _connect(scheme: str, bucket: str, options: str) -> pafs.FileSystem:
-    if scheme == "file":
-        return pafs.LocalFileSystem()
-    if scheme in _GOOGLE and "retry_limit_seconds" not in dict(parse_qsl(options)):  # pyarrow's own limit is 15 minutes
-        options = "&".join(filter(None, (options, f"retry_limit_seconds={_REQUEST_SECONDS}")))
-    uri = f"{scheme}://{bucket}" + (f"?{options}" if options else "")
-    try:
-        if scheme == "s3":
-            return _connect_s3(options)
-        return pafs.FileSystem.from_uri(uri)[0]
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # not one of pyarrow's own: fsspec may know it
-        pass
-    try:
-        limits = {"client_kwargs": {"timeout": _web_timeout()}} if scheme in _WEB else {}
-        return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.core.url_to_fs(uri, **limits)[0]))
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{uri}: neither pyarrow nor fsspec reads this kind of URI ({error})") from None
-
-
-def _web_timeout() -> Any:
-    import aiohttp  # comes with fsspec[http]
-
-    return aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_REQUEST_SECONDS)
-
-
-def _connect_s3(options: str) -> pafs.S3FileSystem:
-    given = dict(parse_qsl(options))
-    unknown = sorted(set(given) - set(_S3_OPTIONS))
-    if unknown:
-        raise UserError(f"s3 URI: unknown options {', '.join(unknown)}; allowed: {', '.join(_S3_OPTIONS)}")
-    anonymous = given.pop("anonymous", "false").lower() in ("1", "true")
-    return pafs.S3FileSystem(
-        anonymous=anonymous, connect_timeout=_CONNECT_SECONDS, request_timeout=_REQUEST_SECONDS, **given
-    )

@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..io.files import read_arrays
 from ..types import PRESENT
 
-_BLOCK = 65_536  # rows counted at once: the floats of millions of rows would not fit into memory
+_BLOCK_ROWS = 65_536  # the floats of millions of rows at once would not fit into memory
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Provenance:
     Attributes:
         source: what was read ("instances_train2014.json", ...).
         num_images: images that were counted.
-        fingerprint: of their ids, labels and label names, as `splits.fingerprint` gives it.
+        fingerprint: of their ids, labels and label names, as `protocol.fingerprint` computes it.
     """
 
     source: str
@@ -48,7 +48,7 @@ class LabelCounts:
         names: the C label names.
         cooccurrence: [C, C] int64, M: images that have both labels; symmetric, zeros on the diagonal.
         count: [C] int64, n: images that have the label.
-        provenance: where the counts come from; None where that is not known.
+        provenance: where the counts come from; None if unknown.
     """
 
     names: tuple[str, ...]
@@ -60,18 +60,18 @@ class LabelCounts:
 def count_labels(
     targets: npt.NDArray[np.int8], names: Sequence[str], provenance: Provenance | None = None
 ) -> LabelCounts:
-    """Counts labels and pairs over the images of a train split.
+    """Count labels and pairs over the images of a train split.
 
     Args:
-        targets: [n, C] int8 in {1, 0, -1}; -1 (unknown) counts as not present, for the pair as for the label.
+        targets: [n, C] int8 in {1, 0, -1}; -1 (unknown) counts as not present, in labels and in pairs.
         names: [C] label names.
-        provenance: whose targets these are.
+        provenance: where the targets come from.
     """
     assert targets.shape == (len(targets), len(names))
     pairs = np.zeros((len(names), len(names)), np.int64)
-    for start in range(0, len(targets), _BLOCK):
-        # As floats: they go through BLAS, where integers take seconds; exact up to 2^24 rows a block.
-        present = (targets[start : start + _BLOCK] == PRESENT).astype(np.float32)
+    for start in range(0, len(targets), _BLOCK_ROWS):
+        # BLAS multiplies floats fast, integers would take seconds; sums are exact up to 2^24 rows per block.
+        present = (targets[start : start + _BLOCK_ROWS] == PRESENT).astype(np.float32)
         pairs += (present.T @ present).astype(np.int64)
     count = pairs.diagonal().copy()
     np.fill_diagonal(pairs, 0)
@@ -79,13 +79,14 @@ def count_labels(
 
 
 def conditional_probability(counts: LabelCounts) -> npt.NDArray[np.float64]:
-    """P(c | r) = M[r, c] / n[r], [C, C] float64 in [0, 1]; zeros on the diagonal and in rows of labels never seen.
+    """Return P(c | r) = M[r, c] / n[r], [C, C] float64 in [0, 1]; zeros on the diagonal and in rows of labels never seen.
 
     Raises:
-        UserError: if a count is below 0 or a pair occurs more often than one of its labels, with the pair.
+        UserError: if a count is below 0, or a pair occurs more often than one of its labels; names the pair.
     """
     pairs, given = counts.cooccurrence, counts.count[:, None]
-    for row, column in np.argwhere((pairs < 0) | (pairs > given))[:1]:
+    if len(wrong := np.argwhere((pairs < 0) | (pairs > given))):
+        row, column = wrong[0]
         first, second = counts.names[column], counts.names[row]
         raise UserError(
             f"label counts: P({first} | {second}) is {pairs[row, column]} / {counts.count[row]}, not in [0, 1];"
@@ -95,16 +96,16 @@ def conditional_probability(counts: LabelCounts) -> npt.NDArray[np.float64]:
 
 
 def choose_tau(counts: LabelCounts, tau: float | Literal["auto"], degree: float) -> float:
-    """The threshold of the graph: `tau` itself, or for "auto" the largest one that gives the graph a mean degree.
+    """Return the threshold of the graph: `tau`, or for "auto" the largest threshold with a mean degree of at least `degree`.
 
-    The degree of a label is the number of other labels that it attends to. The value is the k-th largest P(i | j) of all pairs i != j,
-    k being the smallest whole number with k / C >= degree; pairs of equal P come in together. Where fewer than k pairs ever occur
-    together, it is the smallest P above 0 (all of them are edges); where none does, 1.
+    The degree of a label is the number of other labels that it attends to. "auto" is the k-th largest P(i | j) of all pairs i != j,
+    where k is the smallest whole number with k / C >= degree. Pairs of equal P become edges together. If fewer than k pairs occur
+    together, it is the smallest P above 0, so that all of them are edges; if none does, 1.
 
     Args:
         counts: of the train split.
         tau: threshold in (0, 1], or "auto".
-        degree: mean degree that "auto" keeps, above 0.
+        degree: smallest mean degree that "auto" keeps, above 0.
     """
     if tau != "auto":
         return tau
@@ -117,14 +118,16 @@ def choose_tau(counts: LabelCounts, tau: float | Literal["auto"], degree: float)
 
 
 def attend_mask(counts: LabelCounts, tau: float) -> torch.Tensor:
-    """Label i attends to label j iff P(i | j) >= tau, or i = j: a label looks at those that usually bring it along.
+    """Return which label attends to which: i to j iff P(i | j) >= tau, or i = j.
+
+    So a label attends to the labels that it usually accompanies.
 
     Args:
         counts: of the train split.
         tau: threshold in (0, 1].
 
     Returns:
-        [C, C] bool, row i, column j. Note P(i | j) = M[j, i] / n[j]: the transpose of `conditional_probability`.
+        [C, C] bool, row i attends to column j. P(i | j) = M[j, i] / n[j] is the transpose of `conditional_probability`.
 
     Raises:
         UserError: if tau is not in (0, 1], or a probability is not in [0, 1].
@@ -136,14 +139,14 @@ def attend_mask(counts: LabelCounts, tau: float) -> torch.Tensor:
 
 
 def how_to_add_edges(counts: LabelCounts) -> str:
-    """What to do about a graph without edges, if anything can be done."""
+    """Return what the user can do about a graph without edges, if anything."""
     if counts.cooccurrence.any():
         return "a lower model.tau, or auto, adds edges"
     return "no two labels occur together, so no model.tau adds any"
 
 
 def save_counts(path: Path, counts: LabelCounts) -> None:
-    """Writes an .npz file that `load_counts` reads: `names`, `adj`, `nums`, and `source`, `images`, `fingerprint` where they are known.
+    """Write an .npz file for `load_counts`: `names`, `adj`, `nums`, and if known `source`, `images`, `fingerprint`.
 
     Raises:
         UserError: if the file cannot be written.
@@ -153,49 +156,51 @@ def save_counts(path: Path, counts: LabelCounts) -> None:
         origin = counts.provenance
         fields |= {"source": origin.source, "images": origin.num_images, "fingerprint": origin.fingerprint}
     try:
-        with path.open("wb") as file:  # a path alone would be given the suffix .npz
+        with path.open("wb") as file:  # numpy would append .npz to a path
             np.savez_compressed(file, **fields)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def load_counts(path: Path, names: Sequence[str] | None = None) -> LabelCounts:
-    """Reads counts from an .npz file with `names` [C], `adj` [C, C] (M; its diagonal is not used) and `nums` [C] (n).
+    """Read counts from an .npz file with `names` [C], `adj` [C, C] (M; its diagonal is not used) and `nums` [C] (n).
 
-    `source`, `images` and `fingerprint`, which `save_counts` adds, may lack.
+    `source`, `images` and `fingerprint`, which `save_counts` adds, may be missing.
 
     Args:
         path: the file.
-        names: [C] label names in the order wanted; None for the file's order.
+        names: [C] label names in the order to return; None: the file's order.
 
     Raises:
-        UserError: if a field is missing, does not fit or cannot be counts, or the file's names are not those wanted.
+        UserError: if a field is missing, does not fit or cannot be counts, or the file has other names.
     """
     labels, adj, nums = read_arrays(path, ("names", "adj", "nums"))
-    num_classes = len(labels) if labels.ndim == 1 else 0
-    if num_classes == 0 or labels.dtype.kind != "U" or len(set(labels.tolist())) < num_classes:
+    num_labels = len(labels) if labels.ndim == 1 else 0
+    if num_labels == 0 or labels.dtype.kind != "U" or len(set(labels.tolist())) < num_labels:
         raise UserError(f'{path}: "names" must be a list of different texts; correct it')
-    for field, array, shape in (("adj", adj, (num_classes, num_classes)), ("nums", nums, (num_classes,))):
+    for field, array, shape in (("adj", adj, (num_labels, num_labels)), ("nums", nums, (num_labels,))):
         if array.shape != shape:
             raise UserError(
-                f'{path}: "{field}" is {array.shape}, but {shape} is due for {num_classes} names; correct it'
+                f'{path}: "{field}" is {array.shape}, but must be {shape} for {num_labels} names; correct it'
             )
         if array.dtype.kind not in "iuf" or not (np.isfinite(array) & (array >= 0) & (array == np.floor(array))).all():
             raise UserError(f'{path}: "{field}" must hold whole numbers of at least 0; give counts, not probabilities')
     pairs, count = adj.astype(np.int64), nums.astype(np.int64)
     np.fill_diagonal(pairs, 0)
-    for row, column in np.argwhere(pairs != pairs.T)[:1]:
+    if len(wrong := np.argwhere(pairs != pairs.T)):
+        row, column = wrong[0]
         raise UserError(
             f'{path}: "adj" is not symmetric ({labels[row]}, {labels[column]}: {pairs[row, column]}, the other way '
             f"{pairs[column, row]}); a pair has one count"
         )
-    for row, column in np.argwhere(pairs > count[:, None])[:1]:
+    if len(wrong := np.argwhere(pairs > count[:, None])):
+        row, column = wrong[0]
         raise UserError(
             f'{path}: "adj" has {pairs[row, column]} images with {labels[row]} and {labels[column]}, but "nums" only '
             f"{count[row]} with {labels[row]}; take both counts from the same images,"
             f" or P({labels[column]} | {labels[row]}) is above 1"
         )
-    order = list(range(num_classes))
+    order = list(range(num_labels))
     if names is not None:
         place = {label: position for position, label in enumerate(labels.tolist())}
         lacking, surplus = sorted(set(names) - set(place)), sorted(set(place) - set(names))

@@ -1,13 +1,14 @@
-"""`msrn graph`: the label graph of a data set as text and as a picture."""
+"""The label graph of a data set as text and as a picture, for `msrn graph` and the doctor."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -15,11 +16,13 @@ from matplotlib.figure import Figure
 from ..errors import UserError
 from .graph import LabelCounts, attend_mask, conditional_probability, how_to_add_edges
 
-_SHOWN = 200  # edges listed on the screen
+Edge = tuple[int, int, float]  # i, j, P(i | j): label i attends to label j
+_Numbers: TypeAlias = npt.NDArray[np.float64]
+_MAX_LINES = 200  # edges listed on the screen
 
 
-def edges(counts: LabelCounts, tau: float) -> list[tuple[int, int, float]]:
-    """(i, j, P(i | j)) for each label i that attends to another label j, strongest first."""
+def edges(counts: LabelCounts, tau: float) -> list[Edge]:
+    """Return (i, j, P(i | j)) for each label i that attends to another label j, largest probability first."""
     mask = attend_mask(counts, tau).numpy()
     np.fill_diagonal(mask, False)
     probability = conditional_probability(counts)  # P[r, c] = P(c | r)
@@ -28,45 +31,62 @@ def edges(counts: LabelCounts, tau: float) -> list[tuple[int, int, float]]:
 
 
 def describe_graph(counts: LabelCounts, tau: float) -> Iterator[str]:
-    """Lines: each edge with its probability and count, labels without an edge, a warning where there is no edge at all."""
+    """Yield lines: each edge with its probability and count, the labels without an edge, a warning if there is no edge."""
     found = edges(counts, tau)
     yield f"{len(counts.names)} labels, {len(found)} edges at tau {tau:.4g} (label <- label it attends to)"
-    for i, j, probability in found[:_SHOWN]:
+    for i, j, probability in found[:_MAX_LINES]:
         together, alone = counts.cooccurrence[j, i], counts.count[j]
         first, second = counts.names[i], counts.names[j]
         yield f"  {first} <- {second}  P({first} | {second}) = {probability:.3f}  ({together} of {alone})"
-    if len(found) > _SHOWN:
-        yield f"  ... and {len(found) - _SHOWN} more"
+    if len(found) > _MAX_LINES:
+        yield f"  ... and {len(found) - _MAX_LINES} more"
     linked = {index for i, j, _ in found for index in (i, j)}
     isolated = [name for index, name in enumerate(counts.names) if index not in linked]
     if isolated:
         yield f"{len(isolated)} labels without an edge: {', '.join(isolated)}"
     if not found:
-        yield f"WARNING: the graph is empty, every label attends to itself alone; {how_to_add_edges(counts)}"
+        yield f"WARNING: the graph is empty, every label attends only to itself; {how_to_add_edges(counts)}"
 
 
 def draw_graph(counts: LabelCounts, tau: float, target: Path | BinaryIO) -> None:
-    """Labels on a circle, their area by frequency; an arrow from j to i where i attends to j, coloured and wide by P(i | j).
+    """Write a PNG: labels on a circle, and an arrow from j to i where i attends to j.
 
-    Labels stand beside those that they are linked with, so that most arrows are short; labels without an edge are grey. Writes a PNG.
+    A label's area grows with its frequency, an arrow's colour and width with P(i | j). Linked labels stand side by side, so that most
+    arrows are short. Labels without an edge are grey.
 
     Raises:
         UserError: if the file cannot be written, or a probability is not in [0, 1].
     """
-    number = len(counts.names)
+    num_labels = len(counts.names)
     found = edges(counts, tau)
-    side = float(np.clip(number / 5.5, 7, 24))
+    side = float(np.clip(num_labels / 5.5, 7, 24))
     figure = Figure(figsize=(side + 0.8, side), dpi=100, layout="constrained")
     axis = figure.subplots()
-    angle = np.empty(number)
-    angle[_circle_order(conditional_probability(counts))] = 2 * np.pi * np.arange(number) / number
-    place = np.stack([np.cos(angle), np.sin(angle)], 1)
+    angle = np.empty(num_labels)
+    angle[_circle_order(conditional_probability(counts))] = 2 * np.pi * np.arange(num_labels) / num_labels
     colour = ScalarMappable(Normalize(0, 1), "viridis_r")
     share = counts.count / max(1, counts.count.max())
-    area = 12 + 900 * share * min(1, 30 / number)
-    radius = np.sqrt(area) / 2  # points
+    area = 12 + 900 * share * min(1, 30 / num_labels)
+    _draw_arrows(axis, found, angle, area, colour)
+    _draw_labels(axis, counts, found, angle, area)
+    axis.set(xlim=(-1.45, 1.45), ylim=(-1.45, 1.45), aspect="equal")
+    axis.set_title(
+        f"{len(found)} edges at tau {tau:.4g}: an arrow goes from j to i, which attends to it, where P(i | j) >= tau\n"
+        "area and number: images with the label; grey: no edge"
+    )
+    axis.axis("off")
+    figure.colorbar(colour, ax=axis, label="P(i | j)", shrink=0.4, pad=0.01)
+    try:
+        figure.savefig(target, format="png")
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror})") from None
+
+
+def _draw_arrows(axis: Axes, found: list[Edge], angle: _Numbers, area: _Numbers, colour: ScalarMappable) -> None:
+    """Draw the edges; angle: [C] radians on the unit circle, area: [C] square points."""
+    place, radius = _on_circle(angle), _radius(area)
     tints = colour.to_rgba(np.array([probability for _, _, probability in found]))
-    for (i, j, probability), tint in zip(reversed(found), reversed(tints), strict=True):  # the strongest on top
+    for (i, j, probability), tint in zip(reversed(found), reversed(tints), strict=True):  # the strongest last, on top
         axis.annotate(
             "",
             xy=tuple(place[i]),
@@ -80,7 +100,12 @@ def draw_graph(counts: LabelCounts, tau: float, target: Path | BinaryIO) -> None
                 "shrinkB": radius[i] + 1,
             },
         )
-    linked = np.zeros(number, bool)
+
+
+def _draw_labels(axis: Axes, counts: LabelCounts, found: list[Edge], angle: _Numbers, area: _Numbers) -> None:
+    """Draw the labels as discs, with name and count outside the circle; angle and area as in `_draw_arrows`."""
+    place, radius = _on_circle(angle), _radius(area)
+    linked = np.zeros(len(angle), bool)
     linked[[index for i, j, _ in found for index in (i, j)]] = True
     axis.scatter(
         place[:, 0],
@@ -105,47 +130,44 @@ def draw_graph(counts: LabelCounts, tau: float, target: Path | BinaryIO) -> None
             color="black" if linked[index] else "dimgrey",
             parse_math=False,
         )
-    axis.set(xlim=(-1.45, 1.45), ylim=(-1.45, 1.45), aspect="equal")
-    axis.set_title(
-        f"{len(found)} edges at tau {tau:.4g}: an arrow goes from j to i, which attends to it, where P(i | j) >= tau\n"
-        "area and number: images with the label; grey: no edge"
-    )
-    axis.axis("off")
-    figure.colorbar(colour, ax=axis, label="P(i | j)", shrink=0.4, pad=0.01)
-    try:
-        figure.savefig(target, format="png")
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror})") from None
 
 
-def _bend(start: npt.NDArray[np.float64], end: npt.NDArray[np.float64]) -> float:
-    """How far an arrow bends towards the middle of the circle: short ones most, so that they leave the labels between free."""
+def _on_circle(angle: _Numbers) -> _Numbers:
+    return np.stack([np.cos(angle), np.sin(angle)], 1)
+
+
+def _radius(area: _Numbers) -> _Numbers:
+    """Return the radius of a marker of this area as matplotlib draws it, points."""
+    return np.sqrt(area) / 2
+
+
+def _bend(start: _Numbers, end: _Numbers) -> float:
+    """Return how far an arrow bends towards the middle of the circle: short arrows bend most, to pass the labels between."""
     along, middle = end - start, start + end
-    left = along[0] * middle[1] - along[1] * middle[0] >= 0  # of the arrow lies the middle
-    return (1 if left else -0.85) * (
-        0.05 + 0.25 * (2 - float(np.hypot(*along)))
-    )  # unlike, so that there and back are two arrows
+    is_left = along[0] * middle[1] - along[1] * middle[0] >= 0  # whether the middle lies left of the arrow
+    side = 1 if is_left else -0.85  # two sizes, so that the arrows of a pair of edges do not overlap
+    return side * (0.05 + 0.25 * (2 - float(np.hypot(*along))))
 
 
-def _circle_order(probability: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """[C] labels in an order that puts those beside each other which often occur together; probability: [C, C], P."""
+def _circle_order(probability: _Numbers) -> npt.NDArray[np.int64]:
+    """Return [C] labels in an order that places labels which often occur together side by side; probability: [C, C], P."""
     near = probability + probability.T
     linked = (near > 0) | np.eye(len(near), dtype=bool)
     while not np.array_equal(linked, further := linked @ linked):
         linked = further
-    first = linked.argmax(1)  # of the labels that each is linked with, over others or not
-    groups = [np.flatnonzero(first == one) for one in np.unique(first)]
+    representative = linked.argmax(1)  # the first label that a label is linked with, directly or through other labels
+    groups = [np.flatnonzero(representative == label) for label in np.unique(representative)]
     return np.concatenate([group[_row_order(near[np.ix_(group, group)])] for group in groups])
 
 
-def _row_order(near: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """The order of labels that are all linked; near: [n, n], symmetric.
+def _row_order(near: _Numbers) -> npt.NDArray[np.int64]:
+    """Return the order of labels that are all linked; near: [n, n], symmetric.
 
-    Source: Atkins, Boman, Hendrickson, "A Spectral Algorithm for Seriation" (1998), on the normalised Laplacian, which a label that
-    goes with all others does not dominate.
+    Source: Atkins, Boman, Hendrickson, "A Spectral Algorithm for Seriation" (1998), on the normalised Laplacian, so that a label
+    which occurs with all others does not dominate.
     """
     scale = 1 / np.sqrt(near.sum(1) + 1e-9)
     _, modes = np.linalg.eigh(np.eye(len(near)) - scale[:, None] * near * scale)
     slow = modes[:, min(1, len(near) - 1)] * scale
-    slow = slow * np.sign(slow[np.abs(slow).argmax()])  # an eigenvector has no sign of its own
+    slow = slow * np.sign(slow[np.abs(slow).argmax()])  # the sign of an eigenvector is arbitrary
     return np.argsort(-slow.round(9), kind="stable")

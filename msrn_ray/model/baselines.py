@@ -1,5 +1,6 @@
-"""The yardsticks: the same backbone, one global pooling, one linear layer.
+"""The baselines: the backbone of MSRN, one global pooling, one linear layer.
 
+Shapes: B images, C labels; layer4 is [B, channels, H / 32, W / 32].
 Source: the plain ResNet-101 rows of ML-GCN (Chen et al., CVPR 2019, tables 1 and 2) use global max pooling.
 """
 
@@ -13,7 +14,7 @@ from .backbone import Backbone
 
 
 class PooledLinear(nn.Module):
-    """layer4 features, global average (`gap`) or max (`gmp`) pooling, linear layer; `model.levels` is not used."""
+    """layer4 features, global average (`gap`) or max (`gmp`) pooling, linear layer; ignores `model.levels`."""
 
     def __init__(self, settings: ModelSettings, num_labels: int) -> None:
         super().__init__()
@@ -27,6 +28,6 @@ class PooledLinear(nn.Module):
         self.head = nn.Linear(self.backbone.channels["layer4"], num_labels)
 
     def forward(self, images: Tensor) -> MSRNOutput:
-        """images: [B, 3, H, W] float, normalised -> `MSRNOutput` with logits [B, C] and nothing else."""
+        """Return `MSRNOutput` with only logits [B, C]; images: [B, 3, H, W] float, normalised."""
         (features,) = self.backbone(images)
         return MSRNOutput(self.head(self.pool(features).flatten(1)))

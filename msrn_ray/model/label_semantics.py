@@ -1,4 +1,4 @@
-"""Local semantics (one embedding a label, by graph attention) and global semantics (one embedding a group of labels).
+"""Local semantics (an embedding per label, by graph attention) and global semantics (an embedding per group of labels).
 
 Shapes: C labels, V word-vector width, G groups, D embedding width.
 Source: arXiv 2106.11596, sections 3.1 and 3.2.
@@ -14,7 +14,7 @@ _GAIN = 1.414  # Xavier gain of the graph attention weights, as in the authors' 
 
 
 class GraphAttention(nn.Module):
-    """One head of graph attention with a residual on the transformed nodes; no bias, no dropout.
+    """Graph attention of one head with a residual on the transformed nodes; no bias, no dropout.
 
     h = X W;  e_ij = LeakyReLU_0.2(a . [h_i ; h_j]), -inf where i does not attend to j;  X'_i = ELU(sum_j softmax_j(e)_ij h_j + h_i)
     """
@@ -27,21 +27,22 @@ class GraphAttention(nn.Module):
         nn.init.xavier_uniform_(self.score, gain=_GAIN)
 
     def forward(self, nodes: Tensor, attend_mask: Tensor) -> Tensor:
-        """nodes: [C, in_dim] float; attend_mask: [C, C] bool, True where row attends to column -> [C, out_dim]."""
+        """Return [C, out_dim]; nodes: [C, in_dim] float; attend_mask: [C, C] bool, True where row attends to column."""
         hidden = nodes @ self.weight
-        by_source, by_target = (hidden @ self.score.view(2, -1).t()).unbind(1)  # a . [h_i ; h_j] is a sum of two parts
+        # a . [h_i ; h_j] = a_1 . h_i + a_2 . h_j, so nothing of size [C, C, 2 * out_dim] is needed
+        by_source, by_target = (hidden @ self.score.view(2, -1).t()).unbind(1)
         logits = F.leaky_relu(by_source[:, None] + by_target[None, :], 0.2)
         attention = logits.masked_fill(~attend_mask, float("-inf")).softmax(1)
         return F.elu(attention @ hidden + hidden)
 
 
 class LabelSemantics(nn.Module):
-    """Word vectors -> linear -> two graph attention layers -> E [C, D].
+    """Word vectors -> linear -> two graph attention layers -> E [C, D] (paper section 3.1).
 
     Args:
         word_vectors: [C, V] float32.
         attend_mask: [C, C] bool, True on the diagonal.
-        train_vectors: whether the word vectors are weights that are trained; they have the same name in the state dict either way.
+        train_vectors: whether the word vectors are trained. Their name in the state dict is the same either way.
     """
 
     word_vectors: Tensor
@@ -59,7 +60,7 @@ class LabelSemantics(nn.Module):
     ) -> None:
         super().__init__()
         if train_vectors:
-            self.word_vectors = nn.Parameter(word_vectors.clone())  # the caller's may be shared between processes
+            self.word_vectors = nn.Parameter(word_vectors.clone())  # a copy: processes may share the caller's tensor
         else:
             self.register_buffer("word_vectors", word_vectors)
         self.register_buffer("attend_mask", attend_mask)
@@ -68,14 +69,14 @@ class LabelSemantics(nn.Module):
         self.second = GraphAttention(graph_hidden_dim, embed_dim)
 
     def forward(self) -> Tensor:
-        """-> E [C, D] float32."""
+        """Return E [C, D] float32."""
         hidden: Tensor = self.first(self.input(self.word_vectors), self.attend_mask)
         embedding: Tensor = self.second(hidden, self.attend_mask)
         return embedding
 
 
 class GroupSemantics(nn.Module):
-    """Soft assignment of labels to groups and the groups' embeddings, both by graph attention on ReLU(E)."""
+    """Soft assignment of labels to groups and the groups' embeddings, both by graph attention on ReLU(E) (paper section 3.2)."""
 
     def __init__(self, embed_dim: int, num_groups: int) -> None:
         super().__init__()
@@ -83,7 +84,7 @@ class GroupSemantics(nn.Module):
         self.assign = GraphAttention(embed_dim, num_groups)
 
     def forward(self, label_embedding: Tensor, attend_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """label_embedding: E [C, D] -> group embedding Q [G, D] and assignment A [C, G], rows of A sum to 1."""
+        """Return group embedding Q [G, D] and assignment A [C, G], rows sum to 1; label_embedding: E [C, D]."""
         nodes = label_embedding.relu()
         assignment = self.assign(nodes, attend_mask).softmax(1)
         return assignment.t() @ self.embed(nodes, attend_mask), assignment

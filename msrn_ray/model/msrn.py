@@ -20,7 +20,7 @@ from .semantic_attention import SemanticAttention
 
 
 class MLPHead(nn.Module):
-    """tanh of all label and group vectors, flattened, through two linear layers."""
+    """tanh of all label and group vectors, flattened, through two linear layers: the release's default."""
 
     def __init__(self, num_labels: int, num_groups: int, width: int, hidden_dim: int) -> None:
         super().__init__()
@@ -29,18 +29,18 @@ class MLPHead(nn.Module):
 
     @property
     def output_bias(self) -> nn.Parameter:
-        """[C], the bias of the logits."""
+        """Return [C], the bias of the logits."""
         return self.output.bias
 
     def forward(self, labels: Tensor, groups: Tensor, assignment: Tensor) -> Tensor:
-        """labels: [B, C, L*D], groups: [B, G, L*D], assignment (not used): [C, G] -> logits [B, C]."""
+        """Return logits [B, C]; labels: [B, C, L*D], groups: [B, G, L*D], assignment (not used): [C, G]."""
         flat = torch.cat([labels, groups], 1).tanh().flatten(1)
         logits: Tensor = self.output(F.leaky_relu(self.hidden(flat), 0.01))
         return logits
 
 
 class ElementwiseHead(nn.Module):
-    """One weight vector a label on its own vector and on its groups' vectors, sent back by the assignment."""
+    """A weight vector per label, on the label's vector and on the group vectors that the assignment sends back to it."""
 
     def __init__(self, num_labels: int, width: int) -> None:
         super().__init__()
@@ -50,23 +50,23 @@ class ElementwiseHead(nn.Module):
 
     @property
     def output_bias(self) -> nn.Parameter:
-        """[C], the bias of the logits."""
+        """Return [C], the bias of the logits."""
         return self.bias
 
     def forward(self, labels: Tensor, groups: Tensor, assignment: Tensor) -> Tensor:
-        """labels: [B, C, L*D], groups: [B, G, L*D], assignment: [C, G] -> logits [B, C]."""
+        """Return logits [B, C]; labels: [B, C, L*D], groups: [B, G, L*D], assignment: [C, G]."""
         both = torch.cat([labels, assignment.to(groups.dtype) @ groups], 2).tanh()
         return (both * self.weight).sum(2) + self.bias
 
 
 class MSRN(nn.Module):
-    """Backbone levels attended by label and group semantics, fused over levels, scored by one head.
+    """Label and group semantics attend to backbone levels, which are fused and scored by one head (paper section 3).
 
     Args:
         settings: the architecture.
         word_vectors: [C, V] float32.
         attend_mask: [C, C] bool; label row attends to label column.
-        train_vectors: whether the word vectors are trained with the rest.
+        train_vectors: whether the word vectors are trained.
     """
 
     def __init__(
@@ -106,21 +106,21 @@ class MSRN(nn.Module):
         )
 
     def forward_features(self, images: Tensor) -> list[Tensor]:
-        """images: [B, 3, H, W] float, normalised -> the projected features P of each level, [B, N, D]."""
+        """Return the projected features P per level, [B, N, D]; images: [B, 3, H, W] float, normalised."""
         projected = []
         for level, features in zip(self.backbone.levels, self.backbone(images), strict=True):
-            if level in self.buffer_convs:
+            if level in self.buffer_convs:  # not in layer4; the trunk continues without it, as in the release
                 features = self.buffer_convs[level](features)
             features = self.projections[level](F.max_pool2d(features, 2))
             projected.append(features.flatten(2).transpose(1, 2))
         return projected
 
     def forward(self, images: Tensor) -> MSRNOutput:
-        """images: [B, 3, H, W] float, normalised by the ImageNet mean and std, H and W >= 64 -> see `MSRNOutput`."""
-        with torch.autocast(images.device.type, enabled=False):  # C rows only: nothing to gain from half precision
+        """Return `MSRNOutput`; images: [B, 3, H, W] float, normalised by the ImageNet mean and std, H and W >= 64."""
+        with torch.autocast(images.device.type, enabled=False):  # only C rows: half precision would gain nothing
             label_embedding = self.label_semantics()
             group_embedding, assignment = self.group_semantics(label_embedding, self.label_semantics.attend_mask)
-        semantics = torch.cat([label_embedding, group_embedding])
+        semantics = torch.cat([label_embedding, group_embedding])  # shared by all levels (paper section 3.3)
         attended = self.attention(self.forward_features(images), semantics)
         labels, groups = attended.split([len(label_embedding), len(group_embedding)], 1)
         return MSRNOutput(self.head(labels, groups, assignment), label_embedding, group_embedding, assignment)

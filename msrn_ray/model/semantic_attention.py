@@ -1,4 +1,4 @@
-"""Semantic-guided attention: every semantic vector pools every channel of a feature map with its own spatial softmax.
+"""Semantic-guided attention: a spatial softmax per semantic vector and channel pools each feature map.
 
 Shapes: B images, N positions, D channels, Q semantic vectors (labels and groups), R = B * D rows, a row being one channel of one image.
 
@@ -6,8 +6,8 @@ Shapes: B images, N positions, D channels, Q semantic vectors (labels and groups
 
 Source: arXiv 2106.11596, section 3.3. o is the mean of P under an exponential tilt, so its derivative by q_k is the variance of P
 under the same weights; q_k = 0 is mean pooling, q_k -> inf is max pooling. The largest exponent is known without a pass: it is
-at the largest P where q_k > 0 and at the smallest elsewhere. So two passes of exp are all: one for the three moments forward, one for
-the gradient of P backward. Each runs as one compiled kernel, or tile by tile, and nothing of size [B,N,Q,D] ever exists.
+at the largest P where q_k > 0 and at the smallest elsewhere. So two passes of exp are enough: one for the three moments forward, one
+for the gradient of P backward. Each runs as one compiled kernel, or tile by tile, and nothing of size [B,N,Q,D] ever exists.
 
 exp is computed as 2^(q x log2 e): GPUs have it in hardware, and Inductor's CPU code generator would write an `exp` that three sums
 share to memory, [Q,R,N] of it, instead of keeping it in a register.
@@ -27,13 +27,13 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import UserError
 
-# numbers of [Q,rows,N] that eager code holds at one time: 1 MB of float32 on a CPU, larger tiles leave the cache; 256 MB on a GPU, smaller
-# ones are too many launches
+# Numbers of [Q,rows,N] that eager code holds at one time. CPU: larger tiles than 1 MB of float32 leave the cache. GPU: smaller tiles than
+# 256 MB take too many launches.
 _CPU_TILE_ELEMENTS, _GPU_TILE_ELEMENTS = 2**18, 2**26
 
 
 def _moments(features: Tensor, tilt: Tensor, extreme: Tensor, center: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over positions of w, w x and w x^2, [Q,R] each, where x = P - center and w = 2^(tilt (P - extreme)) <= 1.
+    """Return the sums over positions of w, w x and w x^2, [Q,R] each, where x = P - center, w = 2^(tilt (P - extreme)) <= 1.
 
     Args:
         features: P, [R,N].
@@ -48,14 +48,14 @@ def _moments(features: Tensor, tilt: Tensor, extreme: Tensor, center: Tensor) ->
 
 
 def _pull_back(features: Tensor, tilt: Tensor, extreme: Tensor, constant: Tensor, slope: Tensor) -> Tensor:
-    """Sum over semantic vectors of w (constant + slope (P - extreme)), [R,N]; constant and slope: [Q,R], the rest as in `_moments`."""
+    """Return the sum over semantic vectors of w (constant + slope (P - extreme)), [R,N]; constant, slope: [Q,R]; rest as in `_moments`."""
     offset = features[None] - extreme[..., None]
     weight = (tilt[..., None] * offset).exp2_()
     return (weight * (constant[..., None] + slope[..., None] * offset)).sum(0)
 
 
 def _run_tiled(kernel: Callable[..., Any], features: Tensor, *by_vector: Tensor) -> Any:
-    """`kernel` over tiles of rows that stay in the cache; features: [R,N], by_vector: [Q,R] each."""
+    """Run `kernel` over tiles of rows that stay in the cache; features: [R,N], by_vector: [Q,R] each."""
     elements = _CPU_TILE_ELEMENTS if features.device.type == "cpu" else _GPU_TILE_ELEMENTS
     size = max(1, elements // (features.shape[1] * len(by_vector[0])))
     tiles = [
@@ -68,7 +68,7 @@ def _run_tiled(kernel: Callable[..., Any], features: Tensor, *by_vector: Tensor)
 
 
 def _run_compiled(kernel: Callable[..., Any], *inputs: Tensor) -> Any:
-    """`kernel` compiled; inputs: [R,N] or [Q,R]. A side of 1 runs tiled: the compiler would write kernels of their own for it."""
+    """Run the compiled `kernel`; inputs: [R,N] or [Q,R]. A side of 1 runs tiled: the compiler would write a kernel just for it."""
     if min(size for tensor in inputs for size in tensor.shape) == 1:
         return _run_tiled(kernel, *inputs)
     return _compiled(kernel)(*inputs)
@@ -76,12 +76,12 @@ def _run_compiled(kernel: Callable[..., Any], *inputs: Tensor) -> Any:
 
 @cache
 def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """One kernel for all levels, batch sizes and numbers of labels; a kernel a shape would compile anew for each level and short batch."""
+    """Compile for all shapes at once: a kernel per shape would compile anew for each level and each short batch."""
     return torch.compile(kernel, dynamic=True, fullgraph=True, options=_inductor_options)
 
 
-# A first run waits for the C++ compiler. Precompiling its headers and probing which instruction sets it knows pay for many kernels, not for
-# two; `compile_kernels` probes after all where that fails.
+# A first run waits for the C++ compiler. Precompiling its headers and probing its instruction sets pay for many kernels, not for two.
+# If compiling fails without them, `compile_kernels` uses both.
 _inductor_options: dict[str, str | int | bool | Callable[..., Any]] = {
     "cpp_cache_precompile_headers": False,
     "cpp.vec_isa_ok": True,
@@ -89,19 +89,19 @@ _inductor_options: dict[str, str | int | bool | Callable[..., Any]] = {
 
 
 def compile_kernels(device: torch.device, rank: int) -> None:
-    """Compiles both kernels, or takes them from Inductor's cache; neighbouring ranks begin with different ones and share them there.
+    """Compile both kernels or load them from Inductor's cache, through which ranks that start with different kernels share them.
 
     Raises:
-        Exception: of any kind that Inductor raises where no compiler works.
+        Exception: of any kind that Inductor raises if no compiler works.
     """
     try:
         _call_kernels(device, rank)
-    except Exception:  # Inductor raises many kinds; what is not mended by probing is raised again
+    except Exception:  # Inductor raises many kinds; the second attempt raises what probing does not fix
         if not _inductor_options:
             raise
         _inductor_options.clear()
         _compiled.cache_clear()
-        torch._dynamo.reset()
+        torch.compiler.reset()
         _call_kernels(device, rank)
 
 
@@ -110,23 +110,23 @@ def _call_kernels(device: torch.device, rank: int) -> None:
     features = torch.zeros(512, 30, device=device)
     passes: list[tuple[Callable[..., Any], int]] = [(_moments, 3), (_pull_back, 4)]
     for kernel, num_inputs in passes if rank % 2 == 0 else reversed(passes):
-        # inputs of their own: one tensor given twice would make a kernel for just that
+        # separate inputs: for a tensor given twice the compiler would write a kernel just for that case
         _run_compiled(kernel, features, *(torch.zeros(20, 512, device=device) for _ in range(num_inputs)))
-    with torch.inference_mode():  # its tensors are of another kind, which the compiler looks at anew
+    with torch.inference_mode():  # its tensors are of another kind, for which the compiler traces again
         features, vector = torch.zeros(512, 30, device=device), torch.zeros(20, 512, device=device)
         _run_compiled(_moments, features, vector, vector.clone(), vector.clone())
 
 
 def _tilt(semantics: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """semantics: [Q,D], low and high: [R], least and largest feature -> tilt and extreme of each row, [Q,R]."""
+    """Return tilt and extreme of each row, [Q,R]; semantics: [Q,D]; low, high: [R], smallest and largest feature."""
     tilt = (semantics * math.log2(math.e)).repeat(1, len(low) // semantics.shape[1])
     return tilt, torch.where(tilt > 0, high, low)
 
 
 class _TiltedMean(torch.autograd.Function):
-    """features [B,N,D], semantics [Q,D] -> the exponentially tilted mean [B,Q,D], with its closed-form gradient.
+    """The exponentially tilted mean, with its closed-form gradient: features [B,N,D], semantics [Q,D] -> [B,Q,D].
 
-    Keeps numbers of [B,N,D] and [B,Q,D] for backward.
+    Keeps tensors of [B,N,D] and [B,Q,D] for backward.
     """
 
     @staticmethod
@@ -136,8 +136,8 @@ class _TiltedMean(torch.autograd.Function):
         rows = features.transpose(1, 2).reshape(batch * width, positions).contiguous()
         low, high = rows.aminmax(dim=1)
         tilt, extreme = _tilt(semantics, low, high)
-        # The tilted mean is near the extreme where one position has most of the weight, near the plain mean where all N others together
-        # have more. A sum of distances from what is near loses nothing when it becomes a mean or a variance
+        # The tilted mean is near the extreme if one position has most of the weight, and near the plain mean if the N others together
+        # have more. Sums of distances from a near center lose no digits when they become a mean and a variance.
         plain = rows.mean(1).expand_as(extreme)
         center = torch.where(tilt * (plain - extreme) > -math.log2(positions), plain, extreme)
         total, first, second = run(_moments, rows, tilt, extreme, center)
@@ -166,18 +166,18 @@ class _TiltedMean(torch.autograd.Function):
 
 
 def semantic_attention(features: Tensor, semantics: Tensor, *, compiled: bool = False) -> Tensor:
-    """Pools the positions of a feature map once for each semantic vector, channel by channel.
+    """Pool the positions of a feature map once per semantic vector and channel.
 
     Args:
         features: [B, N, D] float.
         semantics: [Q, D] float, label or group embeddings.
-        compiled: run the two passes as compiled kernels (see `SemanticAttention.choose_kernels`) instead of tile by tile.
+        compiled: run both passes as compiled kernels (see `SemanticAttention.choose_kernels`), not tile by tile.
 
     Returns:
         [B, Q, D], each value between the smallest and the largest feature of its channel; float32 for half precision.
 
     Raises:
-        ValueError: if the widths differ or a side is 0, with both shapes.
+        ValueError: if the widths differ or a side is 0; gives both shapes.
 
     Source: arXiv 2106.11596, section 3.3.
     """
@@ -197,7 +197,7 @@ def semantic_attention(features: Tensor, semantics: Tensor, *, compiled: bool = 
 
 
 class SemanticAttention(nn.Module):
-    """`semantic_attention` of several levels with the same semantics; no parameters.
+    """`semantic_attention` over several levels with the same semantics; no parameters.
 
     Attributes:
         compiled: which kernels run; see `choose_kernels`.
@@ -206,24 +206,24 @@ class SemanticAttention(nn.Module):
     compiled = False
 
     def forward(self, levels: Sequence[Tensor], semantics: Tensor) -> Tensor:
-        """levels: L maps [B, N_l, D]; semantics: [Q, D] -> [B, Q, L*D], the levels side by side."""
+        """Return [B, Q, L*D], the levels side by side; levels: L maps [B, N_l, D]; semantics: [Q, D]."""
         return torch.cat([semantic_attention(level, semantics, compiled=self.compiled) for level in levels], 2)
 
     def choose_kernels(self, choice: Literal["auto", "on", "off"], device: torch.device, rank: int = 0) -> str:
-        """Compiles the kernels for `device`, or settles for eager tiles, once for the life of the module.
+        """Compile the kernels for `device`, or choose eager tiles; call it once per module.
 
-        Inductor keeps what it compiled in TORCHINDUCTOR_CACHE_DIR, so that a machine compiles once.
+        Inductor keeps compiled kernels in TORCHINDUCTOR_CACHE_DIR, so that a machine compiles once.
 
         Args:
             choice: `off`: eager; `on`: compiled; `auto`: compiled where a compiler works.
             device: where the features will be.
-            rank: number of the process; neighbours begin with different kernels and share them through Inductor's cache.
+            rank: of the process; even and odd ranks start with different kernels and share them through Inductor's cache.
 
         Returns:
             What was chosen, for the log.
 
         Raises:
-            UserError: if `choice` is `on` and there is no working compiler, with the reason.
+            UserError: if `choice` is `on` and no compiler works; gives the reason.
         """
         self.compiled = False
         if choice == "off":
@@ -231,7 +231,7 @@ class SemanticAttention(nn.Module):
         start = time.perf_counter()
         try:
             compile_kernels(device, rank)
-        except Exception as error:  # whatever keeps the compiler from working, there are other kernels
+        except Exception as error:  # whatever stops the compiler, the eager tiles still work
             lines = str(error).strip().splitlines() or [type(error).__name__]
             reason = next((line for line in lines if "error:" in line), lines[0]).strip()
             needed = "g++ and Python's headers, python3-dev on Debian" if device.type == "cpu" else "Triton"

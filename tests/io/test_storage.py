@@ -157,7 +157,7 @@ def test_s3_options_are_checked() -> None:
 def test_a_bucket_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
-    monkeypatch.setattr("msrn_ray.io.storage._REQUEST_SECONDS", 2)
+    monkeypatch.setattr("msrn_ray.io.filesystems._REQUEST_SECONDS", 2)
     start = time.monotonic()
     with pytest.raises(UserError, match=r"bucket/a.*cannot be reached .*[Cc]ould not connect to server"):
         Location.of(f"{place}endpoint_override=127.0.0.1:9&scheme=http").is_dir()

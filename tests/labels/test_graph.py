@@ -53,7 +53,7 @@ def test_counts_agree_with_a_slow_reading(targets: npt.NDArray[np.int8]) -> None
 def test_counts_in_blocks(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     targets = np.random.default_rng(rows).choice(np.array([1, 0, -1], np.int8), (rows, 5))
     whole = count_labels(targets, "abcde")
-    monkeypatch.setattr(label_graph, "_BLOCK", 4)
+    monkeypatch.setattr(label_graph, "_BLOCK_ROWS", 4)
     parts = count_labels(targets, "abcde")
     np.testing.assert_array_equal(parts.cooccurrence, whole.cooccurrence)
     np.testing.assert_array_equal(parts.count, whole.count)
@@ -165,8 +165,8 @@ def test_load_names_the_differences(tmp_path: Path) -> None:
         ({"names": np.array(["a", "b", "a"])}, r'"names" must be a list of different texts; correct it'),
         ({"names": np.array([1, 2, 3])}, r'"names" must be a list of different texts'),
         ({"names": np.array(["a", "b", "c"], dtype=object)}, r"not an \.npz file of plain arrays .*; write it with"),
-        ({"adj": np.zeros((3, 2), int)}, r'"adj" is \(3, 2\), but \(3, 3\) is due for 3 names; correct it'),
-        ({"nums": np.ones(4, int)}, r'"nums" is \(4,\), but \(3,\) is due'),
+        ({"adj": np.zeros((3, 2), int)}, r'"adj" is \(3, 2\), but must be \(3, 3\) for 3 names; correct it'),
+        ({"nums": np.ones(4, int)}, r'"nums" is \(4,\), but must be \(3,\)'),
         ({"adj": np.full((3, 3), 0.5)}, r'"adj" must hold whole numbers of at least 0; give counts, not probabilities'),
         ({"nums": np.array([4, -3, 1])}, r'"nums" must hold whole numbers'),
         ({"nums": np.array([4, np.nan, 1])}, r'"nums" must hold whole numbers'),

@@ -158,12 +158,12 @@ def test_missing_all_as_random(glove: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("dog 1 2 3\ncat 1 2\n", r"glove\.txt, line 2: 2 numbers where 3 are due; .* correct the line or download"),
-        ("cat 1 2 3\n\ndog 1 2 3 4\n", r"glove\.txt, line 3: 4 numbers where 3 are due"),
-        ("yak 1 2 3\ngnu 1\n", r"glove\.txt, line 2: 1 numbers where 3 are due"),
+        ("dog 1 2 3\ncat 1 2\n", r"glove\.txt, line 2: 2 numbers instead of 3; .* correct the line or download"),
+        ("cat 1 2 3\n\ndog 1 2 3 4\n", r"glove\.txt, line 3: 4 numbers instead of 3"),
+        ("yak 1 2 3\ngnu 1\n", r"glove\.txt, line 2: 1 numbers instead of 3"),
         ("cat 1 2 3\ndog 1 x 3\n", r"glove\.txt, line 2: could not convert .*'x'.*; correct the line"),
         ("dog 1 nan 3\n", r"glove\.txt, line 1: holds nan or inf; correct the line"),
-        ("dog\n", r"glove\.txt, line 1: 0 numbers where some are due"),
+        ("dog\n", r"glove\.txt, line 1: 0 numbers instead of some"),
         ("", r"glove\.txt: an empty file; give a GloVe text file"),
     ],
 )
