@@ -23,7 +23,8 @@ from msrn_ray.datasets.registry import READERS, Published
 from msrn_ray.datasets.transforms import decode
 from msrn_ray.errors import UserError
 from msrn_ray.io.byte_ranges import read_bytes
-from msrn_ray.io.storage import Location, filesystem_of
+from msrn_ray.io.filesystems import filesystem_of
+from msrn_ray.io.storage import Location
 from msrn_ray.official import LABEL_NAMES
 from msrn_ray.types import SampleTable
 from tests.datasets.test_containers import save_to_disk, write_tar

@@ -16,7 +16,8 @@ from rich.console import Console
 from msrn_ray.config import DataSettings
 from msrn_ray.datasets.protocol import fingerprint
 from msrn_ray.datasets.registry import Published, read_published
-from msrn_ray.io.storage import Location, filesystem_of
+from msrn_ray.io.filesystems import filesystem_of
+from msrn_ray.io.storage import Location
 from msrn_ray.ray_data.pipeline import decode_rows
 from msrn_ray.ray_data.prepare import prepare
 
