@@ -26,7 +26,7 @@ from msrn_ray.cli.app import main
 from msrn_ray.errors import UserError
 from msrn_ray.presets import PRESETS
 from msrn_ray.ray_cluster.check import PLACEHOLDER, check_cluster, check_preset
-from msrn_ray.ray_cluster.cluster_yaml import can_grow_to, machine_resources, most_resources, read_cluster
+from msrn_ray.ray_cluster.cluster_yaml import can_grow_to, instance_resources, most_resources, read_cluster
 from msrn_ray.ray_cluster.private_api import (
     NodeProviderAvailabilityTracker,
     create_package,
@@ -36,6 +36,8 @@ from msrn_ray.ray_cluster.private_api import (
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU_YAML, LOCAL_YAML = ROOT / "cluster/gpu.yaml", ROOT / "cluster/local.yaml"
+PINS = "-c ~/msrn_ray/cluster/requirements.txt"
+OTHER_PINS = "torchvision==0.29.1 numpy==2.4.6 pyarrow==25.0.1"
 Change = Callable[[dict[str, Any]], object]
 
 
@@ -113,13 +115,13 @@ def open_port(first: int, last: int, source: str) -> Change:
         (LOCAL_YAML, lambda c: c["provider"].update(worker_ips=None), ["a value of another kind"]),
         (LOCAL_YAML, lambda c: c["provider"].update(worker_ips="10.0.0.2"), ["worker_ips: '10.0.0.2' is not of type 'array'"]),
         (LOCAL_YAML, lambda c: c["provider"].update(worker_ips=["10.0.0.1"]), ["stands there twice, or is the head's"]),
-        (LOCAL_YAML, lambda c: c["provider"].update(head_ip="localhost"), ["localhost means the machine itself"]),
+        (LOCAL_YAML, lambda c: c["provider"].update(head_ip="localhost"), ["localhost means the node itself"]),
         (LOCAL_YAML, lambda c: c["auth"].update(ssh_private_key="~/.ssh/none"), ["~/.ssh/none is not there"]),
-        (LOCAL_YAML, lambda c: c["provider"].update(worker_ips=["10.0.0.2", "127.0.0.2"]), ["127.0.0.2 means the machine itself"]),
+        (LOCAL_YAML, lambda c: c["provider"].update(worker_ips=["10.0.0.2", "127.0.0.2"]), ["127.0.0.2 means the node itself"]),
         (GPU_YAML, lambda c: c["provider"].update(type="awss"), ["cannot read it"]),
         (GPU_YAML, lambda c: c.update(head_setup_commands="pip install boto3"), ["a value of another kind"]),
         (GPU_YAML, in_type("gpu_spot", InstanceMarketOptions="spot"), ["InstanceMarketOptions must be {MarketType: spot}"]),
-        (GPU_YAML, in_type("gpu_spot", InstanceType="g5.3xlarge"), ["AWS has no machine g5.3xlarge"]),
+        (GPU_YAML, in_type("gpu_spot", InstanceType="g5.3xlarge"), ["AWS has no instance type g5.3xlarge"]),
         (GPU_YAML, in_type("decode", BlockDeviceMappings=200), ["BlockDeviceMappings must be a list"]),
         (
             GPU_YAML,
@@ -142,15 +144,15 @@ def open_port(first: int, last: int, source: str) -> Change:
         (GPU_YAML, lambda c: in_all(c, "--autoscaling-config", "--x"), ["add --autoscaling-config"]),
         (GPU_YAML, open_port(8265, 8265, "0.0.0.0/0"), ["ports 8265 to 8265 are open to everyone"]),
         (GPU_YAML, open_port(0, 65535, "0.0.0.0/0"), ["ports 0 to 65535"]),
-        (GPU_YAML, lambda c: in_all(c, "ray[default,train,tune,data]==2.60.0", "ray"), ["install ray in one version"]),
-        (LOCAL_YAML, lambda c: in_all(c, "torch==2.14.1", "torch>=2"), ["install torch in one version"]),
-        (GPU_YAML, lambda c: in_all(c, "torch==2.14.1", "torch==1.9.0"), ["torch==1.9.0, but the project needs >=2.9"]),
-        (GPU_YAML, lambda c: in_all(c, "==2.60.0", "==2.61.0"), [f"ray==2.61.0, but `ray up` here is {ray.__version__}"]),
+        (GPU_YAML, lambda c: in_all(c, PINS, f"torch==2.14.1 {OTHER_PINS}"), ["install ray in one version"]),
+        (LOCAL_YAML, lambda c: in_all(c, PINS, f"ray==2.60.0 {OTHER_PINS}"), ["install torch in one version"]),
+        (GPU_YAML, lambda c: in_all(c, PINS, f"{PINS} torch==1.9.0"), ["torch==1.9.0, but the project needs >=2.9"]),
+        (GPU_YAML, lambda c: in_all(c, PINS, f"{PINS} ray==2.61.0"), [f"ray==2.61.0, but `ray up` here is {ray.__version__}"]),
         (GPU_YAML, lambda c: c["rsync_exclude"].remove(".venv"), ["rsync_exclude: add .venv"]),
         (
             LOCAL_YAML,
             lambda c: c["file_mounts"].update({"~/all": "~"}),
-            ["file_mounts.~/all: .ssh would be copied to every machine; name what is needed instead of ~"],
+            ["file_mounts.~/all: Ray would copy .ssh to every node; name only the needed parts of ~"],
         ),
         (
             GPU_YAML,
@@ -226,13 +228,13 @@ def test_the_machines_are_what_their_maker_says() -> None:
     )
     compared = 0
     for name, said in types.items():
-        ours = machine_resources(name)
+        ours = instance_resources(name)
         if ours is not None:
             compared += 1
             gpus = sum(one["Count"] for one in said.get("GpuInfo", {}).get("Gpus", []))
             assert ours == {"CPU": said["VCpuInfo"]["DefaultVCpus"], "GPU": gpus}, name
     assert compared > 50
-    assert machine_resources("g5.large") is machine_resources("quantum.2xlarge") is None
+    assert instance_resources("g5.large") is instance_resources("quantum.2xlarge") is None
 
 
 def test_spot_and_on_demand_machines_stand_in_for_each_other(tmp_path: Path) -> None:
@@ -280,13 +282,13 @@ def test_where_spot_machines_are_refused_the_same_is_asked_for_on_demand(
 def test_what_a_preset_gets(tmp_path: Path) -> None:
     file, config = filled_in(GPU_YAML, tmp_path), PRESETS["coco2014"].config
     assert check_preset(file, config) == (
-        "coco2014: 4 workers with a GPU each, 4 images a step each, and 15 CPUs a worker that decode"
+        "coco2014: 4 workers with a GPU each, 4 images per step each, and 15 CPUs per worker that decode"
     )
     with pytest.raises(UserError, match=r"num_workers=5 needs as many GPUs, .*gpu\.yaml at its largest has 4"):
         check_preset(file, config.with_overrides({"resources.num_workers": 5}))
     with pytest.raises(UserError, match=r"train\.batch_size=2 leaves some of 4 workers without an image"):
         check_preset(file, config.with_overrides({"train.batch_size": 2}))
-    with pytest.raises(UserError, match="machines of your own do not say"):
+    with pytest.raises(UserError, match="provider local does not say"):
         check_preset(filled_in(LOCAL_YAML, tmp_path), config)
 
 
@@ -309,13 +311,16 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_the_versions_on_the_machines_are_ones_that_the_project_takes() -> None:
-    """For both files alike."""
+    """Both cluster files install the pins of requirements.txt, and no other version."""
     takes = {one.name: one.specifier for one in map(Requirement, requires("msrn-ray") or []) if one.marker is None}
+    pins = dict(re.findall(r"([\w-]+)==([\w.]+)", (ROOT / "cluster/requirements.txt").read_text(encoding="utf-8")))
+    assert set(pins) >= {"ray", "torch", "torchvision", "numpy", "pyarrow"}
+    assert [name for name in takes if pins[name.lower()] not in takes[name]] == []
+    assert pins["ray"] == ray.__version__
     for file in (GPU_YAML, LOCAL_YAML):
-        pins = dict(re.findall(r"(\w+)(?:\[[\w,]+\])?==([\w.]+)", file.read_text(encoding="utf-8")))
-        assert set(pins) == {"ray", "torch", "torchvision", "numpy", "pyarrow"}
-        assert [name for name in pins if pins[name] not in takes[name]] == []
-        assert pins["ray"] == ray.__version__
+        text = file.read_text(encoding="utf-8")
+        assert PINS in text
+        assert "==" not in text
 
 
 def test_what_a_job_uploads_is_the_code_and_nothing_else(tmp_path: Path) -> None:
