@@ -80,7 +80,7 @@ def test_overrides_reach_nested_values_and_leave_the_rest() -> None:
         ("optim.", ("lr", "weight_decay")),
     ],
 )
-def test_an_unknown_path_names_what_is_allowed_there(path: str, allowed: tuple[str, ...]) -> None:
+def test_unknown_path_names_what_is_allowed(path: str, allowed: tuple[str, ...]) -> None:
     with pytest.raises(UserError) as caught:
         ExperimentConfig().with_overrides({path: 1})
     assert repr(path) in str(caught.value)
@@ -88,12 +88,12 @@ def test_an_unknown_path_names_what_is_allowed_there(path: str, allowed: tuple[s
 
 
 @pytest.mark.parametrize("path", ["optim.lr.x", "data.root.x", "model.levels.0"])
-def test_nothing_lies_below_a_value(path: str) -> None:
+def test_path_below_a_value_is_unknown(path: str) -> None:
     with pytest.raises(UserError, match=f"unknown setting '{path}'"):
         ExperimentConfig().with_overrides({path: 1})
 
 
-def test_a_group_cannot_be_set_at_once() -> None:
+def test_group_cannot_be_set_at_once() -> None:
     with pytest.raises(UserError, match=r"'optim' is a group; set one of: optim\.name, optim\.lr"):
         ExperimentConfig().with_overrides({"optim": {"lr": 0.1}})
 
@@ -144,7 +144,7 @@ def test_a_group_cannot_be_set_at_once() -> None:
         ("protocol", "test", ("protocol", "'test'", "'honest'", "'paper'")),
     ],
 )
-def test_a_bad_value_names_field_value_and_bound(path: str, value: object, words: tuple[str, ...]) -> None:
+def test_bad_value_names_field_value_and_bound(path: str, value: object, words: tuple[str, ...]) -> None:
     with pytest.raises(UserError) as caught:
         ExperimentConfig().with_overrides({path: value})
     message = str(caught.value)
@@ -163,7 +163,7 @@ def test_a_bad_value_names_field_value_and_bound(path: str, value: object, words
         (None, None, None),
     ],
 )
-def test_how_often_an_epoch_is_saved(every: str | None, steps: int | None, seconds: float | None) -> None:
+def test_checkpoint_interval_in_steps_or_seconds(every: str | None, steps: int | None, seconds: float | None) -> None:
     train = ExperimentConfig().with_overrides({"train.checkpoint_every": every}).train
     assert (train.checkpoint_every, train.checkpoint_steps, train.checkpoint_seconds) == (every, steps, seconds)
 
@@ -172,7 +172,7 @@ def test_how_often_an_epoch_is_saved(every: str | None, steps: int | None, secon
     ("value", "expected", "fewest_and_most"),
     [(3, 3, (3, 3)), ("3", 3, (3, 3)), ("2..8", "2..8", (2, 8)), (None, None, None)],
 )
-def test_numbers_of_workers(value: object, expected: object, fewest_and_most: tuple[int, int] | None) -> None:
+def test_number_or_range_of_workers(value: object, expected: object, fewest_and_most: tuple[int, int] | None) -> None:
     resources = ExperimentConfig().with_overrides({"resources.num_workers": value}).resources
     assert (resources.num_workers, resources.worker_range) == (expected, fewest_and_most)
 
@@ -182,7 +182,7 @@ def test_every_wrong_field_is_named() -> None:
         ExperimentConfig().with_overrides({"optim.lr": 0, "train.epochs": 0})
 
 
-def test_frozen() -> None:
+def test_config_is_frozen() -> None:
     config = ExperimentConfig()
     with pytest.raises(ValidationError, match="frozen"):
         config.protocol = "paper"  # type: ignore[misc]  # what mypy refuses is refused at run time, too
@@ -190,7 +190,7 @@ def test_frozen() -> None:
         config.optim.lr = 1.0  # type: ignore[misc]  # the same
 
 
-def test_an_unknown_field_is_refused() -> None:
+def test_unknown_field_is_refused() -> None:
     with pytest.raises(UserError, match=r"optim\.learning_rate: .*not permitted"):
         config_from_dict({"optim": {"learning_rate": 0.1}})
     with pytest.raises(ValidationError, match="nonsense"):
@@ -205,12 +205,12 @@ def test_an_unknown_field_is_refused() -> None:
         (["layer4", "layer2"], "must go from fine to coarse: layer2 layer4"),
     ],
 )
-def test_levels(levels: list[str], message: str) -> None:
+def test_bad_levels_are_refused(levels: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ExperimentConfig().with_overrides({"model.levels": levels})
 
 
-def test_onecycle_has_its_own_warm_up() -> None:
+def test_onecycle_takes_no_warm_up() -> None:
     onecycle = ExperimentConfig().with_overrides({"optim.schedule": "onecycle"})
     with pytest.raises(UserError, match=r"optim\.warmup_epochs must be 0 with optim\.schedule=onecycle"):
         onecycle.with_overrides({"optim.warmup_epochs": 0.5})
@@ -219,14 +219,14 @@ def test_onecycle_has_its_own_warm_up() -> None:
         assert changed.optim.warmup_epochs == 0.5
 
 
-def test_no_more_micro_batches_than_images() -> None:
+def test_at_most_one_micro_batch_per_image() -> None:
     ExperimentConfig().with_overrides({"train.batch_size": 4, "optim.accumulation": 4})
     with pytest.raises(UserError, match=r"optim\.accumulation=5 is larger than train\.batch_size=4"):
         ExperimentConfig().with_overrides({"train.batch_size": 4, "optim.accumulation": 5})
 
 
 @pytest.mark.parametrize("name", ["config.json", "config.yaml", "config"])
-def test_files_give_the_identical_config_back(tmp_path: Path, name: str) -> None:
+def test_saved_config_loads_unchanged(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     unusual().save(path)
     assert load_config(path) == unusual()
@@ -236,7 +236,7 @@ def test_files_give_the_identical_config_back(tmp_path: Path, name: str) -> None
         assert json.loads(path.read_text(encoding="utf-8")) == unusual().to_dict()
 
 
-def test_plain_data_only() -> None:
+def test_dict_is_plain_data() -> None:
     def check(node: Any) -> None:
         if isinstance(node, dict):
             node = [*node, *node.values()]
@@ -265,7 +265,7 @@ def test_plain_data_only() -> None:
         (b"!!python/object/apply:os.mkdir [ran]\n", "not YAML or JSON"),
     ],
 )
-def test_a_file_that_is_no_config_is_named(
+def test_file_that_is_no_config_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None, words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -280,7 +280,7 @@ def test_a_file_that_is_no_config_is_named(
     assert not (tmp_path / "ran").exists(), "a config file must not run code"
 
 
-def test_a_folder_is_no_config(tmp_path: Path) -> None:
+def test_folder_is_no_config(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         load_config(tmp_path)
 
@@ -340,13 +340,13 @@ def test_benchmarks_follow_the_paper(name: str, dataset: str, group_ratio: float
     assert config.loss.group_weight == 1e-4
 
 
-def test_expected_figures_are_the_published_ones() -> None:
+def test_expected_figures_are_published() -> None:
     figures = {"voc2007": "96.0", "coco2014": "83.4", "nuswide": "61.5"}
     assert {name: figure for name, figure in figures.items() if figure not in PRESETS[name].expected} == {}
     assert set(PRESETS) == {"scenes", "manifest", "folders", "huggingface", "webdataset", *BENCHMARKS}
 
 
-def test_the_small_preset_needs_nothing_from_outside() -> None:
+def test_scenes_preset_needs_no_downloads() -> None:
     config = PRESETS["scenes"].config
     assert config.data.root is None
     assert config.model.pretrained is None

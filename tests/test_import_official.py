@@ -57,7 +57,7 @@ def sources(shared: Path) -> dict[str, Path]:
     return {"word_vectors": folder / "voc.npz", "graph": folder / "cooccurrence_voc.npz"}
 
 
-def test_the_imported_model_scores_as_the_release(
+def test_imported_model_scores_like_the_release(
     file: Path,
     sources: dict[str, Path],
     golden: dict[str, np.ndarray],
@@ -98,7 +98,7 @@ def refused(message: str, file: Path, preset: str, out: Path, **sources: Any) ->
     assert sorted(out.parent.rglob("*")) == before
 
 
-def test_what_does_not_fit_the_preset(blank: Path, sources: dict[str, Path], shared: Path, tmp_path: Path) -> None:
+def test_files_that_do_not_fit_are_refused(blank: Path, sources: dict[str, Path], shared: Path, tmp_path: Path) -> None:
     folder = shared / "word_vectors"
     out, graph = tmp_path / "out", tmp_path / "graph.npz"
     np.savez(graph, names=np.array(APPAREL_LABELS), adj=np.zeros((11, 11), int), nums=np.ones(11, int))
@@ -122,7 +122,7 @@ def test_what_does_not_fit_the_preset(blank: Path, sources: dict[str, Path], sha
     refused(message, blank, "voc2007", out, **sources | {"word_vectors": narrow})
 
 
-def test_files_that_are_not_there_and_a_folder_that_is(blank: Path, sources: dict[str, Path], tmp_path: Path) -> None:
+def test_missing_files_and_existing_folder_are_refused(blank: Path, sources: dict[str, Path], tmp_path: Path) -> None:
     none = tmp_path / "none.npz"
     out = tmp_path / "out"
     refused(r"none\.npz: no such file", none, "voc2007", out, **sources)
@@ -140,7 +140,7 @@ class _Payload:
         return os.mkdir, (str(self.folder),)
 
 
-def test_files_that_are_no_checkpoints(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_files_that_are_no_checkpoints_are_refused(sources: dict[str, Path], tmp_path: Path) -> None:
     path, out, ran = tmp_path / "bad.pth.tar", tmp_path / "out", tmp_path / "ran"
     torch.save({"state_dict": {"W": torch.ones(1)}, "best_score": _Payload(ran)}, path)
     refused(r"bad\.pth\.tar: cannot be read without running code", path, "voc2007", out, **sources)

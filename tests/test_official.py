@@ -82,7 +82,7 @@ def test_every_parameter_gets_a_gradient(run: tuple[MSRN, MSRNOutput, Tensor, Te
     assert without == []
 
 
-def test_prefix_and_unused_entries_make_no_difference(official: dict[str, Tensor]) -> None:
+def test_prefix_and_unused_entries_are_ignored(official: dict[str, Tensor]) -> None:
     plain = convert_state_dict(official)
     extra = {"ProjectMs.0.weight": torch.ones(1)}
     prefixed = convert_state_dict({f"module.{name}": tensor for name, tensor in (official | extra).items()})
@@ -91,7 +91,7 @@ def test_prefix_and_unused_entries_make_no_difference(official: dict[str, Tensor
     assert not any("conv_buffer0" in name or name in {"W", "B"} for name in plain)
 
 
-def test_elementwise_head_is_read_where_the_mlp_head_is_absent(official: dict[str, Tensor]) -> None:
+def test_elementwise_head_is_read_without_mlp_head(official: dict[str, Tensor]) -> None:
     converted = convert_state_dict(
         {name: tensor for name, tensor in official.items() if not name.startswith("fc")}
         | {name: tensor for name, tensor in official.items() if name.startswith("fc_label")}
@@ -114,7 +114,7 @@ class _Payload:
         return exec, ("raise SystemExit('code from the file was run')",)
 
 
-def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
+def test_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "evil.pth.tar"
     torch.save({"state_dict": _Payload()}, path)
     with pytest.raises(UserError, match=r"evil\.pth\.tar.*refused"):

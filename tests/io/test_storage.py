@@ -30,7 +30,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
     return Location.of(base)
 
 
-def test_reading(folder: Location) -> None:
+def test_read_bytes(folder: Location) -> None:
     assert (folder / "a.txt").read_bytes() == b"a.txt"
     assert read_bytes(str(folder / "inner" / "b c.txt")) == b"inner/b c.txt"
     for missing in ("none.txt", "inner"):
@@ -38,7 +38,7 @@ def test_reading(folder: Location) -> None:
             read_bytes(str(folder / missing))
 
 
-def test_a_part_of_a_file(folder: Location) -> None:
+def test_read_byte_range_of_a_file(folder: Location) -> None:
     inner = folder / "inner" / "b c.txt"  # its content is "inner/b c.txt"
     whole = b"inner/b c.txt"
     inside = ((0, 13), (0, 1), (6, 3), (12, 1), (3, 0))
@@ -53,20 +53,20 @@ def test_a_part_of_a_file(folder: Location) -> None:
     assert range_uris(Location.of("s3://b/a.tar?region=x"), [5], [7]).to_pylist() == ["s3://b/a.tar?region=x#bytes=5+7"]
 
 
-def test_parts_of_several_files() -> None:
+def test_byte_ranges_of_several_files() -> None:
     index = pa.table({"file": ["/a", "/b"], "offset": [1, 2], "length": [3, 4]})
     uris = range_uris(index["file"], index["offset"], index["length"])
     assert uris.to_pylist() == ["/a#bytes=1+3", "/b#bytes=2+4"]
 
 
-def test_a_mark_in_a_name_is_no_part(tmp_path: Path) -> None:
+def test_fragment_mark_in_a_file_name_is_kept(tmp_path: Path) -> None:
     for name in ("a#b.jpg", "a#bytes=1.jpg", "a#bytes=1+2.jpg"):
         (tmp_path / name).write_bytes(b"whole")
         assert read_bytes(str(tmp_path / name)) == b"whole"
         assert read_bytes(range_uris(Location.of(tmp_path / name), [1], [2])[0].as_py()) == b"ho"
 
 
-def test_a_value_of_a_parquet_file(folder: Location) -> None:
+def test_read_value_of_a_parquet_file(folder: Location) -> None:
     images = [{"bytes": b"one", "path": "a"}, {"bytes": b"two", "path": "b"}, {"bytes": b"three", "path": "c"}, {}]
     sink = io.BytesIO()
     pq.write_table(pa.table({"image": images, "plain": [b"x", b"y", b"z", None]}), sink, row_group_size=2)
@@ -80,7 +80,7 @@ def test_a_value_of_a_parquet_file(folder: Location) -> None:
         read_bytes(empty)
 
 
-def test_writing_makes_folders_replaces_and_leaves_no_trace(folder: Location) -> None:
+def test_write_creates_folders_replaces_and_cleans_up(folder: Location) -> None:
     place = folder / "new" / "deep" / "file.bin"
     for content in (b"first", b"second, longer", b""):
         place.write_bytes(content)
@@ -91,20 +91,20 @@ def test_writing_makes_folders_replaces_and_leaves_no_trace(folder: Location) ->
     assert [name for name in folder.names(recursive=True) if "file" in name] == ["new/deep/file.bin"]
 
 
-def test_removing(folder: Location) -> None:
+def test_remove(folder: Location) -> None:
     (folder / "a.txt").remove()
     (folder / "none.txt").remove()
     assert folder.names() == ["inner/"]
 
 
-def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_failed_write_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for place in (tmp_path / "file" / "below", Path("/proc/none/file")):
         with pytest.raises(UserError, match="cannot be written"):
             Location.of(place).write_bytes(b"x")
 
 
-def test_what_is_there(folder: Location) -> None:
+def test_list_files_and_folders(folder: Location) -> None:
     assert (folder.is_dir(), folder.is_file()) == (True, False)
     assert ((folder / "a.txt").is_dir(), (folder / "a.txt").is_file()) == (False, True)
     assert ((folder / "none").is_dir(), (folder / "none").is_file()) == (False, False)
@@ -114,7 +114,7 @@ def test_what_is_there(folder: Location) -> None:
         (folder / "none").names()
 
 
-def test_parts() -> None:
+def test_join_name_and_parent() -> None:
     place = Location.of("s3://bucket/data/?endpoint_override=localhost:9000&scheme=http")
     inner = place / "train" / "a.jpg"
     assert str(inner) == "s3://bucket/data/train/a.jpg?endpoint_override=localhost:9000&scheme=http"
@@ -126,35 +126,35 @@ def test_parts() -> None:
     assert local.is_local
 
 
-def test_names_that_a_uri_cannot_hold() -> None:
+def test_question_mark_in_a_uri_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"memory://x: the name 'a\?\.jpg' has a '\?', which ends the path of a URI; rename it"
     ):
         Location.of("memory://x") / "a?.jpg"
 
 
-def test_a_missing_folder_may_count_as_empty(folder: Location) -> None:
+def test_missing_folder_may_count_as_empty(folder: Location) -> None:
     assert (folder / "none").names(missing_ok=True) == []
 
 
-def test_a_public_bucket_of_google() -> None:
+def test_public_google_bucket() -> None:
     assert filesystem_of("gs://anonymous@bucket/a/b.jpg")[1] == "bucket/a/b.jpg"
 
 
-def test_a_uri_of_no_kind() -> None:
+def test_unknown_scheme_is_an_error() -> None:
     with pytest.raises(UserError, match=r"zzz://place: neither pyarrow nor fsspec"):
         Location.of("zzz://place/a").is_dir()
     with pytest.raises(OSError, match="neither pyarrow nor fsspec"):
         read_bytes("zzz://place/a.jpg")
 
 
-def test_s3_options_are_checked() -> None:
+def test_unknown_s3_option_is_an_error() -> None:
     with pytest.raises(UserError, match="unknown options zone; allowed: region, scheme"):
         Location.of("s3://bucket/a?zone=3").is_dir()
 
 
 @pytest.mark.parametrize("place", ["s3://bucket/a?region=us-east-1&", "gs://anonymous@bucket/a?"])
-def test_a_bucket_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+def test_silent_bucket_is_an_error_soon(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
     monkeypatch.setattr("msrn_ray.io.filesystems._REQUEST_SECONDS", 2)
@@ -189,7 +189,7 @@ def web(tmp_path: Path) -> Iterator[str]:
         server.shutdown()
 
 
-def test_the_web(web: str) -> None:
+def test_read_over_http(web: str) -> None:
     place = Location.of(f"{web}/set") / "a%20b.jpg"
     assert read_bytes(str(place)) == b"0123456789"
     assert place.is_file()
@@ -201,12 +201,12 @@ def test_the_web(web: str) -> None:
         Location.of(f"{web}/closed").names()
 
 
-def test_a_web_server_that_is_not_there() -> None:
+def test_unreachable_web_server_is_an_os_error() -> None:
     with pytest.raises(OSError, match=r"127\.0\.0\.1"):
         read_bytes("http://127.0.0.1:9/a.jpg")
 
 
-def test_each_file_system_of_fsspec_gets_its_own_path() -> None:
+def test_fsspec_decides_what_the_path_is() -> None:
     class Odd(fsspec.implementations.memory.MemoryFileSystem):
         protocol = "odd"
 

@@ -30,7 +30,7 @@ TARGETS = hnp.arrays(np.int8, st.tuples(st.integers(0, 12), st.integers(1, 6)), 
 
 
 @given(TARGETS)
-def test_counts_agree_with_a_slow_reading(targets: npt.NDArray[np.int8]) -> None:
+def test_counts_agree_with_a_slow_loop(targets: npt.NDArray[np.int8]) -> None:
     num_classes = targets.shape[1]
     counts = count_labels(targets, [f"label {number}" for number in range(num_classes)])
     pairs = np.zeros((num_classes, num_classes), np.int64)
@@ -50,7 +50,7 @@ def test_counts_agree_with_a_slow_reading(targets: npt.NDArray[np.int8]) -> None
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 4, 7, 9])
-def test_counts_in_blocks(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+def test_block_size_does_not_change_counts(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     targets = np.random.default_rng(rows).choice(np.array([1, 0, -1], np.int8), (rows, 5))
     whole = count_labels(targets, "abcde")
     monkeypatch.setattr(label_graph, "_BLOCK_ROWS", 4)
@@ -59,7 +59,7 @@ def test_counts_in_blocks(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     np.testing.assert_array_equal(parts.count, whole.count)
 
 
-def test_unknown_is_not_present() -> None:
+def test_unknown_counts_as_not_present() -> None:
     counts = count_labels(np.array([[1, -1], [1, 1], [-1, -1], [0, 1]], np.int8), ("a", "b"))
     assert counts.names == ("a", "b")
     assert counts.count.tolist() == [2, 2]
@@ -71,7 +71,7 @@ def dog_and_leash() -> LabelCounts:
     return LabelCounts(("dog", "leash", "cat"), np.array([[0, 2, 0], [2, 0, 0], [0, 0, 0]]), np.array([10, 2, 0]))
 
 
-def test_probability_divides_by_the_row() -> None:
+def test_probability_divides_by_count_of_the_row() -> None:
     assert conditional_probability(dog_and_leash()).tolist() == [[0, 0.2, 0], [1, 0, 0], [0, 0, 0]]
 
 
@@ -83,7 +83,7 @@ def test_probability_divides_by_the_row() -> None:
         ([[0, -1], [-1, 0]], [4, 2], r"P\(b \| a\) is -1 / 4, not in \[0, 1\]"),
     ],
 )
-def test_a_probability_out_of_range_names_the_pair(pairs: list[list[int]], count: list[int], message: str) -> None:
+def test_probability_out_of_range_names_the_pair(pairs: list[list[int]], count: list[int], message: str) -> None:
     counts = LabelCounts(("a", "b"), np.array(pairs), np.array(count))
     for use in (
         conditional_probability,
@@ -94,7 +94,7 @@ def test_a_probability_out_of_range_names_the_pair(pairs: list[list[int]], count
             use(counts)
 
 
-def test_a_label_attends_to_those_that_bring_it_along() -> None:
+def test_label_attends_to_labels_it_usually_accompanies() -> None:
     # P(dog | leash) = 1, so dog attends to leash; P(leash | dog) = 0.2, so not the other way.
     mask = attend_mask(dog_and_leash(), 0.4)
     assert mask.dtype == torch.bool
@@ -103,12 +103,12 @@ def test_a_label_attends_to_those_that_bring_it_along() -> None:
 
 
 @pytest.mark.parametrize("tau", [0.0, -0.1, 1.01, float("nan")])
-def test_tau_out_of_range(tau: float) -> None:
+def test_tau_out_of_range_is_an_error(tau: float) -> None:
     with pytest.raises(UserError, match=r"tau is .*, but must be above 0 and at most 1"):
         attend_mask(dog_and_leash(), tau)
 
 
-def test_mask_of_the_authors(shared: Path) -> None:
+def test_mask_equals_the_authors(shared: Path) -> None:
     golden = np.load(shared / "golden/msrn_voc.npz")
     counts = load_counts(shared / "word_vectors/cooccurrence_voc.npz")
     np.testing.assert_array_equal(counts.cooccurrence, golden["cooccurrence"])
@@ -120,7 +120,7 @@ def test_mask_of_the_authors(shared: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "edges", "total"), [("voc", 6, 7_306), ("coco", 111, 241_035)])
-def test_published_counts(shared: Path, name: str, edges: int, total: int) -> None:
+def test_published_counts_give_the_known_edges(shared: Path, name: str, edges: int, total: int) -> None:
     counts = load_counts(shared / f"word_vectors/cooccurrence_{name}.npz")
     assert int(attend_mask(counts, 0.4).sum()) - len(counts.names) == edges
     assert int(counts.count.sum()) == total
@@ -136,7 +136,7 @@ def file(path: Path, **change: Any) -> Path:
     return path
 
 
-def test_load_in_the_order_asked_for(tmp_path: Path) -> None:
+def test_load_in_the_requested_order(tmp_path: Path) -> None:
     counts = load_counts(file(tmp_path / "counts.npz"), ["c", "a", "b"])
     assert counts.names == ("c", "a", "b")
     assert counts.count.tolist() == [1, 4, 3]
@@ -150,7 +150,7 @@ def test_load_takes_whole_floats_and_clears_the_diagonal(tmp_path: Path) -> None
     assert counts.cooccurrence.dtype == counts.count.dtype == np.int64
 
 
-def test_load_names_the_differences(tmp_path: Path) -> None:
+def test_load_names_missing_and_surplus_labels(tmp_path: Path) -> None:
     message = (
         r'counts\.npz: "names" are not the labels .*lacking: d; not in the data set: b, c\); give the counts of this'
     )
@@ -179,13 +179,13 @@ def test_load_names_the_differences(tmp_path: Path) -> None:
         ({"nums": np.array([1, 3, 1])}, r'"adj" has 2 images with a and b, but "nums" only 1 with a'),
     ],
 )
-def test_load_refuses(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_load_refuses_damaged_fields(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         load_counts(file(tmp_path / "counts.npz", **change))
     assert "counts.npz" in str(error.value)
 
 
-def test_load_without_a_file(tmp_path: Path) -> None:
+def test_load_refuses_a_missing_or_other_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"counts\.npz: no such file; give an \.npz file with names, adj, nums"):
         load_counts(tmp_path / "counts.npz")
     (tmp_path / "counts.npz").write_text("hello")
@@ -200,12 +200,12 @@ def num_edges(counts: LabelCounts, tau: float) -> int:
     return int(attend_mask(counts, tau).sum()) - len(counts.names)
 
 
-def test_a_number_is_itself() -> None:
+def test_numeric_tau_is_kept() -> None:
     assert choose_tau(dog_and_leash(), 0.4, 7) == 0.4
 
 
 @pytest.mark.parametrize(("name", "edges"), [("voc", 6), ("coco", 111)])
-def test_auto_gives_back_the_degree_of_the_papers_tau(shared: Path, name: str, edges: int) -> None:
+def test_auto_reproduces_the_mask_of_the_papers_tau(shared: Path, name: str, edges: int) -> None:
     """A target of exactly the mean degree at tau 0.4 gives the same mask; one edge more gives one edge more."""
     counts = load_counts(shared / f"word_vectors/cooccurrence_{name}.npz")
     number = len(counts.names)
@@ -216,7 +216,7 @@ def test_auto_gives_back_the_degree_of_the_papers_tau(shared: Path, name: str, e
     assert num_edges(counts, more) == edges + 1
 
 
-def test_auto_on_the_benchmarks(shared: Path) -> None:
+def test_auto_tau_of_the_benchmarks(shared: Path) -> None:
     found = {}
     for name in ("voc", "coco"):
         counts = load_counts(shared / f"word_vectors/cooccurrence_{name}.npz")
@@ -243,7 +243,7 @@ def test_auto_is_the_largest_tau_that_keeps_the_degree(targets: npt.NDArray[np.i
         assert higher > 1 or num_edges(counts, higher) / number < degree
 
 
-def test_pairs_of_equal_probability_come_in_together() -> None:
+def test_equal_probabilities_become_edges_together() -> None:
     pairs = np.full((3, 3), 2)
     np.fill_diagonal(pairs, 0)
     counts = LabelCounts(("a", "b", "c"), pairs, np.array([4, 4, 4]))
@@ -255,7 +255,7 @@ def test_pairs_of_equal_probability_come_in_together() -> None:
 
 
 @pytest.mark.parametrize("provenance", [None, Provenance("instances_train2014.json", 12, "ab" * 32)])
-def test_counts_are_read_back(tmp_path: Path, provenance: Provenance | None) -> None:
+def test_saved_counts_load_unchanged(tmp_path: Path, provenance: Provenance | None) -> None:
     counts = LabelCounts(("dog", "leash"), np.array([[0, 2], [2, 0]]), np.array([10, 2]), provenance)
     path = tmp_path / "counts.npz"
     save_counts(path, counts)
@@ -269,12 +269,12 @@ def test_counts_are_read_back(tmp_path: Path, provenance: Provenance | None) -> 
         assert str(back.provenance) == "12 images of instances_train2014.json (fingerprint abababababab)"
 
 
-def test_counts_that_cannot_be_written(tmp_path: Path) -> None:
+def test_failed_save_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be written \(Is a directory\)"):
         save_counts(tmp_path, dog_and_leash())
 
 
-def test_a_wrong_provenance(tmp_path: Path) -> None:
+def test_damaged_provenance_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'"source", "images", "fingerprint" must be a text, a whole number and a text'):
         load_counts(file(tmp_path / "a.npz", source="x", images="many", fingerprint="y"))
     with pytest.raises(UserError, match=r'has no "images"'):

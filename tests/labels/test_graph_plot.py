@@ -23,7 +23,7 @@ def hand_made() -> LabelCounts:
     return LabelCounts(names, pairs, np.array([100, 10, 20, 3], np.int64))
 
 
-def test_edges_go_from_the_label_that_attends_and_are_sorted() -> None:
+def test_edges_start_at_the_attending_label_sorted() -> None:
     found = edges(hand_made(), 0.4)
     assert found == [
         (0, 1, 1.0),  # P(person | tie) = 10/10: person attends to tie
@@ -52,17 +52,17 @@ def test_description() -> None:
     ]
 
 
-def test_a_label_that_is_only_attended_to_has_an_edge() -> None:
+def test_label_that_is_only_attended_to_is_linked() -> None:
     lines = list(describe_graph(hand_made(), 0.9))
     assert lines[2:] == ["2 labels without an edge: dog, map"]
 
 
-def test_what_no_threshold_mends_is_said() -> None:
+def test_advice_when_no_threshold_adds_edges() -> None:
     apart = count_labels(np.eye(3, dtype=np.int8), ("a", "b", "c"))
     assert list(describe_graph(apart, 0.1))[-1].endswith("no two labels occur together, so no model.tau adds any")
 
 
-def test_an_empty_graph_is_warned_of() -> None:
+def test_empty_graph_gets_a_warning() -> None:
     alone = LabelCounts(("a", "b"), np.zeros((2, 2), np.int64), np.array([3, 0], np.int64))
     lines = list(describe_graph(alone, 0.4))
     assert lines[0].startswith("2 labels, 0 edges")
@@ -84,7 +84,7 @@ def test_long_lists_are_cut_with_a_count() -> None:
 
 
 @pytest.mark.parametrize(("name", "num_labels", "num_edges"), [("voc", 20, 6), ("coco", 80, 111)])
-def test_the_graphs_of_the_benchmarks(shared: Path, tmp_path: Path, name: str, num_labels: int, num_edges: int) -> None:
+def test_graphs_of_the_benchmarks(shared: Path, tmp_path: Path, name: str, num_labels: int, num_edges: int) -> None:
     counts = load_counts(shared / f"word_vectors/cooccurrence_{name}.npz")
     found = edges(counts, 0.4)
     assert (len(counts.names), len(found)) == (num_labels, num_edges)
@@ -129,12 +129,12 @@ def drawing(counts: LabelCounts, tau: float, path: Path, monkeypatch: pytest.Mon
     return drawn
 
 
-def test_the_arrow_ends_at_the_label_that_attends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arrow_ends_at_the_label_that_attends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = drawing(hand_made(), 0.9, tmp_path / "graph.png", monkeypatch)
     assert [arrow[:2] for arrow in drawn.arrows] == [(drawn.place["tie"], drawn.place["person"])]
 
 
-def test_nodes_by_frequency_and_edges_by_probability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_areas_show_frequency_and_colours_probability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = drawing(hand_made(), 0.4, tmp_path / "graph.png", monkeypatch)
     person, tie, dog, rare = (drawn.area[name] for name in hand_made().names)
     assert person > dog > tie > rare > 0
@@ -143,7 +143,7 @@ def test_nodes_by_frequency_and_edges_by_probability(tmp_path: Path, monkeypatch
     assert drawn.arrows[-1][:2] == (drawn.place["tie"], drawn.place["person"]), "the strongest lies on top"
 
 
-def test_labels_that_go_together_stand_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frequent_pairs_stand_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two circles of friends, named in turn, stand apart from each other."""
     pairs = np.zeros((8, 8), np.int64)
     for one in range(8):
@@ -156,18 +156,18 @@ def test_labels_that_go_together_stand_together(tmp_path: Path, monkeypatch: pyt
     assert sum(one != other for one, other in zip(sides, sides[1:] + sides[:1], strict=True)) == 2
 
 
-def test_the_picture_is_the_same_each_time(tmp_path: Path) -> None:
+def test_picture_is_reproducible(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         draw_graph(hand_made(), 0.4, tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_a_name_with_dollars_is_no_formula(tmp_path: Path) -> None:
+def test_dollars_in_a_name_are_no_formula(tmp_path: Path) -> None:
     counts = LabelCounts(("$\\bad$", "b"), np.zeros((2, 2), np.int64), np.array([3, 1], np.int64))
     draw_graph(counts, 1.0, tmp_path / "graph.png")
 
 
-def test_a_picture_whatever_the_graph(tmp_path: Path) -> None:
+def test_picture_of_tiny_graphs(tmp_path: Path) -> None:
     for number in (1, 2):
         counts = LabelCounts(tuple("ab"[:number]), np.zeros((number, number), np.int64), np.zeros(number, np.int64))
         path = tmp_path / f"{number}.anything"
@@ -175,7 +175,7 @@ def test_a_picture_whatever_the_graph(tmp_path: Path) -> None:
         assert Image.open(path).format == "PNG"
 
 
-def test_a_picture_that_cannot_be_written_and_a_bad_tau(tmp_path: Path) -> None:
+def test_failed_picture_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none/graph\.png: cannot be written \(No such file"):
         draw_graph(hand_made(), 0.4, tmp_path / "none" / "graph.png")
     with pytest.raises(UserError, match="cannot be written"):
@@ -189,7 +189,7 @@ def test_a_picture_that_cannot_be_written_and_a_bad_tau(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_labels_that_are_linked_stand_together() -> None:
+def test_linked_labels_stand_together() -> None:
     """Three groups without a link between them, their labels mixed in the list."""
     group = np.array([0, 1, 2, 0, 1, 0, 1])
     targets = np.eye(3, dtype=np.int8)[:, group].repeat(4, 0)

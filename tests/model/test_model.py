@@ -58,7 +58,7 @@ def total_loss(output: MSRNOutput, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("levels", SUBSETS, ids="-".join)
-def test_any_levels_and_either_head(levels: tuple[str, ...]) -> None:
+def test_any_levels_with_either_head(levels: tuple[str, ...]) -> None:
     images = random(2, 3, 64, 64)
     for head in ("mlp", "elementwise"):
         model = network(levels=levels, head=head)
@@ -112,7 +112,7 @@ def test_forward_by_hand() -> None:
 
 
 @torch.no_grad()
-def test_the_trunk_goes_on_without_the_buffer() -> None:
+def test_trunk_continues_without_the_buffer() -> None:
     model = network(levels=("layer3", "layer4")).eval()
     images = random(1, 3, 64, 64)
     before = model.forward_features(images)
@@ -132,7 +132,7 @@ def test_number_of_groups(ratio: float, num_labels: int, groups: int) -> None:
 
 
 @torch.no_grad()
-def test_evaluation_is_repeatable_and_an_image_stands_for_itself() -> None:
+def test_evaluation_repeats_and_images_do_not_interact() -> None:
     for name in ("msrn", "gap", "gmp"):
         model = network(name=name)
         model(random(2, 3, 64, 64, seed=9))  # moves the BatchNorm statistics
@@ -163,7 +163,7 @@ def test_backbone_levels(name: str, channels: tuple[int, ...]) -> None:
 
 
 @torch.no_grad()
-def test_backbone_is_torchvisions() -> None:
+def test_backbone_equals_torchvision() -> None:
     trunk = build_resnet("resnet18").eval()
     backbone = Backbone("resnet18", ("layer3", "layer4")).eval()
     backbone.load_state_dict({key: value for key, value in trunk.state_dict().items() if not key.startswith("fc.")})
@@ -172,7 +172,7 @@ def test_backbone_is_torchvisions() -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet11", "vit_b_16", "vgg16", ""])
-def test_unknown_backbone(name: str) -> None:
+def test_unknown_backbone_lists_the_known_names(name: str) -> None:
     with pytest.raises(UserError) as error:
         build_resnet(name)
     for part in (repr(name), "model.backbone", "resnet10", "resnet101", "resnext50_32x4d", "wide_resnet50_2"):
@@ -197,7 +197,7 @@ def stage_of(entry: str) -> int:
 
 
 @pytest.mark.parametrize("frozen", range(6))
-def test_frozen_stages(frozen: int) -> None:
+def test_frozen_stages_do_not_change(frozen: int) -> None:
     model = network(frozen_stages=frozen, levels=LEVELS)
     before, after = step(model)
     for name, parameter in model.backbone.named_parameters():
@@ -208,7 +208,7 @@ def test_frozen_stages(frozen: int) -> None:
     assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "backbone" not in name)
 
 
-def test_frozen_batchnorm() -> None:
+def test_frozen_batchnorm_does_not_change() -> None:
     model = network(frozen_batchnorm=True, levels=("layer2",))
     before, after = step(model)
     norms = {
@@ -224,7 +224,7 @@ def test_frozen_batchnorm() -> None:
         assert parameter.requires_grad == (name not in norms), name
 
 
-def test_nothing_frozen_beyond_the_deepest_stage() -> None:
+def test_freezing_all_stages_leaves_the_head() -> None:
     model = network(frozen_stages=5, levels=("layer1",))
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
     total_loss(model(random(2, 3, 64, 64))).backward()
@@ -253,7 +253,7 @@ def graph_attention(layer: GraphAttention, nodes: Tensor, mask: Tensor) -> Tenso
 
 @pytest.mark.parametrize("seed", range(3))
 @torch.no_grad()
-def test_graph_attention_by_loop(seed: int) -> None:
+def test_graph_attention_equals_a_loop(seed: int) -> None:
     torch.manual_seed(seed)
     layer = GraphAttention(4, 6).double()
     nodes = random(7, 4, seed=seed, dtype=torch.float64)
@@ -275,7 +275,7 @@ def test_initial_graph_weights_are_xavier_with_gain() -> None:
 
 
 @torch.no_grad()
-def test_label_embedding_follows_the_graph() -> None:
+def test_label_embedding_depends_on_graph_neighbours() -> None:
     torch.manual_seed(0)
     semantics = LabelSemantics(random(NUM_LABELS, VECTOR), MASK, hidden_dim=7, graph_hidden_dim=9, embed_dim=WIDTH)
     hidden = semantics.word_vectors @ semantics.input.weight.t() + semantics.input.bias
@@ -291,7 +291,7 @@ def test_label_embedding_follows_the_graph() -> None:
         assert (4 in moved) == (changed == 4), "the label that stands alone depends on itself only"
 
 
-def test_word_vectors_that_are_learnt() -> None:
+def test_learned_word_vectors_get_gradients() -> None:
     """The same network and state dict either way; learnt ones are a weight with a gradient of its own."""
     start = random(NUM_LABELS, VECTOR)
     before = start.clone()
@@ -314,7 +314,7 @@ def test_word_vectors_that_are_learnt() -> None:
 
 
 @torch.no_grad()
-def test_groups() -> None:
+def test_group_embedding_and_assignment() -> None:
     torch.manual_seed(1)
     groups = GroupSemantics(WIDTH, 3)
     embedding = random(NUM_LABELS, WIDTH, seed=3)
@@ -329,7 +329,7 @@ def test_groups() -> None:
 
 
 @torch.no_grad()
-def test_elementwise_head_by_loop() -> None:
+def test_elementwise_head_equals_a_loop() -> None:
     torch.manual_seed(0)
     num_labels, num_groups, width = 4, 3, 6
     head = ElementwiseHead(num_labels, width)
@@ -349,7 +349,7 @@ def test_elementwise_head_by_loop() -> None:
 
 
 @torch.no_grad()
-def test_mlp_head_by_hand() -> None:
+def test_mlp_head_equals_a_loop() -> None:
     torch.manual_seed(0)
     head = MLPHead(4, 3, 6, 10)
     labels, groups = random(2, 4, 6), random(2, 3, 6, seed=1)
@@ -377,7 +377,7 @@ def test_baselines_by_hand(name: str) -> None:
 
 @pytest.mark.parametrize("change", [{"head": "mlp"}, {"head": "elementwise"}, {"name": "gap"}, {"name": "gmp"}])
 @torch.no_grad()
-def test_prior_bias(change: dict[str, Any]) -> None:
+def test_prior_bias_sets_the_base_rates(change: dict[str, Any]) -> None:
     model = network(levels=("layer4",), **change)
     frequency = torch.tensor([0.01, 0.1, 0.5, 0.9, 0.3])
     before = model.eval()(random(1, 3, 64, 64)).logits
@@ -401,7 +401,7 @@ def half_state() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_half_precision_file_is_widened(tmp_path: Path, wrapped: bool) -> None:
+def test_half_precision_file_becomes_float32(tmp_path: Path, wrapped: bool) -> None:
     state, path = half_state(), tmp_path / "weights.pth"
     torch.save({"state_dict": state, "epoch": 3} if wrapped else state, path)
     model = build_model(small(pretrained=str(path), levels=("layer2",)), random(NUM_LABELS, VECTOR), MASK)
@@ -427,7 +427,7 @@ def refused(path: Path | str, name: str = "resnet10", levels: tuple[str, ...] = 
     return str(error.value)
 
 
-def test_file_that_does_not_fit(tmp_path: Path) -> None:
+def test_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     state = half_state()
     torch.save({key: value for key, value in state.items() if key != "layer3.0.conv1.weight"}, path)
@@ -451,7 +451,7 @@ class Code:
         return Path.touch, (self.path,)
 
 
-def test_file_that_is_no_state_dict(tmp_path: Path) -> None:
+def test_file_without_state_dict_is_refused(tmp_path: Path) -> None:
     assert "no such file" in refused(tmp_path / "absent.pth")
     assert "no such file" in refused(tmp_path)
     path, trap = tmp_path / "weights.pth", tmp_path / "trap"
@@ -469,13 +469,13 @@ def test_file_that_is_no_state_dict(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("state", [{"state_dict": 5}, {"state_dict": [torch.zeros(1)]}, {"conv1.weight": 3}])
-def test_dict_that_holds_no_tensors(tmp_path: Path, state: dict[str, Any]) -> None:
+def test_dict_without_tensors_is_refused(tmp_path: Path, state: dict[str, Any]) -> None:
     path = tmp_path / "weights.pth"
     torch.save(half_state() | state, path)
     refused(path)
 
 
-def test_file_from_before_batches_were_counted(tmp_path: Path) -> None:
+def test_file_without_batch_counters_loads(tmp_path: Path) -> None:
     """Torchvision's older files have no `num_batches_tracked`; nothing here depends on it."""
     path, state = tmp_path / "weights.pth", half_state()
     torch.save({key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}, path)
@@ -485,7 +485,7 @@ def test_file_from_before_batches_were_counted(tmp_path: Path) -> None:
     assert torch.equal(backbone.bn1.running_mean, state["bn1.running_mean"].float())
 
 
-def test_unknown_weight_name() -> None:
+def test_unknown_weight_name_lists_the_known_names() -> None:
     message = refused("IMAGENET1K_V9", "resnet50")
     assert "IMAGENET1K_V1, IMAGENET1K_V2" in message
     with pytest.raises(UserError, match="there are no ImageNet weights for resnet10"):
@@ -493,7 +493,7 @@ def test_unknown_weight_name() -> None:
 
 
 @torch.no_grad()
-def test_real_weights(shared: Path) -> None:
+def test_real_weights_load(shared: Path) -> None:
     """A file as others wrote it: half precision, all stages, `fc`."""
     path = shared / "weights/resnet18_imagenet_fp16.pth"
     model = build_model(

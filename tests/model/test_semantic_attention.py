@@ -75,7 +75,7 @@ MAGNITUDES = st.sampled_from([0.0, 1e-3, 1.0, 30.0, 1e4])
 @both
 @quick
 @given(**SIZES, width=WIDTHS, magnitude=MAGNITUDES, seed=st.integers(0, 1000))
-def test_definition(
+def test_equals_the_definition(
     attention: Attention, batch: int, positions: int, vectors: int, width: int, magnitude: float, seed: int
 ) -> None:
     features, semantics = random(batch, positions, width, seed=seed), random(vectors, width, seed=seed + 1)
@@ -93,7 +93,7 @@ def test_definition(
 @both
 @quick
 @given(**SIZES, width=WIDTHS, magnitude=MAGNITUDES, seed=st.integers(0, 1000))
-def test_single_precision(
+def test_single_precision_is_as_good_as_rounding(
     attention: Attention, batch: int, positions: int, vectors: int, width: int, magnitude: float, seed: int
 ) -> None:
     """The output is as good as the input's own rounding allows; the bounds hold to one rounding."""
@@ -135,7 +135,7 @@ def test_only_one_input_needs_a_gradient(attention: Attention) -> None:
 
 
 @both
-def test_zero_is_mean_and_infinity_max_pooling(attention: Attention) -> None:
+def test_limits_are_mean_and_max_pooling(attention: Attention) -> None:
     features = random(2, 7, 18)
     semantics = torch.stack([torch.zeros(18), torch.full((18,), 1e6), torch.full((18,), -1e6)]).double()
     output = attention(features, semantics)
@@ -145,7 +145,7 @@ def test_zero_is_mean_and_infinity_max_pooling(attention: Attention) -> None:
 
 
 @both
-def test_derivative_of_log_sum_exp(attention: Attention) -> None:
+def test_is_the_derivative_of_log_sum_exp(attention: Attention) -> None:
     """o = d/dq log sum_p exp(q P)."""
     features, semantics = random(1, 6, 20), random(1, 20, seed=1).requires_grad_()
     (slope,) = torch.autograd.grad((semantics * features[0]).logsumexp(0).sum(), semantics)
@@ -173,7 +173,7 @@ def test_one_position_passes_through(attention: Attention) -> None:
 @both
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("tilt", [-3.0, 0.0, 3.0])
-def test_what_is_not_finite_becomes_nan(attention: Attention, bad: float, tilt: float) -> None:
+def test_non_finite_features_become_nan(attention: Attention, bad: float, tilt: float) -> None:
     features, semantics = random(2, 5, 20), torch.full((3, 20), tilt, dtype=torch.float64)
     features[1, 2, 18] = bad
     output = attention(features, semantics)
@@ -203,7 +203,7 @@ def test_what_is_not_finite_becomes_nan(attention: Attention, bad: float, tilt: 
         ((2, 5, 8), (2, 3, 8)),
     ],
 )
-def test_shapes_that_do_not_fit(features: tuple[int, ...], semantics: tuple[int, ...]) -> None:
+def test_shapes_that_do_not_fit_are_refused(features: tuple[int, ...], semantics: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="must be") as error:
         semantic_attention(torch.zeros(features), torch.zeros(semantics))
     assert str(features) in str(error.value)
@@ -318,7 +318,7 @@ def test_the_chosen_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @both
-def test_an_outlier_costs_no_more_than_its_roundings(attention: Attention) -> None:
+def test_outlier_costs_only_its_rounding(attention: Attention) -> None:
     features = 0.01 * random(1, 784, 4, dtype=torch.float32)
     features[0, 5] = 100
     semantics = torch.tensor([[1e-4], [-1e-4], [0.0], [3.0]]).expand(4, 4).contiguous()
@@ -338,7 +338,7 @@ def test_levels_lie_side_by_side() -> None:
         torch.testing.assert_close(output[..., 5 * index : 5 * index + 5], direct(level, semantics))
 
 
-def test_kernels_are_not_compiled_when_told() -> None:
+def test_off_compiles_no_kernels() -> None:
     attention = SemanticAttention()
     assert attention.choose_kernels("off", torch.device("cpu")) == "tile by tile"
     assert not attention.compiled
@@ -382,7 +382,7 @@ except UserError as error:
     assert "install g++" in on
 
 
-def test_gpu_kernels_under_triton_s_interpreter() -> None:
+def test_gpu_kernels_under_tritons_interpreter() -> None:
     """One generated kernel a pass, for both sizes, that agrees with the tiles."""
     pytest.importorskip("triton", reason="torch was built without Triton")
     found = json.loads(run_python("-m", "tests.interpreted_kernels", TRITON_INTERPRET="1").splitlines()[-1])
