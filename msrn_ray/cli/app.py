@@ -7,13 +7,12 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from pathlib import Path
+from functools import reduce
+from operator import or_
 from typing import Annotated, Any, NoReturn
 
 import tyro
 from pydantic import ValidationError
-
-from tuning.options import Search, default_search
 
 from ..config import describe_errors
 from ..errors import UserError
@@ -21,11 +20,12 @@ from .cluster import Cluster, Plan, Runs
 from .data import Doctor, Graph, Prepare
 from .evaluate import Evaluate, ImportOfficial, Presets
 from .predict import Predict
-from .start import first_positional, starting_config
+from .search import Search
+from .start import StartsFromConfig, require_first, starting_config
 from .train import Train
 
 _ABOUT = "MSRN (arXiv 2106.11596): multi-label image classification with label graphs and semantic attention, on Ray."
-_COMMANDS = {
+COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "search": Search,
     "evaluate": Evaluate,
@@ -42,14 +42,14 @@ _COMMANDS = {
 
 
 def main() -> None:
-    """Parses the command line and runs one subcommand."""
+    """Parse the command line and run one subcommand."""
     with report_errors():
-        _parse(sys.argv[1:] or ["--help"]).run()
+        parse(sys.argv[1:] or ["--help"]).run()
 
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """Exits with 2 and one line for what the user can mend, with 130 after Ctrl-C; a fault of ours keeps its traceback."""
+    """Exit with 2 and one line for what the user can fix, and with 130 after Ctrl-C; a bug of ours keeps its traceback."""
     try:
         yield
     except ValidationError as error:
@@ -59,84 +59,46 @@ def report_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("msrn: stopped", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:  # the reader of our output (head, less) has gone
+    except BrokenPipeError:  # the reader of our output (head, less) has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
 
 
-def _parse(argv: list[str]) -> Any:
-    commands: list[Any] = []
-    for name, command in _COMMANDS.items():
-        default: Any = tyro.MISSING_NONPROP
-        if argv[0] == name:
-            default = _with_defaults(argv)
-        about = (command.__doc__ or "").strip()
-        commands.append(Annotated[command, tyro.conf.subcommand(name, default=default, description=about)])
-    union: Any = commands[0]
-    for other in commands[1:]:
-        union |= other
+def parse(argv: list[str]) -> Any:
+    """Return the subcommand that the words `argv` stand for, ready to run.
+
+    Raises:
+        UserError, ValidationError: for a value that is wrong.
+        SystemExit: for help, or for a command line that tyro cannot parse.
+    """
+    subcommands = (_subcommand(name, argv) for name in COMMANDS)
+    settings: dict[str, Any] = {"prog": "msrn", "description": _ABOUT, "args": argv}
+    union = reduce(or_, subcommands)
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            return _check_order(tyro.cli(union, prog="msrn", description=_ABOUT, args=argv), argv)
+            command: Any = tyro.cli(union, **settings)
     except SystemExit as stop:
         error: BaseException | None = stop
-        while error is not None:  # a value out of range: pydantic's words are clear, tyro's frame around them is not
+        while error is not None:  # of a value out of range pydantic's message is clear; tyro's frame around it is not
             if isinstance(error, ValidationError):
                 raise error from None
             error = error.__context__
-    return tyro.cli(
-        union, prog="msrn", description=_ABOUT, args=argv
-    )  # again, with tyro's own help or error on the screen
-
-
-def _check_order(command: Any, argv: list[str]) -> Any:
-    """Refuses a preset or checkpoint that `starting_config` did not see, behind a flag: its settings would not be used."""
-    seen = first_positional(argv[1:])
-    if isinstance(command, Evaluate):
-        named, used = command.checkpoint, Path(seen or "")
-    elif isinstance(command, (Train, Search, Graph, Doctor)):
-        named, used = Path(command.preset), Path(seen or "scenes")
-    elif isinstance(command, Prepare):
-        named, used = Path(command.preset), Path(seen or "")
-    else:
-        return command
-    if named != used:
-        raise UserError(f"give {named} first, before the options: msrn {argv[0]} {named} ...")
+        return tyro.cli(union, **settings)  # prints tyro's help or error
+    if isinstance(command, StartsFromConfig):
+        require_first(command, argv)
     return command
 
 
-def _with_defaults(argv: list[str]) -> Any:
-    """The subcommand's options start from the preset, saved config, run or checkpoint that the command line names."""
-    if argv[0] == "train":
-        return Train(experiment=starting_config(argv))
-    if argv[0] == "search":
-        return default_search(starting_config(argv), argv)
-    if argv[0] == "evaluate":
-        config = starting_config(argv)
-        return Evaluate(
-            tyro.MISSING,
-            protocol=config.protocol,
-            batch_size=config.train.eval_batch_size,
-            data=config.data,
-            resources=config.resources,
-        )
-    if argv[0] == "graph":
-        config = starting_config(argv)
-        return Graph(
-            tau=config.model.tau, tau_degree=config.model.tau_degree, protocol=config.protocol, data=config.data
-        )
-    if argv[0] == "prepare":
-        return Prepare(tyro.MISSING, tyro.MISSING, data=starting_config(argv).data)
-    if argv[0] == "doctor":
-        config = starting_config(argv)
-        return Doctor(protocol=config.protocol, data=config.data)
-    return tyro.MISSING_NONPROP
+def _subcommand(name: str, argv: list[str]) -> Any:
+    """Return a subcommand for tyro; that of the command line gets the defaults of its options."""
+    command = COMMANDS[name]
+    default: Any = tyro.MISSING_NONPROP
+    if argv[0] == name and issubclass(command, StartsFromConfig):
+        default = command.from_config(starting_config(argv), argv)
+    about = (command.__doc__ or "").strip()
+    return Annotated[command, tyro.conf.subcommand(name, default=default, description=about)]
 
 
 def _fail(message: str) -> NoReturn:
     print(f"msrn: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The subcommands of `msrn` around a cluster: `runs`, `cluster` and `plan`."""
+"""The subcommands `runs`, `cluster` and `plan`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..presets import PRESETS, PresetName
 
 @dataclass(frozen=True)
 class Runs:
-    """List the runs of a folder: state, epoch, best val mAP, when started and when seen last; what stopped them."""
+    """List the runs of a folder: state, epoch, best val mAP, start, last heartbeat, and what stopped them."""
 
     storage: tyro.conf.Positional[Path] = Path("runs")
     """Folder of the runs (`train.storage`)."""
 
     def run(self) -> None:
-        """Prints the list, the run seen last first."""
+        """Print the list, the run with the latest heartbeat first."""
         from ..runs.listing import describe_runs, list_runs
 
         for line in describe_runs(list_runs(self.storage.expanduser()), time.time()):
@@ -31,19 +31,19 @@ class Runs:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Check a file for `ray up` before any machine is started: Ray's schema, versions, what is open to others, what a run needs."""
+    """Check a file for `ray up` before any node starts: Ray's schema, versions, open ports, what a run needs."""
 
     action: tyro.conf.Positional[Literal["check"]]
     """What to do with it."""
     file: tyro.conf.Positional[Path]
     """The file: cluster/gpu.yaml, cluster/local.yaml or your own."""
     preset: tyro.conf.Positional[PresetName | None] = None
-    """Also say what this preset gets of the cluster at its largest."""
+    """Also print what this preset gets of the cluster at its largest."""
     num_workers: str | None = None
     """Workers of the preset (`resources.num_workers`). None: every GPU."""
 
     def run(self) -> None:
-        """Prints what is wrong, a line each, and exits with 1; else what the cluster gives."""
+        """Print what is wrong, one finding per line, and exit with 1; else print what the cluster offers."""
         from ..ray_cluster.check import check_cluster, check_preset
 
         findings = check_cluster(self.file)
@@ -51,7 +51,7 @@ class Cluster:
             print(f"{self.file}: {line}")
         if findings:
             raise SystemExit(1)
-        print(f"{self.file}: nothing wrong is seen")
+        print(f"{self.file}: no problem found")
         if self.preset is not None:
             config = PRESETS[self.preset].config.with_overrides({"resources.num_workers": self.num_workers})
             print(check_preset(self.file, config))
@@ -59,33 +59,33 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Plan:
-    """Say how long a preset takes on so many GPUs: step, exchange of gradients with either head, CPUs that decode, epoch, cost."""
+    """Estimate how long a preset takes on a number of GPUs: step, gradient exchange with either head, decoding CPUs, epoch, cost."""
 
     preset: tyro.conf.Positional[PresetName]
     """Preset to plan."""
     gpus: int
-    """GPUs, a worker each."""
+    """GPUs; each has one worker."""
     gpu_tflops: float
-    """Peak of one GPU in the precision that it trains in, 10^12 operations a second (bf16: A10G 70, A100 312, H100 989)."""
+    """Peak of one GPU in its training precision, 10^12 operations per second (bf16: A10G 70, A100 312, H100 989)."""
     network_gbps: float
-    """Slowest link between two of them, Gbit/s."""
+    """Slowest link between two GPUs, Gbit/s."""
     memory_gbs: float = 600.0
-    """Memory of one GPU, GB/s (A10G 600, A100 2000, H100 3350)."""
+    """Memory bandwidth of one GPU, GB/s (A10G 600, A100 2000, H100 3350)."""
     efficiency: float = 0.2
-    """Part of the peak that is reached; ResNets in mixed precision reach about a fifth on an A100."""
+    """Fraction of the peak that training reaches; ResNets in mixed precision reach about a fifth on an A100."""
     decode_rate: float = 230.0
-    """Images that a CPU reads, decodes and augments in a second; 230 were measured with COCO photographs and 448 pixels."""
+    """Images that one CPU reads, decodes and augments per second; 230 was measured with COCO photographs at 448 pixels."""
     batch_size: int | None = None
-    """Images of a step (`train.batch_size`). None: the preset's."""
+    """Images per step (`train.batch_size`). None: the preset's."""
     images: int | None = None
-    """Images of an epoch. None: those of the benchmark, less what the protocol takes for val."""
+    """Images per epoch. None: the benchmark's, minus those that the protocol takes for val."""
     labels: int | None = None
-    """Labels. None: those of the benchmark."""
+    """Number of labels. None: the benchmark's."""
     dollars: float | None = None
-    """Price of a GPU with its machine, dollars an hour."""
+    """Price of a GPU with its node, dollars per hour."""
 
     def run(self) -> None:
-        """Prints the plan."""
+        """Print the plan."""
         from ..ray_cluster.estimate import Request, describe_plan
 
         for option in (

@@ -1,37 +1,46 @@
-"""The subcommands of `msrn` that look at data and write it: `prepare`, `graph` and `doctor`."""
+"""The subcommands that read and write data sets: `prepare`, `graph` and `doctor`."""
 
 from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import tyro
 
-from ..config import DataSettings
+from ..config import DataSettings, ExperimentConfig
 from ..errors import UserError
 from ..presets import PRESETS, PresetName
 from .output import new_console
+from .start import StartsFromConfig
 
 
 @dataclass(frozen=True)
-class Prepare:
-    """Write a data set as Parquet shards with the images inside, which `msrn train` reads from any place."""
+class Prepare(StartsFromConfig):
+    """Write a data set as Parquet shards that hold the images; `msrn train` reads them from any storage."""
 
     preset: tyro.conf.Positional[PresetName]
     """Preset whose data set is read."""
     out: str
-    """Folder or URI to write to. Stopped half-way, the same command goes on there."""
+    """Folder or URI to write to. After an interruption, the same command continues there."""
     short_side: int | None = None
-    """Reduce images with a larger short side to this, pixels, and store them as JPEG. None: all bytes as they are."""
+    """Shrink images with a larger short side to this, in pixels, and store them as JPEG. None: keep all bytes."""
     rows_per_shard: int = 256
-    """Images of a shard file; a task holds as many in memory."""
+    """Images per shard file; a task holds that many in memory."""
     data: DataSettings = field(default_factory=DataSettings)
 
+    default_start: ClassVar[str] = ""
+
+    @classmethod
+    def from_config(cls, config: ExperimentConfig, argv: Sequence[str]) -> Prepare:
+        """See `StartsFromConfig`."""
+        return cls(tyro.MISSING, tyro.MISSING, data=config.data)
+
     def run(self) -> None:
-        """Writes, then says what is there and how to train on it."""
+        """Write the shards, then print what they hold and how to train on them."""
         from ..doctor.finding import plural
         from ..io.storage import Location
         from ..ray_data.prepare import prepare
@@ -57,25 +66,31 @@ class Prepare:
 
 
 @dataclass(frozen=True)
-class Graph:
+class Graph(StartsFromConfig):
     """Show the label graph of a data set: edges at tau, labels without one, a picture."""
 
     preset: tyro.conf.Positional[PresetName] = "scenes"
-    """Preset whose data set is read. With `--data.label-counts` that file is shown, and no data set is read."""
+    """Preset whose data set is read. With `--data.label-counts` the command shows that file and reads no data set."""
     tau: float | Literal["auto"] = 0.4
     """Label i attends to label j where P(i | j) >= tau in the train split; `auto`: the largest tau that keeps `--tau-degree`."""
     tau_degree: float = 1.0
-    """Other labels that a label attends to on average, at the least, with tau `auto`."""
+    """With tau `auto`: the smallest mean number of other labels that a label attends to."""
     out: Path = Path("label_graph.png")
     """The picture, a PNG."""
     save_counts: Path | None = None
-    """Write the label counts, with where they come from, to this .npz file; `--data.label-counts FILE` uses them."""
+    """Write the label counts and their source to this .npz file; `--data.label-counts FILE` uses them."""
     protocol: Literal["honest", "paper"] = "honest"
     """How the data set is split; the graph is counted on train."""
     data: DataSettings = field(default_factory=DataSettings)
 
+    @classmethod
+    def from_config(cls, config: ExperimentConfig, argv: Sequence[str]) -> Graph:
+        """See `StartsFromConfig`."""
+        model = config.model
+        return cls(tau=model.tau, tau_degree=model.tau_degree, protocol=config.protocol, data=config.data)
+
     def run(self) -> None:
-        """Prints the graph and draws it."""
+        """Print the graph and draw it."""
         from ..datasets.protocol import load_splits
         from ..io.files import check_output
         from ..labels.graph import choose_tau, load_counts, save_counts
@@ -109,19 +124,24 @@ class Graph:
 
 
 @dataclass(frozen=True)
-class Doctor:
-    """Look a data set over: labels, duplicates, unreadable images, sizes, label graph, and what to do about each finding."""
+class Doctor(StartsFromConfig):
+    """Check a data set: labels, duplicates, unreadable images, sizes, label graph, and how to fix each finding."""
 
     preset: tyro.conf.Positional[PresetName] = "scenes"
-    """Preset whose data set is looked over."""
+    """Preset whose data set is checked."""
     out: Path | None = None
     """Write the report, with thumbnails, to this .html file too."""
     protocol: Literal["honest", "paper"] = "honest"
     """How the data set is split; the same image in two splits is an error."""
     data: DataSettings = field(default_factory=DataSettings)
 
+    @classmethod
+    def from_config(cls, config: ExperimentConfig, argv: Sequence[str]) -> Doctor:
+        """See `StartsFromConfig`."""
+        return cls(protocol=config.protocol, data=config.data)
+
     def run(self) -> None:
-        """Prints the report; exits with 1 where there is an error among the findings."""
+        """Print the report; exit with 1 if a finding is an error."""
         from ..doctor.report import print_diagnosis, write_page
         from ..io.files import check_output
         from ..ray_data.inspect_images import diagnose_data

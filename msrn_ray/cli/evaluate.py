@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import tyro
 from rich.table import Table
 
-from ..config import DataSettings, ResourceSettings
+from ..config import DataSettings, ExperimentConfig, ResourceSettings
 from ..presets import PRESETS, PresetName
 from .output import new_console, print_summary, write_json
+from .start import StartsFromConfig
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(StartsFromConfig):
     """Score a checkpoint on a split, every image once."""
 
     checkpoint: tyro.conf.Positional[Path]
@@ -26,14 +28,32 @@ class Evaluate:
     protocol: Literal["honest", "paper"] = "honest"
     """How the data set is split, see `msrn train --help`; the default is the checkpoint's."""
     batch_size: int = 32
-    """Images a worker scores at once."""
+    """Images that a worker scores at once."""
     out: Path | None = None
     """Write all metrics to this .json file too."""
     data: DataSettings = field(default_factory=DataSettings)
     resources: ResourceSettings = field(default_factory=ResourceSettings)
 
+    default_start: ClassVar[str] = ""
+
+    @classmethod
+    def from_config(cls, config: ExperimentConfig, argv: Sequence[str]) -> Evaluate:
+        """See `StartsFromConfig`; the config is the checkpoint's."""
+        return cls(
+            tyro.MISSING,
+            protocol=config.protocol,
+            batch_size=config.train.eval_batch_size,
+            data=config.data,
+            resources=config.resources,
+        )
+
+    @property
+    def start(self) -> str:
+        """The checkpoint."""
+        return str(self.checkpoint)
+
     def run(self) -> None:
-        """Prints the metrics and each label's AP."""
+        """Print the metrics and each label's AP."""
         from ..io.files import check_output
         from ..ray_train.evaluate import evaluate_checkpoint
         from ..runs.checkpoint import load_checkpoint
@@ -73,18 +93,18 @@ class ImportOfficial:
     file: tyro.conf.Positional[Path]
     """The authors' .pth.tar."""
     preset: PresetName
-    """Benchmark it was trained on: gives label names, group ratio and input size."""
+    """Benchmark that it was trained on. It fixes label names, group ratio and input size."""
     word_vectors: Path
-    """GloVe text file or .npz (`names`, `vectors`) with the word vectors it was trained with, 300 wide."""
+    """GloVe text file or .npz (`names`, `vectors`) with its training's word vectors, 300 wide."""
     graph: Path
     """.npz with `names`, `adj` (co-occurrence counts) and `nums` (label counts)."""
     out: Path
     """Folder of the new checkpoint; must not exist yet."""
     levels: int = 3
-    """Backbone stages that it uses, counted from the deepest."""
+    """Number of backbone stages that it uses, from the deepest one."""
 
     def run(self) -> None:
-        """Converts, checks that everything fits, and writes."""
+        """Convert the file, check that everything fits, and write the checkpoint."""
         from ..official import import_official
 
         label_names = import_official(
@@ -100,7 +120,7 @@ class Presets:
     """List the presets: data set, recipe, expected mAP and the command."""
 
     def run(self) -> None:
-        """Prints the list."""
+        """Print the list."""
         for name, preset in PRESETS.items():
             config = preset.config
             root = {"scenes": "", "manifest": " --data.root labels.csv"}.get(name, " --data.root DIR")

@@ -10,19 +10,21 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import UserError
+from ..io.files import atomic_write
 
 
 def new_console() -> Console:
-    """Where results go: no colours on names or numbers, no lines broken."""
+    """Return the console for results: it neither colours names and numbers nor breaks lines."""
     return Console(highlight=False, soft_wrap=True)
 
 
 def from_here(path: Path) -> Path:
-    """The path as one would type it in the working directory."""
+    """Return the path as a user types it in the working directory."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def print_summary(out: Console, metrics: Mapping[str, Any]) -> None:
+    """Print precision, recall, F1 and mAP of each split in `metrics` (`split/name`)."""
     splits = sorted({name.split("/")[0] for name in metrics if "/" in name}, key=("train", "val", "test").index)
     rows = {"at 0.5": "", "top-3": "_top3", "top-3, >= 0.5": "_top3_at_0.5"}
     for split in splits:
@@ -41,7 +43,7 @@ def print_summary(out: Console, metrics: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes plain values.
+    """Write plain values as JSON, nan as null.
 
     Raises:
         UserError: if the file cannot be written.
@@ -49,6 +51,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     from ..runs.history import to_json
 
     try:
-        path.write_text(to_json(values, indent=2) + "\n", encoding="utf-8")
+        with atomic_write(path) as partial:
+            partial.write_text(to_json(values, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None

@@ -26,7 +26,7 @@ class Predict:
     """Images scored at once."""
 
     def run(self) -> None:
-        """Prints a table of labels; with `out` also writes every probability."""
+        """Print a table of labels; with `out` also write every probability."""
         from ..inference.predict_files import OUTPUTS, expand_images, predict_images, write_predictions
         from ..inference.predictor import Predictor
         from ..io.files import check_output
@@ -40,16 +40,18 @@ class Predict:
         predictor = Predictor.from_checkpoint(self.checkpoint)
         predictions = list(predict_images(predictor, expand_images(self.images), self.batch_size))
         table = Table(Column("image", overflow="fold"), "labels (probability)")
-        for one in predictions:
+        for prediction in predictions:
             ranked = sorted(
-                zip(one.probabilities, predictor.thresholds.tolist(), predictor.label_names, strict=False), reverse=True
+                zip(prediction.probabilities, predictor.thresholds.tolist(), predictor.label_names, strict=False),
+                reverse=True,
             )
             present = [f"{name} {value:.2f}" for value, threshold, name in ranked if value >= threshold]
             likeliest = f"none above its threshold; likeliest {ranked[0][2]} {ranked[0][0]:.2f}" if ranked else ""
-            table.add_row(one.uri, f"skipped: {one.error}" if one.error else ", ".join(present) or likeliest)
+            labels = ", ".join(present) or likeliest
+            table.add_row(prediction.uri, f"skipped: {prediction.error}" if prediction.error else labels)
         out = new_console()
         out.print(table)
-        skipped = sum(bool(one.error) for one in predictions)
+        skipped = sum(bool(prediction.error) for prediction in predictions)
         if skipped:
             out.print(f"{skipped} of {len(predictions)} images skipped")
         if skipped == len(predictions):

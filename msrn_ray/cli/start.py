@@ -1,37 +1,63 @@
-"""The experiment that a command line starts from, before its options are applied."""
+"""The experiment that a command line starts from, before its options are applied.
+
+tyro needs the defaults of all options before it parses, and they depend on a word of the command line: the preset, the saved config, the
+run or the checkpoint. So this module reads that word first; `require_first` then checks that tyro read the same word.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar, Self
 
 from ..config import ExperimentConfig, load_config
 from ..errors import UserError
 from ..presets import PRESETS
 
 
-def starting_config(argv: list[str]) -> ExperimentConfig:
-    """The experiment that a command line starts from, before its options: a preset, a saved config, a run, or a checkpoint's config.
+class StartsFromConfig:
+    """A command whose options start from an experiment.
+
+    Attributes:
+        default_start: what the command starts from if the command line names nothing.
+    """
+
+    preset: str  # every subclass has one, or its own `start`
+    default_start: ClassVar[str] = "scenes"
+
+    @classmethod
+    def from_config(cls, config: ExperimentConfig, argv: Sequence[str]) -> Self:
+        """Return the command with the defaults of its options for the words `argv`, which start from `config`."""
+        raise AssertionError(f"{cls.__name__} does not say its defaults")
+
+    @property
+    def start(self) -> str:
+        """What the parsed command starts from: its preset or checkpoint."""
+        return str(self.preset)
+
+
+def starting_config(argv: Sequence[str]) -> ExperimentConfig:
+    """Return the config of the preset, saved file, run or checkpoint that a command line names.
 
     Raises:
-        UserError: if the file that it names cannot be read.
+        UserError: if the named file cannot be read, or two starts are named.
     """
-    command, rest = argv[0], argv[1:]
+    command, *words = argv
+    named = first_positional(words)
     if command == "evaluate":
         from ..runs.checkpoint import load_checkpoint
 
-        named = first_positional(rest)
         return PRESETS["scenes"].config if named is None else load_checkpoint(Path(named)).config
-    starts = {option: value for option in ("--config", "--resume") if (value := option_value(rest, option)) is not None}
-    named = first_positional(rest)
+    starts = {
+        option: value for option in ("--config", "--resume") if (value := option_value(words, option)) is not None
+    }
     if len(starts) + (named in PRESETS) > 1:
         raise UserError(
             f"give one start only: a preset, --config or --resume, not {', '.join([*filter(None, [named]), *starts])}"
         )
     if "--config" in starts:
-        return load_config(Path(starts["--config"])).with_overrides(
-            {"train.run_name": None}
-        )  # the same experiment, not the same run
+        config = load_config(Path(starts["--config"]))
+        return config.with_overrides({"train.run_name": None})  # the same experiment as a new run
     if "--resume" in starts:
         from ..runs.resume import resume_config
 
@@ -39,19 +65,30 @@ def starting_config(argv: list[str]) -> ExperimentConfig:
     return PRESETS[named if named in PRESETS else "scenes"].config
 
 
+def require_first(command: StartsFromConfig, argv: Sequence[str]) -> None:
+    """Refuse a preset or checkpoint after a flag: `starting_config` did not see it, so its settings would not be used.
+
+    Raises:
+        UserError: with the command line to write.
+    """
+    used = first_positional(argv[1:]) or command.default_start
+    if Path(command.start) != Path(used):
+        raise UserError(f"give {command.start} first, before the options: msrn {argv[0]} {command.start} ...")
+
+
 def option_value(words: Sequence[str], option: str) -> str | None:
-    """The value of `option VALUE` or `option=VALUE`."""
-    for word, after in zip(words, [*words[1:], None], strict=False):
+    """Return the value in `option VALUE` or `option=VALUE`."""
+    for word, next_word in zip(words, [*words[1:], None], strict=False):
         if word == option:
-            return after
+            return next_word
         if word.startswith(f"{option}="):
             return word.removeprefix(f"{option}=")
     return None
 
 
 def first_positional(words: Sequence[str]) -> str | None:
-    """The first word that is neither an option nor follows one without `=`; after a flag without a value it is not found."""
-    for before, word in zip(["", *words], words, strict=False):
-        if not word.startswith("-") and ("=" in before or not before.startswith("-")):
+    """Return the first word that is no option and does not follow an option without `=`. After a flag without a value it is missed."""
+    for previous, word in zip(["", *words], words, strict=False):
+        if not word.startswith("-") and ("=" in previous or not previous.startswith("-")):
             return word
     return None

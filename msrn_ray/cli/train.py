@@ -1,8 +1,9 @@
-"""The subcommands of `msrn`: their options as typed dataclasses, and what each one does."""
+"""The subcommand `train`."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -11,14 +12,13 @@ import tyro
 
 from ..config import ExperimentConfig
 from ..errors import UserError
-from ..presets import PRESETS, PresetName
+from ..presets import PresetName
 from .output import from_here, new_console, print_summary
-
-assert set(PRESETS) == set(PresetName.__args__)  # type: ignore[attr-defined]  # the command line's choices are the presets
+from .start import StartsFromConfig
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(StartsFromConfig):
     """Train on Ray: a preset, changed by options, or a saved config, or an interrupted run."""
 
     preset: tyro.conf.Positional[PresetName] = "scenes"
@@ -26,19 +26,24 @@ class Train:
     config: Path | None = None
     """Start from this saved YAML or JSON instead of a preset (a run folder holds one)."""
     resume: Path | None = None
-    """Go on with this run folder from its last checkpoint."""
+    """Resume this run folder from its last checkpoint."""
     or_resume: bool = False
-    """Where there is a run of this `--train.run-name` already, go on with it instead of refusing the name: a job that is submitted again
-    resumes itself."""
+    """Resume the run of this `--train.run-name` if it exists, instead of refusing the name. A job that is submitted again then resumes
+    its own run."""
     experiment: Annotated[ExperimentConfig, tyro.conf.arg(name="")] = field(default_factory=ExperimentConfig)
     """The experiment; every option below changes one value of it."""
 
+    @classmethod
+    def from_config(cls, config: ExperimentConfig, argv: Sequence[str]) -> Train:
+        """See `StartsFromConfig`."""
+        return cls(experiment=config)
+
     def run(self) -> None:
-        """Trains, then says where the results are."""
+        """Train, then print where the results are."""
         from ..ray_train.driver import train
 
         start = time.monotonic()
-        result = train(self.experiment, resume=self.resume is not None or self._is_there())
+        result = train(self.experiment, resume=self.resume is not None or self._run_exists())
         out = new_console()
         print_summary(out, result.metrics)
         chosen = " (chosen on the test split: protocol paper)" if self.experiment.protocol == "paper" else ""
@@ -52,9 +57,9 @@ class Train:
         out.print(f"curves {from_here(result.run_folder / 'curves.png')}", markup=False)
         out.print(f"all figures {from_here(result.run_folder / 'metrics.jsonl')}", markup=False)
 
-    def _is_there(self) -> bool:
-        """Whether `or_resume` finds its run."""
+    def _run_exists(self) -> bool:
+        """Return whether `or_resume` finds its run."""
         name = self.experiment.train.run_name
         if self.or_resume and name is None:
-            raise UserError("--or-resume: name the run with --train.run-name, so that it is found again")
+            raise UserError("--or-resume: name the run with --train.run-name, so that the next start finds it")
         return self.or_resume and (Path(self.experiment.train.storage).expanduser() / str(name)).exists()

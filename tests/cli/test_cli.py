@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import msrn_ray
-from msrn_ray.cli import train as commands
+from msrn_ray.cli import evaluate as evaluate_command
 from msrn_ray.cli.app import main
 from msrn_ray.cli.start import starting_config
 from msrn_ray.config import DataSettings, ExperimentConfig, ResourceSettings, load_config
@@ -98,15 +98,15 @@ def scored(split: str, mean: float) -> dict[str, Any]:
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Trained]:
     """Instead of training, notes what would be trained."""
-    from msrn_ray.ray_train import driver as trainer
+    from msrn_ray.ray_train import driver
 
     calls: list[Trained] = []
 
-    def note(config: ExperimentConfig, *, resume: bool = False) -> trainer.TrainResult:
+    def note(config: ExperimentConfig, *, resume: bool = False) -> driver.TrainResult:
         calls.append(Trained(config, resume))
-        return trainer.TrainResult(Path("runs/x"), Path("runs/x/checkpoint_7"), scored("val", 0.51239))
+        return driver.TrainResult(Path("runs/x"), Path("runs/x/checkpoint_7"), scored("val", 0.51239))
 
-    monkeypatch.setattr(trainer, "train", note)
+    monkeypatch.setattr(driver, "train", note)
     return calls
 
 
@@ -140,15 +140,15 @@ def described_options(name: str) -> list[tuple[str, str]]:
 OWN_OPTIONS = {
     "train": {
         "--config": "Start from this saved YAML or JSON",
-        "--resume": "Go on with this run folder",
-        "--or-resume": "Where there is a run of this `--train.run-name` already",
-        "--no-or-resume": "Where there is a run",
+        "--resume": "Resume this run folder",
+        "--or-resume": "Resume the run of this `--train.run-name` if it exists",
+        "--no-or-resume": "Resume the run of this",
     },
     "evaluate": {
         "PATH": "Checkpoint folder, its model.pt, or a run folder",
         "--split": "Which part of the data set to score.",
         "--protocol": "the default is the checkpoint's",
-        "--batch-size": "Images a worker scores at once.",
+        "--batch-size": "Images that a worker scores at once.",
         "--out": "Write all metrics to this .json file",
     },
     "predict": {
@@ -159,19 +159,19 @@ OWN_OPTIONS = {
     },
     "prepare": {
         "webdataset}": "Preset whose data set is read.",
-        "--out": "Folder or URI to write to. Stopped half-way, the same command goes on there.",
-        "--short-side": "Reduce images with a larger short side to this, pixels",
-        "--rows-per-shard": "Images of a shard file",
+        "--out": "Folder or URI to write to. After an interruption, the same command continues there.",
+        "--short-side": "Shrink images with a larger short side to this, in pixels",
+        "--rows-per-shard": "Images per shard file",
     },
     "graph": {
         "--tau": "Label i attends to label j",
-        "--tau-degree": "at the least, with tau `auto`.",
+        "--tau-degree": "With tau `auto`: the smallest mean number of other labels",
         "--out": "The picture",
         "--save-counts": "Write the label counts",
         "--protocol": "How the data set is split",
     },
     "doctor": {
-        "webdataset}": "Preset whose data set is looked over",
+        "webdataset}": "Preset whose data set is checked",
         "--out": "Write the report, with thumbnails",
         "--protocol": "How the data set is split",
     },
@@ -179,25 +179,25 @@ OWN_OPTIONS = {
     "cluster": {"{check}": "What to do", "PATH": "cluster/gpu.yaml", "--num-workers": "Workers of the preset"},
     "plan": {
         "webdataset}": "Preset to plan.",
-        "--gpus": "a worker each",
+        "--gpus": "each has one worker",
         "--gpu-tflops": "Peak of one GPU",
         "--network-gbps": "Slowest link",
-        "--memory-gbs": "Memory of one GPU",
-        "--efficiency": "Part of the peak",
-        "--decode-rate": "Images that a CPU reads",
-        "--batch-size": "Images of a step",
-        "--images": "Images of an epoch",
-        "--labels": "those of the benchmark",
+        "--memory-gbs": "Memory bandwidth of one GPU",
+        "--efficiency": "Fraction of the peak",
+        "--decode-rate": "Images that one CPU reads",
+        "--batch-size": "Images per step",
+        "--images": "Images per epoch",
+        "--labels": "the benchmark's",
         "--dollars": "Price of a GPU",
     },
     "presets": {},
     "import-official": {
         "PATH": "The authors' .pth.tar.",
-        "--preset": "Benchmark it was trained on",
+        "--preset": "Benchmark that it was trained on",
         "--word-vectors": "300 wide",
         "--graph": "co-occurrence counts",
         "--out": "must not exist yet",
-        "--levels": "counted from the deepest",
+        "--levels": "from the deepest one",
     },
 }
 
@@ -215,7 +215,7 @@ def test_help_describes_every_option(cli: Cli, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)
-def test_help_lists_no_option_that_is_not_described(cli: Cli, name: str) -> None:
+def test_help_lists_no_other_option(cli: Cli, name: str) -> None:
     listed = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", cli(name, "--help").out))
     known = {"--help"} | {option for option, _ in described_options(name)} | set(OWN_OPTIONS[name])
     if name == "evaluate":
@@ -232,7 +232,7 @@ def test_help_of_the_program(cli: Cli, argv: list[str]) -> None:
     assert "arXiv 2106.11596" in done.out
 
 
-def test_as_a_module_and_as_a_console_command(tmp_path: Path) -> None:
+def test_module_and_console_command_are_the_same(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(msrn_ray.__file__).parents[1]), "COLUMNS": "100"}
 
     def run(*argv: str) -> subprocess.CompletedProcess[str]:
@@ -278,7 +278,7 @@ def test_presets_lists_all(cli: Cli) -> None:
         (["import-official", "x"], ["--preset", "--word-vectors", "--graph", "--out"]),
     ],
 )
-def test_a_command_line_that_cannot_be_parsed(cli: Cli, argv: list[str], words: list[str]) -> None:
+def test_unparsable_command_line_exits_2(cli: Cli, argv: list[str], words: list[str]) -> None:
     done = cli(*argv)
     assert done.code == 2
     assert done.out == ""
@@ -349,7 +349,7 @@ def test_a_command_line_that_cannot_be_parsed(cli: Cli, argv: list[str], words: 
         ),
     ],
 )
-def test_what_the_user_can_mend_is_one_line(
+def test_user_error_is_one_line(
     cli: Cli, checkpoint: Path, tmp_path: Path, argv: list[str], words: list[str]
 ) -> None:
     places = {"CHECKPOINT": checkpoint, "PHOTO": tmp_path / "photo.png", "COCO": tmp_path / "coco"}
@@ -400,7 +400,7 @@ def test_starting_config_of_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_is_trained_as_it_is(cli: Cli, trained: list[Trained], name: str) -> None:
+def test_preset_trains_unchanged(cli: Cli, trained: list[Trained], name: str) -> None:
     done = cli("train", name)
     assert (done.code, done.err) == (0, "")
     assert trained == [Trained(PRESETS[name].config, False)]
@@ -408,14 +408,14 @@ def test_a_preset_is_trained_as_it_is(cli: Cli, trained: list[Trained], name: st
     assert "best checkpoint runs/x/checkpoint_7" in done.out
 
 
-def test_results_are_named_from_the_working_directory(
+def test_results_are_relative_to_the_working_directory(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from msrn_ray.ray_train import driver as trainer
+    from msrn_ray.ray_train import driver
 
     monkeypatch.chdir(tmp_path)
-    result = trainer.TrainResult(tmp_path / "runs" / "a", Path("/elsewhere/checkpoint_7"), scored("val", 0.5))
-    monkeypatch.setattr(trainer, "train", lambda config, resume: result)
+    result = driver.TrainResult(tmp_path / "runs" / "a", Path("/elsewhere/checkpoint_7"), scored("val", 0.5))
+    monkeypatch.setattr(driver, "train", lambda config, resume: result)
     lines = cli("train").out.splitlines()
     assert "curves runs/a/curves.png" in lines
     assert "best checkpoint /elsewhere/checkpoint_7" in lines
@@ -428,7 +428,7 @@ def test_options_change_single_values(cli: Cli, trained: list[Trained]) -> None:
     assert trained[0].experiment == PRESETS["coco2014"].config.with_overrides({**changes, "protocol": "paper"})
 
 
-def test_the_preset_counts_wherever_it_stands(cli: Cli, trained: list[Trained]) -> None:
+def test_preset_counts_at_any_position(cli: Cli, trained: list[Trained]) -> None:
     """Or the command is refused; what must not be is a run of another preset."""
     done = cli("train", "--optim.lr", "0.02", "voc2007")
     if done.code == 0:
@@ -439,7 +439,7 @@ def test_the_preset_counts_wherever_it_stands(cli: Cli, trained: list[Trained]) 
         assert trained == []
 
 
-def test_a_saved_config_is_the_same_experiment(cli: Cli, trained: list[Trained], tmp_path: Path) -> None:
+def test_saved_config_is_the_same_experiment(cli: Cli, trained: list[Trained], tmp_path: Path) -> None:
     saved = PRESETS["nuswide"].config.with_overrides(
         {"optim.lr": 0.02, "model.levels": ["layer4"], "data.root": "/data/nus", "resources.use_gpu": False}
     )
@@ -456,7 +456,7 @@ def test_a_saved_config_is_the_same_experiment(cli: Cli, trained: list[Trained],
     assert load_config(tmp_path / "saved.yaml") == saved
 
 
-def test_resume_goes_on_with_the_runs_config(cli: Cli, trained: list[Trained], tmp_path: Path) -> None:
+def test_resume_uses_the_runs_config(cli: Cli, trained: list[Trained], tmp_path: Path) -> None:
     run = tmp_path / "store" / "run"
     run.mkdir(parents=True)
     saved = PRESETS["voc2007"].config.with_overrides({"train.storage": str(run.parent), "train.run_name": "run"})
@@ -467,7 +467,7 @@ def test_resume_goes_on_with_the_runs_config(cli: Cli, trained: list[Trained], t
     assert trained == [Trained(saved, True), Trained(longer, True)]
 
 
-def test_a_job_that_is_submitted_again_resumes_itself(cli: Cli, trained: list[Trained], tmp_path: Path) -> None:
+def test_resubmitted_job_resumes_its_run(cli: Cli, trained: list[Trained], tmp_path: Path) -> None:
     job = ("train", "voc2007", "--or-resume", "--train.storage", tmp_path / "store")
     done = cli(*job)
     assert done.code == 2
@@ -488,13 +488,13 @@ def test_runs_are_listed(cli: Cli, tmp_path: Path) -> None:
         ["run", "state", "epoch"],
         ["a-run", "unknown", "0/40"],
     ]
-    assert "runs: no folder; give the train.storage" in cli("runs").err
+    assert "runs: no such folder; give the train.storage" in cli("runs").err
 
 
 @pytest.fixture
 def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, ExperimentConfig, str]]:
     """Instead of scoring, notes what would be scored."""
-    from msrn_ray.ray_train import evaluate as evaluation
+    from msrn_ray.ray_train import evaluate
 
     calls = []
 
@@ -502,7 +502,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, ExperimentCon
         calls.append((path, config, split))
         return scored(split, 0.75) | {f"{split}/images": 7, "bad": ["x (cut off)"], "notes": ["a note"]}
 
-    monkeypatch.setattr(evaluation, "evaluate_checkpoint", note)
+    monkeypatch.setattr(evaluate, "evaluate_checkpoint", note)
     return calls
 
 
@@ -525,7 +525,7 @@ def test_evaluate_starts_from_the_checkpoint(
     assert config == load_checkpoint(checkpoint).config.with_overrides(changes)
 
 
-def test_evaluate_takes_the_checkpoints_settings_wherever_it_stands(
+def test_evaluate_finds_the_checkpoint_at_any_position(
     cli: Cli, evaluated: list[tuple[Path, ExperimentConfig, str]], checkpoint: Path
 ) -> None:
     """Or the command is refused; what must not be is another image size than the checkpoint's."""
@@ -590,12 +590,12 @@ def test_graph_with_tau_auto_and_saved_counts(cli: Cli, tmp_path: Path) -> None:
     assert "3 labels, 2 edges at tau 1 " in thin.out
 
 
-def test_ctrl_c_and_faults_of_our_own(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_exits_130_and_bugs_keep_their_traceback(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def raising(error: BaseException) -> None:
-        def run(self: commands.Presets) -> None:
+        def run(self: evaluate_command.Presets) -> None:
             raise error
 
-        monkeypatch.setattr(commands.Presets, "run", run)
+        monkeypatch.setattr(evaluate_command.Presets, "run", run)
 
     raising(KeyboardInterrupt())
     done = cli("presets")
@@ -608,7 +608,7 @@ def test_ctrl_c_and_faults_of_our_own(cli: Cli, monkeypatch: pytest.MonkeyPatch)
             cli("presets")
 
 
-def test_groups_of_evaluate_have_no_own_defaults() -> None:
+def test_settings_of_evaluate_have_no_other_defaults() -> None:
     """The subcommand's own defaults are never used: they come from the checkpoint."""
     assert DataSettings() == ExperimentConfig().data
     assert ResourceSettings() == ExperimentConfig().resources
