@@ -226,7 +226,7 @@ def test_auto_tau_of_the_benchmarks(shared: Path) -> None:
 
 
 @given(TARGETS, st.floats(0.01, 8))
-def test_auto_is_the_largest_tau_that_keeps_the_degree(targets: npt.NDArray[np.int8], degree: float) -> None:
+def test_auto_is_the_largest_tau_keeping_the_degree(targets: npt.NDArray[np.int8], degree: float) -> None:
     counts = count_labels(targets, [f"label {number}" for number in range(targets.shape[1])])
     tau = choose_tau(counts, "auto", degree)
     number = len(counts.names)

@@ -1,72 +1,21 @@
-"""Semantic attention, tile by tile and compiled, against its definition written out, its limits and its memory."""
+"""Semantic attention, tile by tile and compiled, against its definition, its limits and its memory."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Callable
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._dynamo.utils import counters
 
 from msrn_ray.model import semantic_attention
 from msrn_ray.model.semantic_attention import SemanticAttention
 
+from .attention_forms import Attention, both, direct, random, with_gradients
+
 quick = settings(deadline=None, max_examples=30)
-
-
-@cache
-def compiler() -> str | None:
-    """Why nothing can be compiled here, or None."""
-    attention = SemanticAttention()
-    chosen = attention.choose_kernels("auto", torch.device("cpu"))
-    return None if attention.compiled else chosen
-
-
-def tiled(features: Tensor, semantics: Tensor) -> Tensor:
-    return semantic_attention(features, semantics)
-
-
-def compiled(features: Tensor, semantics: Tensor) -> Tensor:
-    reason = compiler()
-    if reason:
-        pytest.skip(reason)
-    return semantic_attention(features, semantics, compiled=True)
-
-
-Attention = Callable[[Tensor, Tensor], Tensor]
-both = pytest.mark.parametrize("attention", [tiled, compiled])
-
-
-def direct(features: Tensor, semantics: Tensor) -> Tensor:
-    """w = softmax over p of q_k P[b,p,k];  o = sum_p w P."""
-    tilted = semantics[None, None] * features[:, :, None]  # [B,N,Q,D]
-    weight = tilted.softmax(1)
-    return (weight * features[:, :, None]).sum(1)
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)) * scale
-
-
-def with_gradients(function: Any, features: Tensor, semantics: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Output and the gradients of <weight, output>."""
-    features, semantics = features.detach().requires_grad_(), semantics.detach().requires_grad_()
-    output = function(features, semantics)
-    by_features, by_semantics = torch.autograd.grad((output * weight).sum(), (features, semantics))
-    return output.detach(), by_features, by_semantics
-
-
 SIZES = {"batch": st.integers(1, 3), "positions": st.integers(1, 12), "vectors": st.integers(1, 6)}
 WIDTHS = st.sampled_from([1, 2, 15, 16, 17, 31, 32, 33, 50])
 MAGNITUDES = st.sampled_from([0.0, 1e-3, 1.0, 30.0, 1e4])
@@ -272,51 +221,6 @@ def test_memory_kept_for_backward(attention: Attention, batch: int, positions: i
     assert 0 < sum(kept.values()) <= allowed
 
 
-def test_one_kernel_for_all_sizes() -> None:
-    """Levels, short batches, evaluation and autocast find what the first call compiled."""
-    compiled(random(2, 30, 256, dtype=torch.float32), random(20, 256, dtype=torch.float32))  # or skip
-    attention = SemanticAttention()
-    attention.choose_kernels("on", torch.device("cpu"))
-    before = counters["stats"]["unique_graphs"]
-    for batch, positions, vectors, width in (
-        (2, 784, 5, 16),
-        (1, 49, 5, 16),
-        (7, 49, 49, 16),
-        (1, 1, 3, 16),
-        (3, 9, 2, 7),
-    ):
-        levels = [random(batch, positions, width, dtype=torch.float32).requires_grad_()]
-        semantics = random(vectors, width, dtype=torch.float32).requires_grad_()
-        output = attention(levels, semantics)
-        output.backward(torch.randn_like(output))
-        with torch.inference_mode():
-            attention(levels, semantics)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = attention(levels, semantics).sum()
-        loss.backward()
-    assert counters["stats"]["unique_graphs"] == before
-
-
-def test_the_chosen_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["msrn_ray.model.semantic_attention"]
-    calls: list[str] = []
-    run = module._run_compiled
-
-    def note(kernel: Any, *inputs: Tensor) -> Any:
-        calls.append(kernel.__name__)
-        return run(kernel, *inputs)
-
-    monkeypatch.setattr(module, "_run_compiled", note)
-    compiled(random(2, 3, 4), random(5, 4))  # or skip
-    attention = SemanticAttention()
-    expected: dict[Any, list[str]] = {"off": [], "on": ["_moments", "_pull_back"]}
-    for choice, names in expected.items():
-        attention.choose_kernels(choice, torch.device("cpu"))
-        calls.clear()
-        attention([random(2, 9, 5).requires_grad_()], random(3, 5)).sum().backward()
-        assert calls == names
-
-
 @both
 def test_outlier_costs_only_its_rounding(attention: Attention) -> None:
     features = 0.01 * random(1, 784, 4, dtype=torch.float32)
@@ -336,56 +240,3 @@ def test_levels_lie_side_by_side() -> None:
     assert output.shape == (2, 3, 10)
     for index, level in enumerate(levels):
         torch.testing.assert_close(output[..., 5 * index : 5 * index + 5], direct(level, semantics))
-
-
-def test_off_compiles_no_kernels() -> None:
-    attention = SemanticAttention()
-    assert attention.choose_kernels("off", torch.device("cpu")) == "tile by tile"
-    assert not attention.compiled
-
-
-def run_python(*command: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *command],
-        env={**os.environ, **environment},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def test_without_a_compiler(tmp_path: Path) -> None:
-    """`auto` says why and computes tile by tile; `on` is an error that says why."""
-    script = """
-import torch
-from msrn_ray.errors import UserError
-from msrn_ray.model.semantic_attention import SemanticAttention
-attention = SemanticAttention()
-print(attention.choose_kernels("auto", torch.device("cpu")))
-print(attention.compiled, attention([torch.ones(1, 4, 3)], torch.ones(2, 3)).tolist())
-try:
-    attention.choose_kernels("on", torch.device("cpu"))
-except UserError as error:
-    print(error)
-"""
-    output = run_python(
-        "-c", script, CXX=str(tmp_path / "no-compiler"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")
-    )
-    auto, computed, on = output.splitlines()
-    assert auto.startswith("tile by tile, several times slower (not compiled: ")
-    assert "compiler" in auto
-    assert computed == "False [[[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]]"
-    assert on.startswith("model.compile=on: the attention kernels cannot be compiled (")
-    assert "install g++" in on
-
-
-def test_gpu_kernels_under_tritons_interpreter() -> None:
-    """One generated kernel a pass, for both sizes, that agrees with the tiles."""
-    pytest.importorskip("triton", reason="torch was built without Triton")
-    found = json.loads(run_python("-m", "tests.interpreted_kernels", TRITON_INTERPRET="1").splitlines()[-1])
-    assert found["launches"] == [2, 2]
-    assert len(found["errors"]) == 6
-    assert max(found["errors"]) < 1e-5
