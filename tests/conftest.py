@@ -16,13 +16,13 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Networks as small as the tests' are much slower when threads wait for each other."""
+    """Small networks run much faster on one thread than on threads that wait for each other."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of test material beside the project: photographs, weights, golden numbers."""
+    """Return the folder of test material beside the project: photographs, weights, golden numbers."""
     if not SHARED.is_dir():
         pytest.skip("the folder 'shared' with test photographs and golden numbers is not beside the project")
     return SHARED
@@ -30,7 +30,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def s3_keys() -> Iterator[None]:
-    """Keys that a server on this machine takes; pyarrow wants some."""
+    """Set keys for the S3 server on this machine: pyarrow needs some."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("AWS_ACCESS_KEY_ID", "key")
         environment.setenv("AWS_SECRET_ACCESS_KEY", "secret")
@@ -39,7 +39,7 @@ def s3_keys() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def s3_bucket(s3_keys: None) -> Iterator[Location]:
-    """An empty bucket of a server on this machine."""
+    """Yield an empty bucket of an S3 server on this machine."""
     server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
     running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     running.start()
@@ -52,7 +52,7 @@ def s3_bucket(s3_keys: None) -> Iterator[Location]:
 
 @pytest.fixture(scope="session")
 def local_ray(s3_keys: None) -> Iterator[None]:
-    """One Ray cluster on this machine for all tests that need one; logical CPUs enough for three workers."""
+    """Start a Ray cluster on this machine for all tests that need one, with enough logical CPUs for three workers."""
     import ray
 
     ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")

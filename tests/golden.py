@@ -1,4 +1,4 @@
-"""Regenerates the weights and the image behind golden/msrn_voc.npz from their written recipe, in the authors' naming."""
+"""Regenerate the weights and images behind golden/msrn_voc.npz from their recipe, in the authors' naming."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NUM_LABELS, NUM_GROUPS, EMBED_DIM, LEVELS = 20, 4, 512, 3
 
 
 def official_shapes() -> dict[str, tuple[int, ...]]:
-    """Every entry of the authors' state dict for VOC with its shape."""
+    """Return the shape of every entry of the authors' state dict for VOC."""
     trunk = torchvision.models.resnet101(weights=None).state_dict()
     shapes = {f"resnet_101.{name}": tuple(value.shape) for name, value in trunk.items() if not name.startswith("fc.")}
     for index, width in enumerate((256, 512, 1024)):
@@ -37,7 +37,7 @@ def official_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def official_state_dict(salt: int) -> dict[str, torch.Tensor]:
-    """The golden run's weights, entry by entry from a generator seeded by the entry's name."""
+    """Return the golden run's weights; the name of an entry seeds its generator."""
     return {name: torch.from_numpy(_entry(name, shape, salt)) for name, shape in official_shapes().items()}
 
 
@@ -54,19 +54,19 @@ def _entry(name: str, shape: tuple[int, ...], salt: int) -> np.ndarray:
     elif name.endswith("bias") or name == "B":
         value = rng.standard_normal(shape) * 0.1
     else:
-        fans = {4: int(np.prod(shape[1:]))}
-        fan = fans.get(len(shape), shape[0] if name.endswith((".W", ".a")) else shape[-1])
+        in_first = name.endswith((".W", ".a"))  # the release stores these as [in, out]
+        fan = int(np.prod(shape[1:])) if len(shape) == 4 else shape[0] if in_first else shape[-1]
         value = rng.standard_normal(shape) * np.sqrt(2 / fan)
     return value.astype(np.float32)
 
 
 def golden_images(salt: int, batch: int, image_size: int) -> torch.Tensor:
-    """[batch, 3, image_size, image_size] float32 standard normal."""
+    """Return [batch, 3, image_size, image_size] float32, standard normal."""
     noise = np.random.default_rng([7, salt]).standard_normal((batch, 3, image_size, image_size))
     return torch.from_numpy(noise.astype(np.float32))
 
 
 def load_golden(shared: Path) -> dict[str, np.ndarray]:
-    """All arrays of the golden file."""
+    """Return all arrays of the golden file."""
     with np.load(shared / "golden" / "msrn_voc.npz") as file:
         return {name: file[name] for name in file.files}

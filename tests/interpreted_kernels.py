@@ -1,9 +1,9 @@
-"""Generates the GPU kernels of the attention without a GPU and runs them under Triton's interpreter; prints errors and launches as JSON.
+"""Generate the GPU kernels of the attention without a GPU, run them under Triton's interpreter, print errors and launches as JSON.
 
     TRITON_INTERPRET=1 python -m tests.interpreted_kernels
 
-Inductor is told to write Triton for the CPU device. Its launcher would pick block sizes from the GPU's properties; here it is replaced by
-one that runs the generated source as it is, with small blocks, so that the masks at the ends are used.
+Inductor writes Triton for the CPU device. Its launcher would pick block sizes from the GPU's properties. The launcher here runs the
+generated source unchanged, with small blocks, so that the masks at the ends are used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ X_BLOCK, Y_BLOCK, REDUCTION_BLOCK = 16, 4, 8
 
 
 class Launcher:
-    """Runs one generated kernel block after block."""
+    """Runs a generated kernel block after block."""
 
     def __init__(self, name: str, source: str, folder: Path) -> None:
         self.name, self.launches = name, 0
@@ -42,27 +42,25 @@ class Launcher:
     def run(self, *arguments: Any, stream: object) -> None:
         self.launches += 1
         blocks = {"XBLOCK": X_BLOCK, "R0_BLOCK": REDUCTION_BLOCK}
-        numbers = arguments[
-            -2:-1
-        ]  # of output numbers along x; before it along y, where the kernel has tiles of two sides
+        sizes = arguments[-2:-1]  # outputs along x
         if "YBLOCK" in self.kernel.arg_names:
             blocks["YBLOCK"] = Y_BLOCK
-            numbers = arguments[-2], arguments[-3]
-        grid = tuple(-(-number // block) for number, block in zip(numbers, (X_BLOCK, Y_BLOCK), strict=False))
+            sizes = arguments[-2], arguments[-3]  # along x and y
+        grid = tuple(-(-size // block) for size, block in zip(sizes, (X_BLOCK, Y_BLOCK), strict=False))
         self.kernel[grid](*arguments, **blocks)
 
 
 def main(folder: Path) -> None:
-    """Prints the largest difference to the tiles of each output, relative, and how often each kernel ran; folder: for sources."""
+    """Print the largest relative difference of each output to the tiles, and the launches per kernel; folder: for sources."""
     from msrn_ray.model import semantic_attention
 
     launchers: list[Launcher] = []
 
-    def launcher(self: AsyncCompile, name: str, source: str, device_str: str = "cpu") -> Launcher:
+    def make_launcher(self: AsyncCompile, name: str, source: str, device_str: str = "cpu") -> Launcher:
         launchers.append(Launcher(name, source, folder))
         return launchers[-1]
 
-    AsyncCompile.triton = launcher
+    AsyncCompile.triton = make_launcher
     torch.utils._triton.triton_hash_with_backend = lambda: "interpreter"
     torch._inductor.config.cpu_backend = "triton"
     torch._inductor.config.force_disable_caches = True
@@ -72,17 +70,18 @@ def main(folder: Path) -> None:
         features = torch.randn(batch, positions, width, generator=generator)
         semantics = 3 * torch.randn(vectors, width, generator=generator)
         weight = torch.randn(batch, vectors, width, generator=generator)
-        found = []
+        results = []
         for compiled in (True, False):
             leaves = (features.clone().requires_grad_(), semantics.clone().requires_grad_())
             output = semantic_attention(*leaves, compiled=compiled)
-            found.append([output.detach(), *torch.autograd.grad((output * weight).sum(), leaves)])
-        errors += [difference(one, other) for one, other in zip(*found, strict=True)]
-    print(json.dumps({"errors": errors, "launches": [one.launches for one in launchers]}))
+            results.append([output.detach(), *torch.autograd.grad((output * weight).sum(), leaves)])
+        errors += [difference(actual, expected) for actual, expected in zip(*results, strict=True)]
+    print(json.dumps({"errors": errors, "launches": [launcher.launches for launcher in launchers]}))
 
 
-def difference(one: Tensor, other: Tensor) -> float:
-    return float((one - other).abs().max() / other.abs().max())
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, relative to the largest expected number."""
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 if __name__ == "__main__":

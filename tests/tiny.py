@@ -1,4 +1,4 @@
-"""Small things that several test files make for themselves: photographs, a data set in COCO's layout, a checkpoint."""
+"""Small test data: photographs, a data set in COCO's layout, a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ CATEGORIES = ("apple", "bench", "cat")
 
 
 def make_picture(seed: int, width: int = 48, height: int = 40) -> Image.Image:
-    """Coarse coloured blocks: a JPEG keeps them apart, and no two seeds look alike."""
+    """Return coarse coloured blocks, which JPEG keeps distinct; every seed gives another picture."""
     blocks = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST)
 
 
 def make_photo(path: Path, seed: int = 0) -> Path:
-    """Writes a small picture in the format of the path's suffix."""
+    """Write a small picture in the format of the path's suffix; return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     make_picture(seed).save(path)
     return path
 
 
 def make_coco(root: Path, splits: Mapping[str, Sequence[Sequence[int]]], names: Sequence[str] = CATEGORIES) -> Path:
-    """Writes a data set in COCO's layout with real JPEGs.
+    """Write a data set in COCO's layout with real JPEGs; return its folder.
 
     Args:
         root: its folder.
-        splits: name (`train`, `val`, `test`) -> for each image the positions of its labels in `names`.
+        splits: name (`train`, `val`, `test`) -> per image the positions of its labels in `names`.
         names: the categories, in alphabetical order.
     """
     (root / "annotations").mkdir(parents=True)
@@ -59,9 +59,9 @@ def make_coco(root: Path, splits: Mapping[str, Sequence[Sequence[int]]], names: 
 
 
 def make_tiny_checkpoint(folder: Path, num_labels: int = 3, name: Literal["msrn", "gap", "gmp"] = "msrn") -> Path:
-    """Writes a checkpoint of a small network with random weights whose scores differ from image to image; returns its folder.
+    """Write a checkpoint of a small network with random weights whose scores differ between images; return its folder.
 
-    Labels are `label 0`, `label 1`, ...; label 0 attends to label 1 but not the other way; thresholds differ.
+    Labels are `label 0`, `label 1`, ...; label 0 attends to label 1 but not vice versa; thresholds differ.
     """
     config = ExperimentConfig(
         data=DataSettings(image_size=64),
