@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.attention
 
-Both forms get the same features and semantics, take turns, and show medians. Memory is what tensors hold at most, over the start.
+Both forms get the same features and semantics, take turns, and show medians. Memory is the most that tensors hold above the start.
 
-All of it runs twice, each time in a process of its own: as Python starts, and with THP_MEM_ALLOC_ENABLE=1, as training workers run. There
-large tensors come in pages of 2 MB, and the direct form, which asks for gigabytes anew in each pass, takes less than half its time.
+Everything runs twice, in separate processes: as Python starts, and with THP_MEM_ALLOC_ENABLE=1, as training workers run. With it, large
+tensors come in pages of 2 MB, and the direct form, which allocates gigabytes in each pass, takes less than half its time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROUNDS = 7
 
 
 def direct(levels: list[Tensor], semantics: Tensor) -> Tensor:
-    """The definition as it is written: softmax over positions of q P, then the weighted sum of P."""
+    """Return the definition: softmax over positions of q P, then the weighted sum of P."""
     pooled = []
     for features in levels:
         weight = (features[:, :, None] * semantics).softmax(1)  # [B,N,Q,D]
@@ -47,7 +47,7 @@ class Problem:
         self.grad = torch.randn(batch, vectors, WIDTH * len(POSITIONS), generator=generator)
 
     def run(self, form: Callable[[list[Tensor], Tensor], Tensor]) -> Phases:
-        """Seconds of forward and backward."""
+        """Return the seconds of forward and backward."""
         output: list[Tensor] = []
         times = stopwatch(
             lambda: output.append(form(self.levels, self.semantics)),
@@ -59,17 +59,16 @@ class Problem:
 
 
 def roofline(problem: Problem) -> tuple[float, float, float, float]:
-    """What no exact form can do without, on all threads.
+    """Return the work that no exact form can avoid, on all threads.
 
     Returns:
-        numbers that go through 2^x, two passes of [B,N,Q,D]; seconds of that where they stay in the cache; bytes of inputs, outputs and
-        gradients, each touched once; seconds of copying as many.
+        how many numbers go through 2^x, two passes of [B,N,Q,D]; seconds of that from the cache; bytes of inputs, outputs and
+        gradients, each touched once; seconds of copying as many bytes.
     """
     inputs = sum(level.numel() for level in problem.levels)
     exps = 2 * inputs * len(problem.semantics)
-    moved = 4 * (
-        3 * inputs + 2 * problem.grad.numel() + 2 * problem.semantics.numel()
-    )  # P twice, its gradient; o and its
+    # P in both passes and its gradient; o and its gradient; q and its gradient
+    moved = 4 * (3 * inputs + 2 * problem.grad.numel() + 2 * problem.semantics.numel())
     cached, out = torch.randn(2**18), torch.empty(2**18)
     large, copy = torch.randn(2**25), torch.empty(2**25)  # 128 MiB, beyond any cache
     repeats = 50
@@ -85,7 +84,7 @@ def roofline(problem: Problem) -> tuple[float, float, float, float]:
 
 
 def compare() -> None:
-    """Prints the table of this process."""
+    """Print the table of this process."""
     kernels = SemanticAttention()
     print(f"{torch.get_num_threads()} threads, attention kernels {kernels.choose_kernels('on', torch.device('cpu'))}")
     eager = SemanticAttention()

@@ -1,10 +1,10 @@
-"""Time and peak memory of reading a manifest of a million rows in each form.
+"""Time and peak memory of reading a manifest of a million rows, form by form.
 
     python -m tests.benchmarks.manifest [--rows N] [--folder DIR]
 
-Each form is read in a process of its own; memory is the largest resident size of the whole process, imports (the first row of the
-table) included. `splits` has no column of splits, so that test and val are drawn too, and reads it as training does. `files` names
-empty files on this disk, 1,000 in a folder, that are looked for.
+A new process reads each form. Memory is the largest resident size of the whole process, including imports (the first row of the table).
+`splits` has no column of splits, so that test and val are drawn too, and reads as training does. `files` names empty files on this disk,
+1,000 per folder, which the reader looks for.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORMS = ("import", "csv", "json in csv", "columns", "jsonl", "parquet", "parquet
 
 
 def blocks(num_rows: int, prefix: str) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Paths, and targets [BLOCK, C] that are the same in each run."""
+    """Yield paths, and targets [BLOCK, C] that are the same in every run."""
     rng = np.random.default_rng(0)
     for start in range(0, num_rows, BLOCK):
         rows = range(start, min(start + BLOCK, num_rows))
@@ -40,7 +40,7 @@ def blocks(num_rows: int, prefix: str) -> Iterator[tuple[list[str], np.ndarray]]
 
 
 def write(form: str, folder: Path, num_rows: int) -> Path:
-    """Writes the manifest of one form; returns its path."""
+    """Write the manifest of a form; return its path."""
     names = np.array([f"label {number:02}" for number in range(NUM_LABELS)])
     if form.endswith("columns"):
         path = folder / ("labels.parquet" if "parquet" in form else "labels.csv")
@@ -51,16 +51,16 @@ def write(form: str, folder: Path, num_rows: int) -> Path:
     with path.open("wb") as file:
         for paths, targets in blocks(num_rows, prefix):
             if form == "files":
-                for one in paths:
-                    (folder / one).parent.mkdir(parents=True, exist_ok=True)
-                    (folder / one).touch()
+                for path_in_folder in paths:
+                    (folder / path_in_folder).parent.mkdir(parents=True, exist_ok=True)
+                    (folder / path_in_folder).touch()
             if form.endswith("columns"):
                 table = pa.table({"image": paths} | dict(zip(names, targets.T, strict=True)))
             else:
                 lists = [names[row.astype(bool)].tolist() for row in targets]
                 text = {"csv": ";".join, "splits": ";".join, "files": ";".join}.get(form, _json)
                 table = pa.table(
-                    {"image": paths, "labels": lists if form == "parquet" else [text(one) for one in lists]}
+                    {"image": paths, "labels": lists if form == "parquet" else [text(labels) for labels in lists]}
                 )
             if form not in ("splits", "files"):
                 table = table.append_column(
@@ -91,7 +91,7 @@ def _json(labels: list[str]) -> str:
 
 
 def measure(form: str, place: str) -> None:
-    """Reads in this process, and prints what it took."""
+    """Read in this process; print time and memory."""
     from msrn_ray.config import ExperimentConfig
     from msrn_ray.datasets.manifest import read_manifest
     from msrn_ray.datasets.protocol import load_splits
@@ -116,7 +116,7 @@ def measure(form: str, place: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--folder", help="where the files are written for a while; the default is the system's")
+    parser.add_argument("--folder", help="folder for the temporary files; default: the system's")
     options = parser.parse_args()
     for form in FORMS:
         with TemporaryDirectory(dir=options.folder) as folder:

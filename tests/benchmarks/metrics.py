@@ -2,9 +2,8 @@
 
     python -m tests.benchmarks.metrics
 
-scikit-learn computes only the AP of each class here, one call per class; MultiLabelMetrics computes everything it
-reports. Both get the same scores on the CPU, and each time is the best of a few runs, so that other load on the machine
-counts less.
+scikit-learn computes only the AP of each class, with a call per class. MultiLabelMetrics computes everything it reports. Both get the same
+scores on the CPU. Times are the best of a few runs, so that other load on the machine counts less.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ T = TypeVar("T")
 
 
 def best_time(function: Callable[[], T]) -> tuple[float, T]:
-    """Seconds of the fastest run, and what the last run returned."""
+    """Return the seconds of the fastest run, and what the last run returned."""
     times = []
     for _ in range(NUM_RUNS):
         start = time.perf_counter()
@@ -35,7 +34,7 @@ def best_time(function: Callable[[], T]) -> tuple[float, T]:
 
 def main() -> None:
     rng = np.random.default_rng(0)
-    target = (rng.random((NUM_ROWS, NUM_CLASSES)) < 0.036).astype(np.int8)  # 2.9 labels an image, as in COCO
+    target = (rng.random((NUM_ROWS, NUM_CLASSES)) < 0.036).astype(np.int8)  # 2.9 labels per image, as in COCO
     logits = 2 * rng.standard_normal((NUM_ROWS, NUM_CLASSES)) - 4 + 5 * target
     scores = (1 / (1 + np.exp(-logits))).astype(np.float32)
 

@@ -21,7 +21,7 @@ from msrn_ray.ray_cluster.estimate import Machine, count, predict_step
 from msrn_ray.training.engine import train_step
 
 from .measure import stopwatch
-from .train_step import make_batch, make_trainee, worker
+from .train_step import Shape, make_batch, make_learner, worker_seconds
 
 PRESET, LABELS, IMAGES = "voc2007", 20, 4
 WORKERS = (1, 2, 4)
@@ -50,7 +50,7 @@ def link(world: int) -> float:
 
 def single_step() -> float:
     """Seconds of the elementwise step of one image, on the threads that are set."""
-    learner, batch = make_trainee(PRESET, LABELS, head="elementwise"), make_batch(1, LABELS)
+    learner, batch = make_learner(PRESET, LABELS, head="elementwise"), make_batch(1, LABELS)
     train_step(learner, batch, 1)
     return statistics.median(stopwatch(lambda: train_step(learner, batch, 1))[0] for _ in range(3))
 
@@ -79,9 +79,7 @@ def main() -> None:
         for head, cost in costs.items():
             machine = Machine(world, flops * share, speed, memory * min(1, share), overlap=0.0)
             predicted = predict_step(cost, machine, IMAGES / world).total
-            with tempfile.TemporaryDirectory() as folder:
-                multiprocessing.spawn(worker, (world, folder, PRESET, LABELS, IMAGES, head, False), nprocs=world)  # type: ignore[attr-defined,no-untyped-call]  # untyped in torch
-                measured = float((Path(folder) / "seconds").read_text(encoding="utf-8"))
+            measured = worker_seconds(world, Shape(PRESET, LABELS, IMAGES), head)
             print(
                 f"  {world} workers, {head:12s} predicted {predicted:6.2f} s  measured {measured:6.2f} s  {predicted / measured:5.2f}",
                 flush=True,

@@ -1,8 +1,8 @@
-"""Seconds and peak memory of the readers on label files of the benchmarks' size, made up here; images are empty files.
+"""Seconds and peak memory of the readers on synthetic label files of the benchmarks' size; images are empty files.
 
     python -m tests.benchmarks.readers
 
-Each reader runs in a process of its own, so that its peak is its own; the peak is the process's, libraries included.
+Each reader runs in a new process, so that its peak memory is not that of another reader. The peak includes libraries.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from msrn_ray.official import COCO_LABELS
 from msrn_ray.types import SampleTable
 
 NUM_COCO_IMAGES, NUM_COCO_ANNOTATIONS = 82_783, 604_907  # train2014
-MEAN_CORNERS = 25  # of an outline; gives the 330 MB of the published file
+MEAN_CORNERS = 25  # per outline; gives the 330 MB of the published file
 NUM_VOC_IMAGES = 5_011  # trainval of 2007
 NUM_NUS_OFFICIAL, NUM_NUS_CSV = 161_789, 150_000
 
 
 class Measured(NamedTuple):
+    """Rows read, wall and CPU seconds, and the peak memory before and after in MB."""
+
     rows: int
     seconds: float
     cpu_seconds: float
@@ -40,7 +42,7 @@ class Measured(NamedTuple):
 
 
 def measure(read: Callable[[], SampleTable]) -> Measured:
-    """In a new process: seconds, those of the CPU (which other load changes less), and the peak memory in MB before and after."""
+    """Measure `read` in a new process. Other load on the machine changes CPU seconds less than wall seconds."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(run, (read,))
 
@@ -65,7 +67,7 @@ def touch(folder: Path, names: list[str]) -> None:
 
 
 def write_coco(root: Path) -> Path:
-    """Instances with outlines as long as the published ones; most of the file is numbers that no label needs."""
+    """Write instances with outlines as long as the published ones; most of the file is numbers that no label needs."""
     rng = np.random.default_rng(0)
     names = [f"COCO_train2014_{number:012}.jpg" for number in range(NUM_COCO_IMAGES)]
     touch(root / "train2014", names)

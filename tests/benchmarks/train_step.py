@@ -1,10 +1,10 @@
-"""The whole train step beside forward and backward of its bare backbone, and beside the same step with the direct form of the attention.
+"""Time and memory of a train step, beside its bare backbone and beside the step with the direct form of the attention.
 
     python -m tests.benchmarks.train_step [single|workers|curve ...]
 
-`single`: one process; forms take turns, medians; the step is forward, backward, clipping and SGD with momentum, as the presets run it.
-`workers`: the step of two processes that share the batch through DistributedDataParallel, a core each, with and without compressed
-gradients, beside one process with both cores. `curve`: the losses of 40 steps with the direct form and with the compiled kernels.
+`single`: one process. Forms take turns and show medians. The step is forward, backward, clipping and SGD with momentum, as in the presets.
+`workers`: two processes with a core each share the batch through DistributedDataParallel, with and without compressed gradients, beside
+one process with both cores. `curve`: the losses of 40 steps with the direct form and with the compiled kernels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -36,14 +36,23 @@ from msrn_ray.types import Batch
 from .attention import direct
 from .measure import Phases, alternate, peak_bytes, stopwatch
 
+
+class Shape(NamedTuple):
+    """A preset's network and the size of its batch."""
+
+    preset: str
+    labels: int
+    images: int
+
+
 SHAPES = {
-    "COCO": ("coco2014", 80, 2),
-    "VOC": ("voc2007", 20, 4),
-    "NUS-WIDE": ("nuswide", 81, 2),
-}  # preset, labels, images
+    "COCO": Shape("coco2014", 80, 2),
+    "VOC": Shape("voc2007", 20, 4),
+    "NUS-WIDE": Shape("nuswide", 81, 2),
+}
 SIDE, ROUNDS, STEPS = 448, 5, 40
 CPU = torch.device("cpu")
-CURVE_LR = 2e-4  # random weights and batches of 2 amplify rounding: at 1e-3 the direct form parts from itself by 2e-3
+CURVE_LR = 2e-4  # random weights and batches of 2 amplify rounding: at 1e-3 two runs of the direct form differ by 2e-3
 
 
 class DirectAttention(nn.Module):
@@ -63,8 +72,8 @@ def make_batch(images: int, labels: int, seed: int = 0) -> Batch:
     )
 
 
-def make_trainee(preset: str, labels: int, *, lr: float | None = None, **model: Any) -> Learner:
-    """The preset's network on random weights in full precision, as a worker builds it."""
+def make_learner(preset: str, labels: int, *, lr: float | None = None, **model: Any) -> Learner:
+    """Return the preset's learner with random weights in full precision, as a worker builds it."""
     torch.manual_seed(0)
     changes = {f"model.{name}": value for name, value in model.items()}
     config = PRESETS[preset].config.with_overrides(changes | {"train.amp": "off", "model.compile": "on"})
@@ -76,15 +85,15 @@ def make_trainee(preset: str, labels: int, *, lr: float | None = None, **model: 
 
 
 def single(name: str) -> None:
-    """Prints the table of one shape."""
+    """Print the table of a shape."""
     preset, labels, images = SHAPES[name]
     batch = make_batch(images, labels)
     floats = batch.images.float().contiguous(memory_format=torch.channels_last)
     bare = torchvision.models.resnet101().to(memory_format=torch.channels_last).train()
-    mlp = make_trainee(preset, labels)
-    elementwise = make_trainee(preset, labels, head="elementwise")
+    mlp = make_learner(preset, labels)
+    elementwise = make_learner(preset, labels, head="elementwise")
     assert isinstance(mlp.network, MSRN)
-    ours, written_out = mlp.network.attention, DirectAttention()
+    kernels, written_out = mlp.network.attention, DirectAttention()
 
     def backbone() -> Phases:
         bare.zero_grad(set_to_none=True)
@@ -99,14 +108,14 @@ def single(name: str) -> None:
     forms: dict[str, Callable[[], Phases]] = {
         "ResNet-101, forward + backward": backbone,
         "step, elementwise head": lambda: step(elementwise),
-        "step, mlp head": lambda: step(mlp, ours),
+        "step, mlp head": lambda: step(mlp, kernels),
         "step, mlp head, direct attention": lambda: step(mlp, written_out),
     }
     times = {form: sum(phases) for form, phases in alternate(forms, ROUNDS).items()}
     memory = {}
     for form, run in forms.items():
         for network in (bare, mlp.network, elementwise.network):
-            network.zero_grad(set_to_none=True)  # so that all start with weights and optimizer state alone
+            network.zero_grad(set_to_none=True)  # so that every form starts with only weights and optimizer state
         memory[form] = peak_bytes(run)
     bare_seconds, bare_bytes = times["ResNet-101, forward + backward"], memory["ResNet-101, forward + backward"]
     direct_bytes = memory["step, mlp head, direct attention"]
@@ -120,12 +129,18 @@ def single(name: str) -> None:
         )
 
 
-def worker(
-    rank: int, world: int, folder: str, preset: str, labels: int, images: int, head: str, compress: bool
-) -> None:
-    """One process of a data-parallel step; rank 0 leaves its median seconds in a file."""
+def worker_seconds(world: int, shape: Shape, head: str, *, compress: bool = False) -> float:
+    """Return the seconds of a step that `world` new processes share."""
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(_worker, (world, folder, shape, head, compress), nprocs=world)  # type: ignore[attr-defined,no-untyped-call]  # untyped in torch
+        return float((Path(folder) / "seconds").read_text(encoding="utf-8"))
+
+
+def _worker(rank: int, world: int, folder: str, shape: Shape, head: str, compress: bool) -> None:
+    """Run one process of a data-parallel step; rank 0 writes its median seconds to a file."""
+    preset, labels, images = shape
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
-    learner = make_trainee(preset, labels, head=head)
+    learner = make_learner(preset, labels, head=head)
     if world > 1:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         dist.init_process_group("gloo", f"file://{folder}/store", timedelta(minutes=5), world_size=world, rank=rank)
@@ -143,26 +158,23 @@ def worker(
 
 
 def workers(name: str) -> None:
-    """Prints one process against two, for both heads; these do not take turns, a process group lives in processes of its own."""
-    preset, labels, images = SHAPES[name]
+    """Print one process against two, for both heads. They do not take turns: a process group needs separate processes."""
     for head in ("elementwise", "mlp"):
         base = 0.0
         for world, compress in ((1, False), (2, False), (2, True)):
-            with tempfile.TemporaryDirectory() as folder:
-                multiprocessing.spawn(worker, (world, folder, preset, labels, images, head, compress), nprocs=world)  # type: ignore[attr-defined,no-untyped-call]  # untyped in torch
-                seconds = float((Path(folder) / "seconds").read_text(encoding="utf-8"))
+            seconds = worker_seconds(world, SHAPES[name], head, compress=compress)
             base = base or seconds
             how = f"{world} process{'es' if world > 1 else ''}{', bf16 gradients' if compress else ''}"
             print(f"  {name}, {head} head, {how:32s}{seconds:7.2f} s {seconds / base:6.2f} x one process")
 
 
 def curve(name: str) -> None:
-    """Prints how far the losses of the two forms part over the steps, and how far the direct form parts from itself on one thread."""
+    """Print how far the losses of the two forms differ, and how far the direct form differs from itself on one thread."""
     preset, labels, images = SHAPES[name]
     losses: dict[str, list[float]] = {}
     threads = torch.get_num_threads()
     for form in ("direct", "compiled", "direct, one thread"):
-        learner = make_trainee(preset, labels, lr=CURVE_LR, head="elementwise")
+        learner = make_learner(preset, labels, lr=CURVE_LR, head="elementwise")
         if form != "compiled":
             learner.network.attention = DirectAttention()
         torch.set_num_threads(1 if form.endswith("one thread") else threads)
@@ -171,8 +183,10 @@ def curve(name: str) -> None:
         ]
         torch.set_num_threads(threads)
     for form in ("compiled", "direct, one thread"):
-        apart = [abs(one - other) / abs(one) for one, other in zip(losses["direct"], losses[form], strict=True)]
-        print(f"  {name}, {STEPS} steps, {form}: parts from direct by {max(apart):.1e} of the loss at most")
+        differences = [
+            abs(loss - expected) / abs(expected) for expected, loss in zip(losses["direct"], losses[form], strict=True)
+        ]
+        print(f"  {name}, {STEPS} steps, {form}: differs from direct by at most {max(differences):.1e} of the loss")
     print(f"  loss {losses['compiled'][0]:.4f} to {losses['compiled'][-1]:.4f}", flush=True)
 
 
