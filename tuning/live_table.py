@@ -1,4 +1,4 @@
-"""What a person sees while a search runs: a table that follows it on a terminal, a line for each epoch elsewhere."""
+"""What a search prints while it runs: a live table on a terminal, a line per epoch elsewhere."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ STATES = {
     TrialState.FAIL: "failed",
 }
 _SHOWN = {"model.levels": "levels", "model.tau": "tau", "optim.lr": "lr"}  # the other parameters are in trials.csv
-_ROWS = 20  # more would not fit the terminal while it runs
+_ROWS = 20  # more do not fit a terminal
 
 
-class SearchView:
-    """Shows a study; `start` and `stop` frame the time in which it changes."""
+class LiveTable:
+    """Shows a study; `start` and `stop` enclose the time in which it changes."""
 
     def __init__(self, study: SearchStudy, console: Console) -> None:
         self._study = study
         self._console = console
         self._live = Live(console=console, refresh_per_second=2, transient=True)
-        self._said: set[tuple[int, TrialState, int]] = set()
+        self._printed: set[tuple[int, TrialState, int]] = set()
 
     def start(self) -> None:
-        """Begins to follow."""
+        """Start to refresh the table on a terminal."""
         if self._console.is_terminal:
             self._live.start()
 
     def stop(self) -> None:
-        """Ends it; the table is left to `show`."""
+        """Remove the live table; `show` prints the final one."""
         self._live.stop()
 
     def update(self, number: int) -> None:
-        """Something became of this trial. Nothing is shown while the storage does not answer; the desk is the one that needs it."""
+        """Show the new state of a trial; show nothing while the storage does not answer, which the study actor waits for."""
         with suppress(StorageInternalError):
             self._update(number)
 
@@ -54,22 +54,18 @@ class SearchView:
             self._live.update(study_table(self._study, _ROWS))
         else:
             trial = self._study.study.get_trials(deepcopy=False)[number]
-            news = (number, trial.state, len(epochs_of(trial.user_attrs)))
-            if news not in self._said:  # a trial tells its best and last epochs again when it ends
-                self._said.add(news)
-                self.say(trial_line(self._study, trial))
-
-    def say(self, line: str) -> None:
-        """A line for the user, above the table."""
-        self._console.print(line, markup=False)
+            state = (number, trial.state, len(epochs_of(trial.user_attrs)))
+            if state not in self._printed:  # a trial reports its best and last epochs again when it ends
+                self._printed.add(state)
+                self._console.print(trial_line(self._study, trial), markup=False)
 
     def show(self) -> None:
-        """The whole table, best trials first."""
+        """Print the whole table, best trials first."""
         self._console.print(study_table(self._study))
 
 
 def shown_parameters(params: Mapping[str, Any]) -> dict[str, str]:
-    """Levels (layer2 is 2), tau and learning rate as a table shows them."""
+    """Return levels (layer2 as 2), tau and learning rate as a table shows them."""
     return {
         path: f"{params[path]:.3g}"
         if isinstance(params.get(path), float)
@@ -79,7 +75,7 @@ def shown_parameters(params: Mapping[str, Any]) -> dict[str, str]:
 
 
 def trial_line(study: SearchStudy, trial: FrozenTrial) -> str:
-    """A trial and the best so far in one line."""
+    """Return a line with a trial's last epoch and the best trial so far."""
     epochs, objective = epochs_of(trial.user_attrs), study.plan.objectives[0]
     parts = [f"trial {trial.number}", STATES[trial.state]]
     if epochs:
@@ -90,40 +86,40 @@ def trial_line(study: SearchStudy, trial: FrozenTrial) -> str:
     parts += [f"{_SHOWN[path]} {value}" for path, value in shown_parameters(trial.params).items() if value]
     if "failure" in trial.user_attrs:
         parts.append(trial.user_attrs["failure"])
-    best = study.best()
+    best = study.best_trial()
     if best is not None:
         parts.append(f"best so far {score_of(study, best):.4f} (trial {best.number})")
     return "  ".join(parts)
 
 
 def score_of(study: SearchStudy, trial: FrozenTrial) -> float:
-    """The first objective of a trial's best epoch; nan where it has none."""
+    """Return the first objective of a trial's best epoch; nan before its first epoch."""
     best = best_epoch(trial.user_attrs, study.plan.objectives[0])
     return best[study.plan.objectives[0]] if best else math.nan
 
 
 def ranked(study: SearchStudy) -> list[FrozenTrial]:
-    """All trials, best first, those without a score last."""
+    """Return all drawn trials, best first, those without a score last."""
     sign = 1 if study.plan.objectives[0] in MINIMIZED else -1
-    scores = {trial.number: score_of(study, trial) for trial in study.frozen()}
+    scores = {trial.number: score_of(study, trial) for trial in study.drawn_trials()}
     return sorted(
-        study.frozen(),
+        study.drawn_trials(),
         key=lambda trial: (math.isnan(scores[trial.number]), sign * scores[trial.number], trial.number),
     )
 
 
 def study_table(study: SearchStudy, rows: int | None = None) -> Table:
-    """The trials, best first; `rows` of them, of which the running ones are never left out."""
-    best = study.best()
-    title = f"{len(study.frozen())} of {study.trials} trials" + (
+    """Return a table of the trials, best first: at most `rows`, but every running trial."""
+    best = study.best_trial()
+    title = f"{len(study.drawn_trials())} of {study.num_trials} trials" + (
         f", best {study.plan.objectives[0]} {score_of(study, best):.4f} (trial {best.number})" if best else ""
     )
     table = Table("trial", *_SHOWN.values(), "epoch", study.plan.objectives[0], "img/s", "state", title=title)
     trials = ranked(study)
     if rows is not None and len(trials) > rows:
         running = [trial for trial in trials if trial.state == TrialState.RUNNING]
-        others = [trial for trial in trials if trial.state != TrialState.RUNNING]
-        trials = [*others[: max(0, rows - len(running))], *running]
+        ended = [trial for trial in trials if trial.state != TrialState.RUNNING]
+        trials = [*ended[: max(0, rows - len(running))], *running]
     for trial in trials:
         epochs = epochs_of(trial.user_attrs)
         speed = epochs[-1].get("train/images_per_second") if epochs else None

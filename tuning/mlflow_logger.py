@@ -1,7 +1,7 @@
-"""The search in MLflow: an experiment for the search, a run for each trial, also over interruptions.
+"""The search in MLflow: an experiment per search, a run per trial, also across interruptions.
 
-Ray's own callback begins a second run where a trial goes on, leaves runs open where a search is stopped, and ends a search whose server is
-started again.
+We do not use Ray's MLflow callback: it begins a second run for a trial that is resumed, leaves runs open when a search is stopped, and
+ends a search whose server restarts.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ray.tune.experiment import Trial
 
 from msrn_ray.errors import UserError
 
-from .trial import trial_name
-from .tune_adapters import Live
+from .trial_point import TrialPoint, trial_name
+from .tune_adapters import NotPickled
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,14 +28,16 @@ _TRIAL = "msrn.trial"  # tag of a run: the trial's number
 
 
 def open_mlflow(uri: str, search: str) -> MlflowRuns:
-    """The runs of a search on an MLflow server, or in a folder or database.
+    """Open the runs of a search on an MLflow server, or in a folder or database.
 
     Raises:
         UserError: if the package is missing or nothing answers at the address.
     """
     if importlib.util.find_spec("mlflow") is None:
         raise UserError("--mlflow needs the package mlflow; install it with: pip install 'msrn-ray[mlflow]'")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # its own 7 make a wrong address a wait of minutes
+    os.environ.setdefault(
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"
+    )  # MLflow's default of 7 waits minutes at a wrong address
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -48,42 +50,43 @@ def open_mlflow(uri: str, search: str) -> MlflowRuns:
     return MlflowRuns(client, search)
 
 
-class MlflowRuns(Live, Callback):
-    """Logs each trial's parameters, epochs and end. A server that does not answer is said once, and the search goes on.
+class MlflowRuns(NotPickled, Callback):
+    """Logs each trial's parameters, epochs and end. The search continues without a server that does not answer, and warns once.
 
     Args:
         client: of the server.
-        search: names the experiment, which is made with the first trial.
+        search: name of the experiment, which is created with the first trial.
     """
 
     def __init__(self, client: MlflowClient, search: str) -> None:
         self._client = client
         self._search = search
         self._open: dict[int, str] = {}  # trial -> run
-        self._silent = False
+        self._warned = False
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """A trial starts, or goes on."""
-        self._try(lambda: self._begin(trial.config["number"], trial.config["overrides"]))
+        """Open the run of a trial that starts or is resumed."""
+        self._try(lambda: self._begin(TrialPoint.from_tune(trial.config)))
 
-    def _begin(self, number: int, overrides: dict[str, Any]) -> None:
+    def _begin(self, point: TrialPoint) -> None:
         from mlflow.entities import Param
 
         found = self._client.get_experiment_by_name(self._search)
         experiment = found.experiment_id if found else self._client.create_experiment(self._search)
-        known = self._client.search_runs([experiment], f"tags.`{_TRIAL}` = '{number}'")
+        known = self._client.search_runs([experiment], f"tags.`{_TRIAL}` = '{point.number}'")
         if known:
             self._client.update_run(known[0].info.run_id, status="RUNNING")
-            self._open[number] = known[0].info.run_id
+            self._open[point.number] = known[0].info.run_id
             return
-        run = self._client.create_run(experiment, run_name=trial_name(number), tags={_TRIAL: str(number)})
-        self._open[number] = run.info.run_id
-        self._client.log_batch(run.info.run_id, params=[Param(path, str(value)) for path, value in overrides.items()])
+        run = self._client.create_run(experiment, run_name=trial_name(point.number), tags={_TRIAL: str(point.number)})
+        self._open[point.number] = run.info.run_id
+        params = [Param(path, str(value)) for path, value in point.overrides.items()]
+        self._client.log_batch(run.info.run_id, params=params)
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        """A trial ends an epoch, which is the step of its metrics."""
+        """Log the metrics of an epoch; MLflow's step is the epoch."""
         run = self._open.get(trial.config["number"])
         if run is not None:
             self._try(lambda: self._log(run, result))
@@ -91,24 +94,24 @@ class MlflowRuns(Live, Callback):
     def _log(self, run: str, result: dict[str, Any]) -> None:
         from mlflow.entities import Metric
 
-        now = int(1000 * time.time())
+        milliseconds = int(1000 * time.time())
         metrics = [
-            Metric(name, float(value), now, result["epoch"])
+            Metric(name, float(value), milliseconds, result["epoch"])
             for name, value in result.items()
             if "/" in name and isinstance(value, (int, float))
         ]
         self._client.log_batch(run, metrics)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """A trial ended, of itself or early."""
+        """Close the run of a trial that ended, after its last epoch or early."""
         self._end(trial.config["number"], "FINISHED")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """A trial failed."""
+        """Close the run of a trial that failed."""
         self._end(trial.config["number"], "FAILED")
 
     def close(self) -> None:
-        """The search ends; trials that have not ended go on with it."""
+        """Close the runs of the trials that have not ended; a resumed search opens them again."""
         for number in list(self._open):
             self._end(number, "KILLED")
 
@@ -122,11 +125,9 @@ class MlflowRuns(Live, Callback):
 
         try:
             call()
-            self._silent = False
+            self._warned = False
         except MlflowException as error:
-            if not self._silent:
-                print(
-                    f"MLflow does not answer ({' '.join(str(error).split())[:120]}); the search goes on",
-                    file=sys.stderr,
-                )
-            self._silent = True
+            if not self._warned:
+                reason = " ".join(str(error).split())[:120]
+                print(f"MLflow does not answer ({reason}); the search continues without it", file=sys.stderr)
+            self._warned = True

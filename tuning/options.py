@@ -1,69 +1,65 @@
-"""The command line of the search; no Ray."""
+"""The options of a search, as the command line and Python give them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from msrn_ray.config import ExperimentConfig
-from msrn_ray.presets import PresetName
+from msrn_ray.errors import UserError
 
 from .search_plan import Objective, SamplerName
 
-# So that a first search on two cores ends within ten minutes
-_SMALL = {"data.image_size": 64, "train.epochs": 5}
-
 
 @dataclass(frozen=True)
-class Search:
-    """Search the hyper-parameters of a preset; the best trial becomes a config for `msrn train --config`."""
+class SearchOptions:
+    """What to search and for how long; the field docstrings are the help text of `msrn search`."""
 
-    preset: tyro.conf.Positional[PresetName] = "scenes"
-    """Experiment that every trial starts from, and the first trial; `scenes` is searched at 64 pixels and 5 epochs."""
-    config: Path | None = None
-    """Start from this saved YAML or JSON instead of a preset."""
     resume: Path | None = None
-    """Go on with this search folder: unfinished trials from their checkpoints, then those not drawn yet."""
+    """Resume this search folder: first the unfinished trials, from their checkpoints, then the trials not drawn yet."""
     retry_failed: bool = False
-    """With --resume: the points of the trials that failed are tried again, as trials more."""
+    """With --resume: run the points of the failed trials again, as additional trials."""
     space: Path | None = None
-    """YAML file of what is searched (see tuning/space.yaml). None: that file."""
+    """YAML file of the search space (see tuning/space.yaml). None: that file."""
     trials: int | None = None
     """Trials in all, those of a resumed search included. None: 10, or every point of the grid; resumed: as many as before."""
     time_budget: float | None = None
-    """Minutes after which all trials are stopped; `--resume` goes on with them. None: no limit."""
+    """Minutes after which all trials stop; `--resume` resumes them. None: no limit."""
     max_concurrent: int | None = None
-    """Trials at a time. None: as many as the cluster has CPUs and GPUs for, a CPU of each left for decoding."""
+    """Trials at a time. None: as many as the cluster's CPUs and GPUs allow, with one CPU per trial left for decoding."""
     sampler: SamplerName = "tpe"
-    """How points are drawn: `tpe` learns from the trials before, `random`, or `grid`: every point of a grid once."""
+    """How points are drawn: `tpe` learns from the earlier trials, `random`, or `grid`: every point of a grid once."""
     objectives: tuple[Objective, ...] = ("val/mAP",)
-    """What is optimised. With several, no trial is stopped early; `best_config.yaml` is the best by the first."""
+    """What is optimised. With several objectives no trial stops early, and `best_config.yaml` is the best by the first."""
     early_stopping: bool = True
-    """ASHA: of the trials that reach a ninth of their epochs, and again of those that reach a third, only the better third goes on."""
+    """ASHA: of the trials that reach a ninth of their epochs, and again of those that reach a third, only the best third continues."""
     study_storage: str | None = None
     """Database of the study (postgresql://..., mysql://...). None: study.db in the search folder, which is SQLite."""
     mlflow: str | None = None
     """Also log to this MLflow server or folder (http://..., sqlite:///...); needs the extra `mlflow`."""
-    experiment: Annotated[ExperimentConfig, tyro.conf.arg(name="")] = field(default_factory=ExperimentConfig)
-    """The experiment; every option below changes one value of all trials, or of the first where that is searched."""
-
-    def run(self) -> None:
-        """Searches, then says where the results are."""
-        from .driver import search
-
-        search(self)
+    experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
+    """The experiment; every option below changes one value of all trials, or of the first trial where that value is searched."""
 
 
-def default_search(config: ExperimentConfig, argv: list[str]) -> Search:
-    """The options' defaults for the command line `argv`, which starts from `config`: that of a preset, a file or a search folder."""
-    given = {word.split("=")[0] for word in argv}
-    if "--resume" in given:
-        return Search(experiment=config)
-    if config.resources.num_workers is None:
-        config = config.with_overrides({"resources.num_workers": 1})  # trials side by side need no gradient exchange
-    if config.preset == "scenes" and "--config" not in given:
-        config = config.with_overrides(_SMALL)
-    return Search(experiment=config)
+def check_options(options: SearchOptions) -> None:
+    """Refuse values that make no sense, with the option's name.
+
+    Raises:
+        UserError: for the first such value.
+    """
+    for option, number in (("--trials", options.trials), ("--max-concurrent", options.max_concurrent)):
+        if number is not None and number < 1:
+            raise UserError(f"{option} {number}: must be at least 1")
+    if options.time_budget is not None and not options.time_budget > 0:
+        raise UserError(f"--time-budget {options.time_budget:g}: must be more than 0 minutes")
+    if options.experiment.protocol == "paper":
+        raise UserError("--protocol paper: would choose the settings on the published test split; search with honest")
+    workers = options.experiment.resources.num_workers
+    if isinstance(workers, str) and ".." in workers:
+        raise UserError(
+            f"--resources.num-workers {workers}: one trial could take the workers of the next, which would wait for ever; give a number"
+        )
+    if options.retry_failed and options.resume is None:
+        raise UserError("--retry-failed: needs --resume; a new search has no failed trials")
+    if not options.objectives or len(set(options.objectives)) < len(options.objectives):
+        raise UserError("--objectives: name at least one, each once")

@@ -1,9 +1,8 @@
-"""What is left of a search: the best config, all trials as a table, and a page with pictures."""
+"""The results of a search: the best config, all trials as a table, and a page with plots."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -17,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
 from msrn_ray.errors import UserError
+from msrn_ray.io.files import atomic_write
 
 from .live_table import STATES, ranked, score_of, shown_parameters
 from .report_plots import draw_all
@@ -35,23 +35,23 @@ class LevelRow(NamedTuple):
     best: float
     median: float
     whole: int
-    """Trials that were not stopped early."""
+    """Trials that did not stop early."""
 
 
 class Cost(NamedTuple):
-    """Epochs that were trained, and what the same trials cost without early stopping."""
+    """Epochs trained, and the epochs of the same trials without early stopping."""
 
     epochs: int
     full: int
 
 
 def write_results(study: SearchStudy, folder: Path, console: Console) -> None:
-    """Writes the results of a study into the search folder, each file whole or not at all; without a score only the table of trials.
+    """Write the results of a study into the search folder, each file whole or not at all; without a score only the table of trials.
 
     Raises:
         UserError: if the folder cannot be written.
     """
-    best = study.best()
+    best = study.best_trial()
     table = trials_table(study)
     results: dict[str, Callable[[Path], Any]] = {
         CSV: lambda path: pyarrow.csv.write_csv(table, path),
@@ -62,11 +62,12 @@ def write_results(study: SearchStudy, folder: Path, console: Console) -> None:
         results[PAGE] = lambda path: path.write_text(page(study), encoding="utf-8")
     try:
         for name, write in results.items():
-            partial = folder / f".{name}"
-            write(partial)
-            os.replace(partial, folder / name)
+            with atomic_write(folder / name) as partial:
+                write(partial)
     except OSError as error:
-        raise UserError(f"{folder}: the results cannot be written ({error.strerror}); the study is whole") from None
+        raise UserError(
+            f"{folder}: the results cannot be written ({error.strerror}); the study is complete, no trial is lost"
+        ) from None
     if best is None:
         return
     spent = cost(study)
@@ -80,7 +81,7 @@ def write_results(study: SearchStudy, folder: Path, console: Console) -> None:
 
 
 def trials_table(study: SearchStudy) -> pa.Table:
-    """A row for each trial, best first: state, times, metrics of its best epoch, and each parameter under its config path."""
+    """Return a row per trial, best first: state, times, metrics of its best epoch, and each parameter under its config path."""
     trials, objective = ranked(study), study.plan.objectives[0]
     best = [best_epoch(trial.user_attrs, objective) or {} for trial in trials]
     metrics = sorted({name for epoch in best for name in epoch if name != "epoch"})
@@ -103,7 +104,7 @@ def trials_table(study: SearchStudy) -> pa.Table:
 
 
 def _column(values: Sequence[Any]) -> list[Any]:
-    """Numbers and truth values as they are, anything else as text: a column has one type."""
+    """Return numbers and truth values as they are, anything else as text: a column has one type."""
     kinds = {type(value) for value in values if value is not None}
     if kinds <= {int, float} or (len(kinds) == 1 and kinds <= {bool, str}):
         return list(values)
@@ -114,9 +115,9 @@ def _column(values: Sequence[Any]) -> list[Any]:
 
 
 def level_rows(study: SearchStudy) -> list[LevelRow]:
-    """What each set of levels reached, best median first; nothing where levels are not searched."""
+    """Return what each set of levels reached, best median first; nothing where levels are not searched."""
     groups: dict[str, list[FrozenTrial]] = {}
-    for trial in study.frozen(TrialState.COMPLETE, TrialState.PRUNED):
+    for trial in study.drawn_trials(TrialState.COMPLETE, TrialState.PRUNED):
         if "model.levels" in trial.params and not math.isnan(score_of(study, trial)):
             groups.setdefault(trial.params["model.levels"], []).append(trial)
     lower = study.plan.objectives[0] in MINIMIZED
@@ -129,15 +130,15 @@ def level_rows(study: SearchStudy) -> list[LevelRow]:
 
 
 def cost(study: SearchStudy) -> Cost:
-    """Epochs of the trials that ended well, against as many trials run to their end."""
-    trials = study.frozen(TrialState.COMPLETE, TrialState.PRUNED)
+    """Count the epochs of the trials that did not fail, and those of as many trials without early stopping."""
+    trials = study.drawn_trials(TrialState.COMPLETE, TrialState.PRUNED)
     return Cost(sum(len(epochs_of(trial.user_attrs)) for trial in trials), len(trials) * study.epochs)
 
 
 def page(study: SearchStudy) -> str:
-    """The HTML page; it needs nothing beside itself."""
+    """Return the HTML page; it needs no other file."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    best = study.best()
+    best = study.best_trial()
     assert best is not None
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         name=study.study.study_name,
@@ -148,10 +149,10 @@ def page(study: SearchStudy) -> str:
         best_score=score_of(study, best),
         best_values=sorted(best.params.items()),
         cost=cost(study),
-        states={STATES[state]: len(study.frozen(state)) for state in STATES},
-        planned=study.trials,
+        states={STATES[state]: len(study.drawn_trials(state)) for state in STATES},
+        planned=study.num_trials,
         levels=level_rows(study),
-        pictures=draw_all(study),
+        plots=draw_all(study),
         trials=[
             {
                 "number": trial.number,

@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """`python tuning/search.py ...` is `msrn search ...`."""
+    """Run `msrn search` with this script's arguments."""
     from msrn_ray.cli.app import main as msrn
 
     sys.argv[1:1] = ["search"]

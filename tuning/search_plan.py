@@ -1,4 +1,4 @@
-"""What a search is: the part that stays the same when it goes on."""
+"""What a search is: the part that stays the same when it is resumed."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ Objective = Literal["val/mAP", "val/CF1", "val/OF1", "val/loss", "train/images_p
 MINIMIZED = ("val/loss", "epoch_seconds")
 
 
-class Plan(Settings):
-    """What a search is, apart from its length."""
+class SearchPlan(Settings):
+    """What a search is, apart from its length. The study stores it, so the field names are a format on disk."""
 
     config: ExperimentConfig
     """The experiment that every trial starts from."""
     entries: dict[str, Any]
-    """The search space, as `read_space` gives it."""
+    """The search space, as `read_space` returns it."""
     sampler: SamplerName
     """How points are drawn."""
     objectives: tuple[Objective, ...]
-    """What is optimised; the first decides about the best epoch of a trial, the best trial and early stopping."""
+    """What is optimised; the first decides the best epoch of a trial, the best trial and early stopping."""
     early_stopping: bool
-    """Whether ASHA ends trials that are behind."""
+    """Whether ASHA stops trials that are behind."""
     data: str
     """Fingerprint of the train and val images and labels."""
     source: str
@@ -34,15 +34,15 @@ class Plan(Settings):
 
     @property
     def prunes(self) -> bool:
-        """Whether trials are stopped early; Optuna orders a rung by one number only."""
+        """Whether trials stop early; Optuna orders a rung by one number only."""
         return self.early_stopping and len(self.objectives) == 1
 
     def space(self) -> Space:
-        """Where points are drawn from."""
+        """Return the space that points are drawn from."""
         return build_space(self.entries, self.config, "space")
 
     def first_points(self) -> list[dict[str, Any]]:
-        """The points that are set from the start: all of a grid, else what the preset has of the space.
+        """Return the points that are set from the start: all of a grid, else the preset's values within the space.
 
         Raises:
             UserError: if the grid is too large.

@@ -1,7 +1,7 @@
 """The search space: which config values are drawn, and how.
 
 Every parameter is a dotted path of `ExperimentConfig`, so a point of the space is a set of overrides, and a search result is a config.
-Optuna holds a value that is a list (levels, crop scales) as its items in one text; `Space.overrides` turns it back.
+Optuna stores no lists (levels, crop scales): it gets their items as text, and `Space.overrides` turns them back.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ LARGEST_GRID = 10_000
 
 @dataclass(frozen=True)
 class Parameter:
-    """One value that is drawn.
+    """A value that is drawn.
 
     Attributes:
-        path: its dotted config path, which is also its name in the study.
+        path: its dotted config path, and its name in the study.
         distribution: Optuna's description of its values.
         values: what each choice stands for in the config; empty for a number.
-        when: it is drawn only where each of these parameters has one of these choices.
-        points: values of a range that a grid takes.
+        when: parameter -> choices; it is drawn only where every such parameter has one of its choices.
+        points: number of values that a grid takes from a range.
     """
 
     path: str
@@ -39,11 +39,11 @@ class Parameter:
     points: int
 
     def is_drawn(self, params: Mapping[str, Any]) -> bool:
-        """Whether it belongs to a point with these parameters before it."""
+        """Return whether it belongs to a point whose earlier parameters are `params`."""
         return all(parent in params and params[parent] in allowed for parent, allowed in self.when.items())
 
     def suggest(self, trial: optuna.Trial) -> Any:
-        """Draws it."""
+        """Draw a value, as the study stores it."""
         match self.distribution:
             case CategoricalDistribution(choices=choices):
                 return trial.suggest_categorical(self.path, choices)
@@ -54,20 +54,20 @@ class Parameter:
         raise AssertionError(self.distribution)
 
     def takes(self, value: Any) -> bool:
-        """Whether a config value is one that can be drawn."""
+        """Return whether a config value can be drawn."""
         if isinstance(self.distribution, CategoricalDistribution):
             return value in self.values.values()
         assert isinstance(self.distribution, (FloatDistribution, IntDistribution))
         return isinstance(value, (int, float)) and self.distribution.low <= value <= self.distribution.high
 
     def grid_values(self) -> list[Any]:
-        """All choices, or `points` values of the range, evenly spaced on its scale."""
+        """Return all choices, or `points` values of the range, evenly spaced on its scale."""
         if isinstance(self.distribution, CategoricalDistribution):
             return list(self.distribution.choices)
         assert isinstance(self.distribution, (FloatDistribution, IntDistribution))
         space = np.geomspace if self.distribution.log else np.linspace
         numbers = space(self.distribution.low, self.distribution.high, self.points).tolist()
-        # the ends of a geometric row may miss the range by a rounding
+        # rounding may move the ends of a geometric row out of the range
         numbers = [self.distribution.low, *numbers[1:-1], self.distribution.high]
         return list(dict.fromkeys(map(round, numbers))) if isinstance(self.distribution, IntDistribution) else numbers
 
@@ -79,7 +79,12 @@ class Space:
     parameters: tuple[Parameter, ...]
 
     def suggest(self, trial: optuna.Trial, before: Callable[[int], None]) -> dict[str, Any]:
-        """Draws a point; -> config overrides. `before` is called with the number of each parameter that is about to be drawn."""
+        """Draw a point and return its config overrides.
+
+        Args:
+            trial: Optuna's, which stores what is drawn.
+            before: is called with the index of a parameter before that parameter is drawn.
+        """
         params: dict[str, Any] = {}
         for index, parameter in enumerate(self.parameters):
             if parameter.is_drawn(params):
@@ -88,12 +93,12 @@ class Space:
         return self.overrides(params)
 
     def overrides(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """The config overrides of a trial's parameters, as the study holds them."""
-        known = {parameter.path: parameter.values for parameter in self.parameters}
-        return {path: known[path][value] if known[path] else value for path, value in params.items()}
+        """Return the config overrides of parameters, which are as the study stores them."""
+        choices = {parameter.path: parameter.values for parameter in self.parameters}
+        return {path: choices[path][value] if choices[path] else value for path, value in params.items()}
 
     def point_of(self, config: ExperimentConfig) -> tuple[dict[str, Any], list[str]]:
-        """The point that is `config` itself, and the paths whose value there the space does not have."""
+        """Return the point that is `config` itself, and the paths whose config value is outside the space."""
         params: dict[str, Any] = {}
         outside = []
         for parameter in self.parameters:
@@ -106,7 +111,7 @@ class Space:
         return params, outside
 
     def grid(self) -> list[dict[str, Any]]:
-        """Every point of the grid once, as parameters of the study.
+        """Return every point of the grid once, as parameters of the study.
 
         Raises:
             UserError: if there are more than LARGEST_GRID.
@@ -126,19 +131,19 @@ class Space:
 
 
 def value_of(config: ExperimentConfig, path: str) -> Any:
-    """The plain value at a dotted path.
+    """Return the plain value at a dotted path.
 
     Raises:
-        UserError: if there is none, with the names that are allowed there.
+        UserError: if there is none, with the allowed names.
     """
     value: Any = config.to_dict()
     for part in path.split("."):
         value = value.get(part, {}) if isinstance(value, dict) else {}
     if isinstance(value, dict):
-        config.with_overrides({path: None})  # says what is wrong with the path
+        config.with_overrides({path: None})  # raises the error that names the wrong part of the path
     return value
 
 
 def choice_name(value: Any) -> Any:
-    """What the study calls a config value: itself, or the items of a list in one text, since Optuna stores no lists."""
+    """Return a config value as the study stores it: itself, or the items of a list as text, since Optuna stores no lists."""
     return (" ".join(map(str, value)) or "none") if isinstance(value, list) else value

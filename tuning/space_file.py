@@ -1,4 +1,4 @@
-"""Space files: reading them and checking every entry against the config; `space.yaml` is the default and says how one is written."""
+"""Reads space files and checks every entry against the config. `space.yaml` is the default and explains the format."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .space import Parameter, Space, choice_name, value_of
 
 DEFAULT_SPACE = Path(__file__).with_name("space.yaml")
 _MOST_SUBSET_ITEMS = 8  # 255 subsets
-# All trials share the images and labels, and a trial's place and length are the search's
+# All trials share the images and labels, and the search decides a trial's folder, resources and length
 _SAME_FOR_ALL = ("preset", "protocol", "data.", "resources.", "train.epochs", "train.storage", "train.run_name")
 _SEARCHABLE_DATA = ("data.image_size", "data.crop_scales", "data.flip")
 
 
 class Entry(Settings):
-    """How one value is drawn, as a space file writes it."""
+    """How a value is drawn, as a space file writes it."""
 
     low: float | None = None
     high: float | None = None
@@ -37,7 +37,10 @@ class Entry(Settings):
 
 
 def read_space(path: Path | None) -> dict[str, Any]:
-    """The entries of a space file over the default ones where it says `extends: default`; None: the default.
+    """Return the entries of a space file, on top of the default ones where it says `extends: default`.
+
+    Args:
+        path: the file; None: the default.
 
     Raises:
         UserError: if the file cannot be read or is not a mapping.
@@ -46,7 +49,7 @@ def read_space(path: Path | None) -> dict[str, Any]:
     entries = read_yaml(file, f"--space {file}")
     if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries):
         raise UserError(
-            f"--space {file}: a mapping of config paths is expected, such as `model.tau: {{low: 0.1, high: 0.5}}`"
+            f"--space {file}: is not a mapping of config paths; write lines such as `model.tau: {{low: 0.1, high: 0.5}}`"
         )
     extends = entries.pop("extends", None)
     if extends not in (None, "default"):
@@ -56,15 +59,15 @@ def read_space(path: Path | None) -> dict[str, Any]:
 
 
 def build_space(entries: Mapping[str, Any], base: ExperimentConfig, source: str) -> Space:
-    """Checks every entry against the config.
+    """Check every entry against the config and return the space.
 
     Args:
-        entries: what `read_space` gave.
-        base: the experiment that trials start from; values of a condition on a path that is not searched are compared with it.
-        source: names the file in errors.
+        entries: what `read_space` returned.
+        base: the experiment that trials start from; it decides conditions on paths that are not searched.
+        source: name of the file in errors.
 
     Raises:
-        UserError: for an unknown path, a range or value that the config does not allow, and for an empty space, with file and entry.
+        UserError: with file and entry, for an unknown path, a range or value that the config does not allow, or an empty space.
     """
     parameters: dict[str, Parameter] = {}
     for path, raw in entries.items():
@@ -81,13 +84,13 @@ def build_space(entries: Mapping[str, Any], base: ExperimentConfig, source: str)
 
 
 def _parameter(path: str, raw: Any, base: ExperimentConfig, earlier: Mapping[str, Parameter]) -> Parameter | None:
-    """The parameter of an entry; None where its condition does not hold for `base` and cannot be drawn."""
+    """Return the parameter of an entry; None where its condition is on a path that is not searched and does not hold."""
     if path.startswith(_SAME_FOR_ALL) and path not in _SEARCHABLE_DATA:
         raise UserError(f"is the same for all trials; set it with --{path.replace('_', '-')}")
     value_of(base, path)
     if not isinstance(raw, dict):
         raise UserError(
-            f"{raw!r} says not how to draw it; write {{low: ..., high: ...}}, {{choices: [...]}} or the like"
+            f"{raw!r} does not say how to draw it; write {{low: ..., high: ...}}, {{choices: [...]}} or {{times: [...]}}"
         )
     try:
         entry = Entry.model_validate(raw)
@@ -109,7 +112,7 @@ def _parameter(path: str, raw: Any, base: ExperimentConfig, earlier: Mapping[str
 def _conditions(
     entry: Entry, base: ExperimentConfig, earlier: Mapping[str, Parameter]
 ) -> dict[str, tuple[Any, ...]] | None:
-    """`when` as parameter -> choices; None where a path that is not searched has another value in `base`."""
+    """Return `when` as parameter -> choices; None where a path that is not searched has another value in `base`."""
     conditions: dict[str, tuple[Any, ...]] = {}
     for parent, wanted in entry.when.items():
         values = wanted if isinstance(wanted, list) else [wanted]
@@ -124,14 +127,14 @@ def _conditions(
         for name in names:
             if name not in earlier[parent].values:
                 raise UserError(
-                    f"when: {parent} never is {name!r}; it is one of {', '.join(map(str, earlier[parent].values))}"
+                    f"when: {parent} is never {name!r}; name one of {', '.join(map(str, earlier[parent].values))}"
                 )
         conditions[parent] = names
     return conditions
 
 
 def _choices(path: str, entry: Entry, base: ExperimentConfig) -> dict[Any, Any]:
-    """Study name -> config value of each choice, checked and written as the config writes it."""
+    """Return stored value -> config value of every choice, checked and in the config's form."""
     raw: Sequence[Any] = entry.choices if entry.choices is not None else list(_subsets(entry.subsets or ()))
     if not raw:
         raise UserError(f"{'choices' if entry.choices is not None else 'subsets'} is empty; give at least one value")
@@ -156,10 +159,10 @@ def _range(path: str, entry: Entry, base: ExperimentConfig) -> FloatDistribution
     if number is None:
         raise UserError("is not a number; give choices")
     if entry.times is not None:
-        own = value_of(base, path)
-        if not isinstance(own, (int, float)) or own <= 0 or min(entry.times) <= 0:
-            raise UserError(f"times needs factors and a value of the preset above 0 (it is {own!r}); give low and high")
-        low, high, log = own * entry.times[0], own * entry.times[1], True
+        value = value_of(base, path)
+        if not isinstance(value, (int, float)) or value <= 0 or min(entry.times) <= 0:
+            raise UserError(f"times needs factors and a preset value above 0 (it is {value!r}); give low and high")
+        low, high, log = value * entry.times[0], value * entry.times[1], True
     else:
         assert entry.low is not None
         assert entry.high is not None
@@ -167,16 +170,16 @@ def _range(path: str, entry: Entry, base: ExperimentConfig) -> FloatDistribution
     if low > high:
         raise UserError(f"low {low:g} is above high {high:g}; swap them")
     if log and low <= 0:
-        raise UserError(f"a log scale has no {low:g}; raise low above 0, or leave log out")
+        raise UserError(f"a log scale has no {low:g}; raise low above 0, or remove log")
     if number is int and (low != round(low) or high != round(high)):
-        raise UserError(f"is a whole number; {low:g} to {high:g} is not a range of them")
+        raise UserError(f"is a whole number; give whole numbers, not {low:g} to {high:g}")
     for end in (low, high):
         base.with_overrides({path: number(end)})
     return IntDistribution(int(low), int(high), log=log) if number is int else FloatDistribution(low, high, log=log)
 
 
 def _number_type(path: str) -> type[int] | type[float] | None:
-    """What the config declares at the path; float where it is a float or something else, such as `auto`."""
+    """Return the number type that the config declares at the path, float for a float or a word such as `auto`; None: no number."""
     settings: Any = ExperimentConfig
     *parents, leaf = path.split(".")
     for parent in parents:

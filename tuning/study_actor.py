@@ -1,4 +1,4 @@
-"""The study of a running search, in a Ray actor beside the driver: the driver asks it for trials, trials tell it their epochs."""
+"""The study of a running search, in a Ray actor beside the driver: the driver gets trials from it, trials report their epochs to it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from optuna.exceptions import StorageInternalError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .study_storage import open_study
-from .trial_callback import DeskClient
+from .trial_callback import StudyClient
+from .trial_point import TrialPoint
 
 _PATIENCE_SECONDS = 60.0
 
 
 def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Tries again while the study's database does not answer, a minute long; each call may be repeated."""
+    """Repeat calls for a minute while the study's database does not answer; every such call may be repeated."""
 
     @wraps(method)
     def wrapper(*arguments: Any) -> Any:
@@ -35,11 +36,12 @@ def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-class Desk:
-    """The one writer of a study while its search runs.
+class StudyActor:
+    """The only writer of a study while its search runs.
 
     Args:
-        url, name: of the study, which must exist.
+        url: storage of the study.
+        name: of the study, which must exist.
     """
 
     def __init__(self, url: str, name: str) -> None:
@@ -47,7 +49,7 @@ class Desk:
         self._study = open_study(url, name)
 
     @_patient
-    def next_trial(self) -> tuple[int, dict[str, Any]] | None:
+    def next_trial(self) -> TrialPoint | None:
         """See `SearchStudy.next_trial`."""
         return self._study.next_trial()
 
@@ -66,7 +68,7 @@ class Desk:
         return self._study.stopped_because
 
 
-def open_desk(url: str, name: str) -> DeskClient:
-    """Starts the desk on this machine, where a study in a file lies."""
+def start_study_actor(url: str, name: str) -> StudyClient:
+    """Start the study actor on this node, where the file of a study in SQLite lies."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return DeskClient(ray.remote(num_cpus=0)(Desk).options(scheduling_strategy=here).remote(url, name))
+    return StudyClient(ray.remote(num_cpus=0)(StudyActor).options(scheduling_strategy=here).remote(url, name))

@@ -13,24 +13,24 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from msrn_ray.errors import UserError
 
-from .search_plan import MINIMIZED, Plan
+from .search_plan import MINIMIZED, SearchPlan
 from .study import _PLAN, _TRIALS, SearchStudy
 
 
-def create_study(url: str, name: str, plan: Plan, trials: int | None) -> SearchStudy:
-    """A new study with the plan's own setting as its first point; a grid has all its points from the start.
+def create_study(url: str, name: str, plan: SearchPlan, num_trials: int | None) -> SearchStudy:
+    """Create a study whose first point is the plan's config; a grid has all its points from the start.
 
     Args:
         url: storage, as SQLAlchemy writes it.
         name: of the study in that storage.
         plan: what is searched.
-        trials: how many in all; None: the points of the grid.
+        num_trials: how many in all; None: the points of the grid.
 
     Raises:
         UserError: if the storage cannot be used or has a study of this name, or the grid is too large.
     """
     points = plan.first_points()
-    random.Random(plan.config.train.seed).shuffle(points)  # a grid that is cut short has seen all of its range
+    random.Random(plan.config.train.seed).shuffle(points)  # a shortened grid then covers all of its range
     check_name(url, name)
     try:
         study = optuna.create_study(
@@ -39,49 +39,49 @@ def create_study(url: str, name: str, plan: Plan, trials: int | None) -> SearchS
             directions=["minimize" if objective in MINIMIZED else "maximize" for objective in plan.objectives],
         )
     except StorageInternalError as error:
-        raise UserError(f"--study-storage {shown(url)}: cannot be written ({_reason(error)})") from None
+        raise UserError(f"--study-storage {hide_password(url)}: cannot be written ({_reason(error)})") from None
     for point in points:
         study.enqueue_trial(point)
     most = len(points) if plan.sampler == "grid" else math.inf
-    study.set_user_attr(_TRIALS, int(min(most, len(points) if trials is None else trials)))
-    study.set_user_attr(_PLAN, plan.model_dump(mode="json"))  # last: a study without it was never whole
+    study.set_user_attr(_TRIALS, int(min(most, len(points) if num_trials is None else num_trials)))
+    study.set_user_attr(_PLAN, plan.model_dump(mode="json"))  # last: a study without it was never completely created
     return SearchStudy(study)
 
 
 def check_name(url: str, name: str) -> None:
-    """Refuses a name that the storage has a study of.
+    """Refuse the name of a study that the storage has already.
 
     Raises:
-        UserError: if it has, or cannot be used.
+        UserError: if it has one, or cannot be used.
     """
     if name in optuna.get_all_study_names(open_storage(url)):
         raise UserError(
-            f"{shown(url)} has a study {name} already; go on with it (--resume), or give another --train.run-name"
+            f"{hide_password(url)} has a study {name} already; resume it with --resume, or give another --train.run-name"
         )
 
 
 def open_study(url: str, name: str) -> SearchStudy:
-    """The study of an earlier search, by its storage and name.
+    """Open the study of an earlier search.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or it was not completely created, or another version of this program wrote it.
     """
     try:
         study = optuna.load_study(storage=open_storage(url), study_name=name)
     except KeyError:
-        raise UserError(f"{shown(url)} has no study {name}; name its storage with --study-storage") from None
+        raise UserError(f"{hide_password(url)} has no study {name}; name its storage with --study-storage") from None
     if _PLAN not in study.user_attrs:
-        raise UserError(f"{shown(url)}: study {name} was killed before its first trial; start a new search")
+        raise UserError(f"{hide_password(url)}: study {name} was killed before its first trial; start a new search")
     try:
         return SearchStudy(study)
     except ValidationError as error:
         raise UserError(
-            f"{shown(url)}: study {name} is of another version of this program ({error.errors()[0]['msg']})"
+            f"{hide_password(url)}: study {name} was written by another version of this program ({error.errors()[0]['msg']})"
         ) from None
 
 
 def open_storage(url: str) -> optuna.storages.RDBStorage:
-    """The storage of studies; a database that is empty gets its tables, and a connection that was lost is made anew.
+    """Open the storage of studies: creates the tables of an empty database, and renews a lost connection.
 
     Raises:
         UserError: if it cannot be used, or the driver of its database is not installed.
@@ -90,18 +90,18 @@ def open_storage(url: str) -> optuna.storages.RDBStorage:
         return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
     except ImportError as error:
         raise UserError(
-            f"--study-storage {shown(url)}: needs its database driver ({error}); install it with pip"
+            f"--study-storage {hide_password(url)}: needs its database driver ({error}); install it with pip"
         ) from None
     except SQLAlchemyError as error:
-        raise UserError(f"--study-storage {shown(url)}: cannot be used ({_reason(error)})") from None
+        raise UserError(f"--study-storage {hide_password(url)}: cannot be used ({_reason(error)})") from None
 
 
 def _reason(error: BaseException) -> str:
     return " ".join(str(getattr(error, "orig", None) or error.__cause__ or error).split())[:300]
 
 
-def shown(url: str) -> str:
-    """The URL without its password."""
+def hide_password(url: str) -> str:
+    """Return the URL without its password."""
     try:
         return make_url(url).render_as_string(hide_password=True)
     except SQLAlchemyError:

@@ -1,4 +1,7 @@
-"""What a trial tells the study of itself; a module of its own, so that Ray Train's controller starts without torch and Optuna."""
+"""What a trial reports to the study.
+
+A module without torch and Optuna, so that Ray Train's controller, which imports it, starts quickly.
+"""
 
 from __future__ import annotations
 
@@ -10,63 +13,66 @@ import ray.train
 from msrn_ray.errors import StoppedEarlyError
 from msrn_ray.ray_train.failures import is_out_of_memory
 
+from .trial_point import TrialPoint
 
-class DeskClient:
-    """Calls a desk from any process of the cluster; plain data, so it travels with a trial."""
+
+class StudyClient:
+    """Calls the study actor from any process of the cluster; plain data, so it travels with a trial."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
-    def next_trial(self) -> tuple[int, dict[str, Any]] | None:
-        """See `Desk`."""
-        drawn: tuple[int, dict[str, Any]] | None = self._ask(self._actor.next_trial)
-        return drawn
+    def next_trial(self) -> TrialPoint | None:
+        """See `StudyActor`."""
+        point: TrialPoint | None = self._call(self._actor.next_trial)
+        return point
 
     def record(self, number: int, metrics: Mapping[str, Any]) -> bool:
-        """See `Desk`."""
-        return bool(self._ask(self._actor.record, number, metrics))
+        """See `StudyActor`."""
+        return bool(self._call(self._actor.record, number, metrics))
 
     def fail(self, number: int, kind: str, reason: str) -> None:
-        """See `Desk`."""
-        self._ask(self._actor.fail, number, kind, reason)
+        """See `StudyActor`."""
+        self._call(self._actor.fail, number, kind, reason)
 
     def stopped_because(self) -> str | None:
-        """See `Desk`."""
-        reason: str | None = self._ask(self._actor.stopped_because)
+        """See `StudyActor`."""
+        reason: str | None = self._call(self._actor.stopped_because)
         return reason
 
     @staticmethod
-    def _ask(method: Any, *arguments: Any) -> Any:
+    def _call(method: Any, *arguments: Any) -> Any:
         return ray.get(method.remote(*arguments))
 
 
-class TrialReports(ray.train.UserCallback):
-    """Tells the desk of each epoch, and ends the run where the desk says so, or where it would only fail again.
+class TrialCallback(ray.train.UserCallback):
+    """Records each epoch in the study, and ends the run where the study stops it, or where a restart would only fail again.
 
     Ray Train stops at an error of its callbacks and ends its workers in order. Were Tune to stop the trial, it would kill the process
-    that drives the run, whose imports the next trial can use, and leave the workers to be found by others.
+    that drives the run, whose imports the next trial can use, and leave the workers behind.
 
     Args:
-        desk, number: of the study, and of the trial in it.
-        tune: gets each epoch once the study has it; what Tune is told is shown.
+        study_client: of the search's study.
+        number: of the trial in the study.
+        tune: gets each epoch once the study has it; Tune shows what it gets.
     """
 
-    def __init__(self, desk: DeskClient, number: int, tune: ray.train.UserCallback) -> None:
-        self._desk = desk
+    def __init__(self, study_client: StudyClient, number: int, tune: ray.train.UserCallback) -> None:
+        self._study_client = study_client
         self._number = number
         self._tune = tune
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """A checkpoint is stored; `metrics` has those of each rank, with scores at the end of an epoch."""
+        """Record a stored checkpoint's metrics: `metrics` has those of each rank, with scores only at the end of an epoch."""
         if "val/mAP" not in metrics[0]:
             return
-        stop = self._desk.record(self._number, metrics[0])
+        stop = self._study_client.record(self._number, metrics[0])
         self._tune.after_report(run_context, metrics, checkpoint)
         if stop:
             raise StoppedEarlyError
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """A point that needs more memory than there is does so again, whatever `train.max_failures` allows."""
+        """End a run that is out of memory: its point fails again, whatever `train.max_failures` allows."""
         for error in worker_exceptions.values():
             cause = getattr(error, "health_check_failure", error)
             if is_out_of_memory(cause):

@@ -1,9 +1,9 @@
-"""Ray Tune's side of a study: it asks the desk for trials and tells it which failed.
+"""Ray Tune's side of a study: gets trials from the study actor and reports failures to it.
 
-Tune runs the trials, places them on the cluster and notices when one dies; it decides nothing. Its own `OptunaSearch` and `Tuner.restore`
-are not used: a restored Tuner takes its trials from a snapshot that is written now and then, so trials that had finished ran again and
-its state and the study's drifted apart. A new Tuner over the same study has nothing to get wrong. ASHA is Optuna's, whose rungs are in
-the study too, so they outlive the driver; trials ask the desk themselves whether they go on (`trial.TrialReports`).
+Tune runs the trials, places them on the cluster and notices when one dies; it decides nothing. We do not use its `OptunaSearch` and
+`Tuner.restore`. A restored Tuner takes its trials from a periodic snapshot, so finished trials ran again, and its state and the study's
+drifted apart. A new Tuner over the same study has no state to get wrong. ASHA is Optuna's: its rungs are in the study too, so they
+outlive the driver. Trials ask the study actor themselves whether they continue (`trial_callback.TrialCallback`).
 """
 
 from __future__ import annotations
@@ -19,50 +19,47 @@ from ray.tune.search import Searcher
 
 from msrn_ray.ray_train.failures import describe_failure
 
-from .live_table import SearchView
-from .trial_callback import DeskClient
+from .live_table import LiveTable
+from .trial_callback import StudyClient
 
 
-class Live:
-    """Tune pickles what it is given for `Tuner.restore`; of these, which hold the study and the terminal, it gets nothing."""
+class NotPickled:
+    """Base of objects that hold the study or the terminal: Tune pickles its callbacks for `Tuner.restore`, of these it gets nothing."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
-class StudySearcher(Live, Searcher):
+class StudySearcher(NotPickled, Searcher):
     """Gives Tune the trials of a study."""
 
-    def __init__(self, desk: DeskClient) -> None:
+    def __init__(self, study_client: StudyClient) -> None:
         super().__init__()
-        self._desk = desk
+        self._study_client = study_client
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]  # Tune's type lacks FINISHED
-        """The point of the next trial, or FINISHED."""
-        drawn = self._desk.next_trial()
-        if drawn is None:
-            return Searcher.FINISHED
-        number, overrides = drawn
-        return {"number": number, "overrides": overrides}
+        """Return the point of the next trial as Tune's config, or FINISHED."""
+        point = self._study_client.next_trial()
+        return Searcher.FINISHED if point is None else point.to_tune()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Nothing: the trial has told the desk itself."""
+        """Do nothing: the trial has reported to the study itself."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the study is saved at every step."""
+        """Do nothing: the study is saved at every step."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing, see `save`."""
+        """Do nothing, see `save`."""
 
 
-class SearchStopper(Live, Stopper):
-    """Stops all trials once the time is up or it is told to; those that were running go on when the search is resumed.
+class SearchStopper(NotPickled, Stopper):
+    """Stops all trials once the time is up or `stop` is set; a resumed search resumes those that were running.
 
     Args:
-        seconds: time budget from now on, or None.
+        seconds: time budget from the construction on, or None.
 
     Attributes:
-        stop: set where all trials are to stop now.
+        stop: set it to stop all trials.
     """
 
     def __init__(self, seconds: float | None) -> None:
@@ -75,51 +72,51 @@ class SearchStopper(Live, Stopper):
         return self._end is not None and time.monotonic() >= self._end
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """No trial is stopped alone here."""
+        """Return False: this stopper never stops a single trial."""
         return False
 
     def stop_all(self) -> bool:
-        """Whether everything stops."""
+        """Return whether all trials are to stop."""
         return self.stop or self.time_is_up
 
 
-class SearchProgress(Live, Callback):
-    """Shows what becomes of the trials, and tells the desk of failures.
+class SearchProgress(NotPickled, Callback):
+    """Shows the trials' progress, and reports failures to the study.
 
     Args:
-        desk: of the study.
-        view: shows it.
-        stopper: is told when failures are to stop the search.
+        study_client: of the search's study.
+        table: shows it.
+        stopper: stops the search where the study has stopped because of failures.
     """
 
-    def __init__(self, desk: DeskClient, view: SearchView, stopper: SearchStopper) -> None:
-        self._desk = desk
-        self._view = view
+    def __init__(self, study_client: StudyClient, table: LiveTable, stopper: SearchStopper) -> None:
+        self._study_client = study_client
+        self._table = table
         self._stopper = stopper
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """A trial starts."""
-        self._view.update(trial.config["number"])
+        """Show that a trial starts."""
+        self._table.update(trial.config["number"])
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        """A trial ends an epoch; the study has it already."""
-        self._view.update(trial.config["number"])
+        """Show an epoch of a trial; the study has it already."""
+        self._table.update(trial.config["number"])
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """A trial ended, of itself or early."""
-        self._view.update(trial.config["number"])
+        """Show the end of a trial, after its last epoch or early."""
+        self._table.update(trial.config["number"])
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """A trial failed."""
-        self._desk.fail(trial.config["number"], *describe_failure(_error_of(trial)))
-        self._stopper.stop = self._desk.stopped_because() is not None
-        self._view.update(trial.config["number"])
+        """Report a failed trial to the study and show it."""
+        self._study_client.fail(trial.config["number"], *describe_failure(_error_of(trial)))
+        self._stopper.stop = self._study_client.stopped_because() is not None
+        self._table.update(trial.config["number"])
 
 
 def _error_of(trial: Trial) -> BaseException:
-    """What Tune has just written of a failure on this machine; `trial.get_pickled_error` looks where it is copied to later."""
+    """Return the error that Tune has just written on this node; `trial.get_pickled_error` reads a copy that is made later."""
     file = trial.pickled_error_file or trial.error_file
     if file is None:
         return RuntimeError("no reason is known")

@@ -1,4 +1,4 @@
-"""The search's log in MLflow, against a real server on this machine with SQLite behind it."""
+"""The search's log in MLflow, on a real server on this machine with an SQLite database."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of an MLflow server."""
+    """Address of a running MLflow server."""
     folder = tmp_path_factory.mktemp("mlflow")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -44,7 +44,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def trial(number: int) -> Any:
-    """What a callback looks at of a trial of Tune's."""
+    """Return the part of a Tune trial that the callback reads."""
     return SimpleNamespace(
         config={"number": number, "overrides": {"model.tau": 0.1 * number, "model.levels": ["layer4"]}}
     )
@@ -54,7 +54,7 @@ def epoch_of(number: int, epoch: int) -> dict[str, Any]:
     return {"training_iteration": 1, "epoch": epoch, "val/mAP": 0.1 * number * epoch, "protocol": "honest"}
 
 
-def test_each_trial_is_one_run_with_every_epoch_also_where_it_goes_on(server: str) -> None:
+def test_resumed_trial_is_one_run_with_every_epoch(server: str) -> None:
     first = open_mlflow(server, "my-search")
     for number in (1, 2, 3):
         first.on_trial_start(0, [], trial(number))
@@ -84,10 +84,10 @@ def test_each_trial_is_one_run_with_every_epoch_also_where_it_goes_on(server: st
     run = runs()[0]
     assert run.data.params == {"model.tau": "0.1", "model.levels": "['layer4']"}
     history = client.get_metric_history(run.info.run_id, "val/mAP")
-    assert [(one.step, one.value) for one in history] == [(1, 0.1), (2, 0.2)]
+    assert [(metric.step, metric.value) for metric in history] == [(1, 0.1), (2, 0.2)]
 
 
-def test_a_server_that_is_lost_is_said_once_and_the_search_goes_on(
+def test_search_survives_a_lost_server_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -99,6 +99,6 @@ def test_a_server_that_is_lost_is_said_once_and_the_search_goes_on(
     assert capsys.readouterr().err.count("MLflow does not answer") == 1
 
 
-def test_an_address_where_nothing_answers_is_said_before_the_search_starts() -> None:
+def test_unreachable_server_is_refused_before_the_search() -> None:
     with pytest.raises(UserError, match=r"--mlflow http://127\.0\.0\.1:9: cannot be reached .*mlflow server"):
         open_mlflow("http://127.0.0.1:9", "my-search")

@@ -1,4 +1,4 @@
-"""The search space: what a file may say, what is refused and how, what is drawn."""
+"""The search space: the format of its file, what is refused and how, what is drawn."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ BASE = PRESETS["scenes"].config
 
 
 def space_of(**entries: Any) -> Space:
-    """A space from entries whose paths are written with `__` for the dot."""
+    """Return the space of entries whose paths are written with `__` for the dot."""
     return build_space({path.replace("__", "."): entry for path, entry in entries.items()}, BASE, "my.yaml")
 
 
 def draw(space: Space, number: int = 40) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Parameters as the study holds them, and config overrides."""
+    """Draw points: parameters as the study stores them, and config overrides."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     drawn = []
     for _ in range(number):
@@ -36,7 +36,7 @@ def draw(space: Space, number: int = 40) -> list[tuple[dict[str, Any], dict[str,
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_a_point_of_the_default_space(name: str) -> None:
+def test_default_space_contains_every_preset(name: str) -> None:
     config = PRESETS[name].config
     space = build_space(read_space(None), config, "space.yaml")
     point, outside = space.point_of(config)
@@ -45,7 +45,7 @@ def test_every_preset_is_a_point_of_the_default_space(name: str) -> None:
     assert point["model.tau"] == 0.4
 
 
-def test_every_draw_is_a_config_with_the_drawn_values() -> None:
+def test_drawn_values_make_valid_configs() -> None:
     space = build_space(read_space(None), BASE, "space.yaml")
     levels, losses = set(), set()
     for params, overrides in draw(space, 60):
@@ -60,7 +60,7 @@ def test_every_draw_is_a_config_with_the_drawn_values() -> None:
     assert len(levels) > 8
 
 
-def test_subsets_are_all_but_the_empty_one_each_once() -> None:
+def test_subsets_are_complete_distinct_and_not_empty() -> None:
     (parameter,) = space_of(model__levels={"subsets": list(LEVELS)}).parameters
     assert len(parameter.values) == 15
     assert {frozenset(value) for value in parameter.values.values()} == {
@@ -69,37 +69,37 @@ def test_subsets_are_all_but_the_empty_one_each_once() -> None:
     assert all(parameter.values.values())
 
 
-def test_numbers_are_whole_where_the_config_has_whole_ones() -> None:
+def test_integers_are_drawn_for_integer_settings() -> None:
     space = space_of(model__embed_dim={"low": 16, "high": 64}, loss__gamma_negative={"low": 0, "high": 6})
     drawn = [overrides for _, overrides in draw(space)]
-    assert {type(one["model.embed_dim"]) for one in drawn} == {int}
-    assert any(one["loss.gamma_negative"] != round(one["loss.gamma_negative"]) for one in drawn)
+    assert {type(overrides["model.embed_dim"]) for overrides in drawn} == {int}
+    assert any(not overrides["loss.gamma_negative"].is_integer() for overrides in drawn)
 
 
-def test_a_logarithmic_range_spends_as_much_on_each_decade() -> None:
+def test_logarithmic_range_draws_decades_evenly() -> None:
     space = space_of(optim__lr={"low": "1e-5", "high": "1e-1", "log": True})  # YAML reads 1e-5 as text
     values = [overrides["optim.lr"] for _, overrides in draw(space, 400)]
     assert 0.4 < sum(value < 1e-3 for value in values) / 400 < 0.6
 
 
-def test_a_list_is_a_choice_and_comes_back_as_a_list() -> None:
+def test_list_choices_come_back_as_lists() -> None:
     space = space_of(data__crop_scales={"choices": [[], [1.0, 0.8]]}, optim__clip_norm={"choices": [None, 5]})
     assert space.parameters[0].values == {"none": [], "1.0 0.8": [1.0, 0.8]}
-    seen = {(str(one["data.crop_scales"]), one["optim.clip_norm"]) for _, one in draw(space)}
+    seen = {(str(overrides["data.crop_scales"]), overrides["optim.clip_norm"]) for _, overrides in draw(space)}
     assert seen == {("[]", None), ("[]", 5.0), ("[1.0, 0.8]", None), ("[1.0, 0.8]", 5.0)}
 
 
-def test_a_condition_on_what_is_not_searched_is_decided_by_the_experiment() -> None:
+def test_experiment_decides_conditions_on_fixed_values() -> None:
     clip = {"low": 0, "high": 0.2, "when": {"loss.name": "asl"}}
     tau = {"low": 0.1, "high": 0.2}
-    assert [one.path for one in space_of(model__tau=tau, loss__clip=clip).parameters] == ["model.tau"]
+    assert [parameter.path for parameter in space_of(model__tau=tau, loss__clip=clip).parameters] == ["model.tau"]
     asl = BASE.with_overrides({"loss.name": "asl"})
     (parameter,) = build_space({"loss.clip": clip}, asl, "my.yaml").parameters
     assert parameter.when == {}
 
 
-def test_a_value_under_a_condition_is_checked_where_the_condition_holds() -> None:
-    """A warm-up is refused with onecycle, which is the preset's schedule."""
+def test_conditional_value_is_checked_under_its_condition() -> None:
+    """The config refuses a warm-up with onecycle, the preset's schedule."""
     space = space_of(
         optim__schedule={"choices": ["onecycle", "cosine"]},
         optim__warmup_epochs={"choices": [0, 2], "when": {"optim.schedule": "cosine"}},
@@ -109,7 +109,7 @@ def test_a_value_under_a_condition_is_checked_where_the_condition_holds() -> Non
         assert ("optim.warmup_epochs" in params) == (params["optim.schedule"] == "cosine")
 
 
-def test_the_grid_has_every_point_once_and_no_value_without_its_condition() -> None:
+def test_grid_has_every_valid_point_once() -> None:
     space = space_of(
         loss__name={"choices": ["soft_margin", "asl"]},
         loss__clip={"low": 0, "high": 0.2, "points": 2, "when": {"loss.name": ["asl"]}},
@@ -121,21 +121,21 @@ def test_the_grid_has_every_point_once_and_no_value_without_its_condition() -> N
     assert len({tuple(sorted(point.items())) for point in grid}) == len(grid)
     assert all(("loss.clip" in point) == (point["loss.name"] == "asl") for point in grid)
     assert sorted({point["optim.lr"] for point in grid}) == pytest.approx([5e-5, 5e-4, 5e-3])
-    drawn = optuna.create_study()
+    study = optuna.create_study()
     for point in grid:  # the study takes them as they are
-        drawn.enqueue_trial(point)
+        study.enqueue_trial(point)
     for point in grid:
-        trial = drawn.ask()
+        trial = study.ask()
         space.suggest(trial, lambda index: None)
         assert trial.params == point
 
 
-def test_a_grid_that_nobody_could_search_is_refused() -> None:
+def test_too_large_grid_is_refused() -> None:
     with pytest.raises(UserError, match=r"more than 10000 points.*--space.*--sampler tpe"):
         build_space(read_space(None), BASE, "space.yaml").grid()
 
 
-def test_what_the_preset_has_outside_the_space_is_left_to_the_sampler() -> None:
+def test_preset_values_outside_the_space_are_drawn() -> None:
     space = space_of(model__tau={"low": 0.5, "high": 0.9}, model__head={"choices": ["elementwise", "mlp"]})
     assert space.point_of(BASE) == ({"model.head": "elementwise"}, ["model.tau"])
 
@@ -146,7 +146,7 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def test_a_file_replaces_or_extends_the_default(tmp_path: Path) -> None:
+def test_space_file_replaces_or_extends_the_default(tmp_path: Path) -> None:
     default = yaml.safe_load(DEFAULT_SPACE.read_text())
     alone = read_space(write(tmp_path, "model.tau: {low: 0.1, high: 0.2}\n"))
     assert alone == {"model.tau": {"low": 0.1, "high": 0.2}}
@@ -183,7 +183,7 @@ def test_a_file_replaces_or_extends_the_default(tmp_path: Path) -> None:
         ("optim.lr: {low: 1, high: 2, choices: [1]}", ("optim.lr: needs either low and high",)),
         ("optim.lr: {low: 1, high: 2, lgo: true}", ("optim.lr", "lgo")),
         ("optim.lr: {low: one, high: 2}", ("optim.lr", "low", "'one'")),
-        ("optim.lr: 0.1", ("optim.lr: 0.1 says not how to draw it", "low")),
+        ("optim.lr: 0.1", ("optim.lr: 0.1 does not say how to draw it", "low")),
         ("optim.ema_decay: {times: [0.1, 10]}", ("optim.ema_decay: times needs", "0.0")),
         ("data.root: {choices: [a, b]}", ("data.root: is the same for all trials", "--data.root")),
         ("train.epochs: {choices: [1, 2]}", ("train.epochs: is the same for all trials", "--train.epochs")),
@@ -191,7 +191,7 @@ def test_a_file_replaces_or_extends_the_default(tmp_path: Path) -> None:
         ("loss.clip: {low: 0, high: 0.1, when: {loss.name: lsa}}", ("loss.clip: loss.name", "'lsa'")),
         (
             "loss.name: {choices: [soft_margin]}\nloss.clip: {low: 0, high: 0.1, when: {loss.name: asl}}",
-            ("loss.clip: when: loss.name never is 'asl'", "soft_margin"),
+            ("loss.clip: when: loss.name is never 'asl'", "soft_margin"),
         ),
         (
             "model.tau: {low: 0.1, high: 0.2}\nloss.clip: {low: 0, high: 0.1, when: {model.tau: 0.1}}",
@@ -200,9 +200,7 @@ def test_a_file_replaces_or_extends_the_default(tmp_path: Path) -> None:
         ("{}", ("nothing is searched",)),
     ],
 )
-def test_what_is_wrong_in_a_file_is_named_with_file_and_entry(
-    tmp_path: Path, entry: str, words: tuple[str, ...]
-) -> None:
+def test_errors_name_the_file_and_the_entry(tmp_path: Path, entry: str, words: tuple[str, ...]) -> None:
     path = write(tmp_path, entry)
     with pytest.raises(UserError) as caught:
         build_space(read_space(path), BASE, str(path))
@@ -216,22 +214,22 @@ def test_what_is_wrong_in_a_file_is_named_with_file_and_entry(
     ("text", "words"),
     [
         ("a: [", "not YAML"),
-        ("- model.tau", "a mapping of config paths"),
+        ("- model.tau", "is not a mapping of config paths"),
         ("extends: mine\nmodel.tau: {low: 0.1, high: 0.2}", "extends: 'mine' is not known"),
     ],
 )
-def test_a_file_that_is_no_space(tmp_path: Path, text: str, words: str) -> None:
+def test_file_without_a_space_is_refused(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
         read_space(write(tmp_path, text))
     assert str(tmp_path / "my.yaml") in str(caught.value)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--space .*none\.yaml: cannot be read \(No such file"):
         read_space(tmp_path / "none.yaml")
 
 
-def test_the_readmes_space_is_one(tmp_path: Path) -> None:
+def test_space_of_the_readme_is_valid(tmp_path: Path) -> None:
     readme = (Path(__file__).resolve().parents[2] / "tuning/README.md").read_text(encoding="utf-8")
     (text,) = [block for block in re.findall(r"```yaml\n(.*?)```", readme, re.S) if "extends: default" in block]
     base = PRESETS["voc2007"].config
