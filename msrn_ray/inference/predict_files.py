@@ -1,4 +1,4 @@
-"""`msrn predict`: files, folders, globs and URIs in, a table of labels out."""
+"""`msrn predict`: turns files, folders, patterns and URIs into a table of label probabilities."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet
 import torch
 
 from ..datasets.image_uris import IMAGE_SUFFIXES, is_image
 from ..errors import UserError
 from ..io.byte_ranges import read_bytes
-from ..io.files import check_output
+from ..io.files import atomic_write, check_output
 from .predictor import Predictor
 
 OUTPUTS = (".csv", ".json", ".parquet")
@@ -23,7 +24,7 @@ OUTPUTS = (".csv", ".json", ".parquet")
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image: its probabilities [C], or why there are none."""
+    """One image: its C probabilities, or the error that prevented them."""
 
     uri: str
     probabilities: tuple[float, ...] = ()
@@ -31,7 +32,10 @@ class Prediction:
 
 
 def expand_images(inputs: Sequence[str]) -> list[str]:
-    """Files and URIs as they are, folders as the images in them (all levels), patterns as what they match; sorted, each once.
+    """Return the images that the inputs stand for, in the order of the inputs, each image once.
+
+    Files and URIs stand for themselves, folders for the images at all levels below them, patterns for the files that match.
+    The images of one folder or pattern are sorted.
 
     Raises:
         UserError: for an input that stands for no image.
@@ -46,14 +50,16 @@ def expand_images(inputs: Sequence[str]) -> list[str]:
         else:
             images = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
         if not images:
-            what = "holds no image" if path.is_dir() else "no such file, and no file matches it as a pattern"
-            raise UserError(f"{item}: {what} ({' '.join(sorted(IMAGE_SUFFIXES))})")
+            problem = "holds no image" if path.is_dir() else "no such file, and no file matches it as a pattern"
+            raise UserError(
+                f"{item}: {problem}. Give images, folders of images ({' '.join(sorted(IMAGE_SUFFIXES))}), patterns or URIs"
+            )
         found.update(dict.fromkeys(images))
     return list(found)
 
 
 def predict_images(predictor: Predictor, uris: Sequence[str], batch_size: int = 32) -> Iterator[Prediction]:
-    """Scores images a batch at a time, in order; an image that cannot be read or decoded gives its reason instead."""
+    """Yield the prediction of each image, in order; an image that cannot be read or decoded yields its error instead."""
     for start in range(0, len(uris), batch_size):
         views, errors = {}, {}
         for uri in uris[start : start + batch_size]:
@@ -68,28 +74,33 @@ def predict_images(predictor: Predictor, uris: Sequence[str], batch_size: int = 
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction], label_names: Sequence[str]) -> None:
-    """One row an image: `image`, one column of probabilities a label, `error`; by suffix .csv, .json (a list of rows) or .parquet.
+    """Write one row per image: `image`, one column of probabilities per label, `error`.
+
+    Args:
+        path: its suffix selects the format: .csv, .json (a list of rows) or .parquet.
+        predictions: n images.
+        label_names: C names.
 
     Raises:
         UserError: for another suffix, or if the file cannot be written.
     """
     check_output(path, OUTPUTS)
-    image, reason = (name + "_" * (name in label_names) for name in ("image", "error"))  # a label may be called so
-    columns: dict[str, list[str] | list[float | None]] = {image: [one.uri for one in predictions]}
+    # a label may have the name of one of our columns
+    image, reason = (name + "_" * (name in label_names) for name in ("image", "error"))
+    columns: dict[str, list[str] | list[float | None]] = {image: [prediction.uri for prediction in predictions]}
     for index, label in enumerate(label_names):
-        columns[label] = [one.probabilities[index] if one.probabilities else None for one in predictions]
-    columns[reason] = [one.error for one in predictions]
+        columns[label] = [
+            prediction.probabilities[index] if prediction.probabilities else None for prediction in predictions
+        ]
+    columns[reason] = [prediction.error for prediction in predictions]
     table = pa.table(columns)
-    partial = path.with_name(f".{path.name}")
     try:
-        if path.suffix == ".csv":
-            pyarrow.csv.write_csv(table, partial)
-        elif path.suffix == ".parquet":
-            pyarrow.parquet.write_table(table, partial)
-        else:
-            partial.write_text(json.dumps(table.to_pylist(), indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        with atomic_write(path) as partial:
+            if path.suffix == ".csv":
+                pyarrow.csv.write_csv(table, partial)
+            elif path.suffix == ".parquet":
+                pyarrow.parquet.write_table(table, partial)
+            else:
+                partial.write_text(json.dumps(table.to_pylist(), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""From a checkpoint to probabilities; torch only, no Ray.
+"""Turns a checkpoint and images into probabilities; torch only, no Ray.
 
 Shapes: n images, C labels.
 """
@@ -21,10 +21,10 @@ from ..runs.checkpoint import Checkpoint, load_checkpoint
 
 
 def build_from_checkpoint(checkpoint: Checkpoint) -> MSRN | PooledLinear:
-    """The checkpoint's network with its weights, in eval mode, on the CPU.
+    """Return the checkpoint's network with its weights, in eval mode, on the CPU.
 
     Raises:
-        UserError: if weights and config do not fit, so that the file is damaged.
+        UserError: if the weights do not fit the config: the file is damaged.
     """
     settings = checkpoint.config.model
     vectors = checkpoint.weights.get("label_semantics.word_vectors", torch.zeros(len(checkpoint.label_names), 1))
@@ -41,16 +41,16 @@ def build_from_checkpoint(checkpoint: Checkpoint) -> MSRN | PooledLinear:
 
 
 def load_model(checkpoint: str | Path) -> MSRN | PooledLinear:
-    """The network of a checkpoint, in eval mode.
+    """Return the network of a checkpoint, in eval mode.
 
     Args:
         checkpoint: a checkpoint folder, its `model.pt`, or a run folder (then its best checkpoint).
 
     Returns:
-        A module whose `forward(images [B, 3, H, W] float32, normalised)` gives an `MSRNOutput`.
+        A module whose `forward(images [B, 3, H, W] float32, normalised)` returns an `MSRNOutput`.
 
     Raises:
-        UserError: if it cannot be read safely.
+        UserError: if the checkpoint cannot be read safely.
     """
     return build_from_checkpoint(load_checkpoint(Path(checkpoint)))
 
@@ -59,9 +59,10 @@ class Predictor:
     """Scores images with a checkpoint.
 
     Attributes:
-        label_names: C names, in the order of the columns of what a call returns.
-        thresholds: [C] float32, probability from which on a label counts as present.
-        checkpoint: what was read.
+        label_names: C names, in the order of the columns that a call returns.
+        thresholds: [C] float32, probabilities from which on a label counts as present.
+        checkpoint: config, label names, counts and weights.
+        device: where the model runs.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device | None = None) -> None:
@@ -73,11 +74,11 @@ class Predictor:
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: torch.device | None = None) -> Predictor:
-        """Reads a checkpoint folder, its `model.pt`, or a run folder; `device`: cuda where there is one, else the CPU."""
+        """Read a checkpoint folder, its `model.pt`, or a run folder; `device` is by default cuda if available, else the CPU."""
         return cls(load_checkpoint(Path(path)), device)
 
     def view(self, image: str | Path | bytes | Image.Image) -> Tensor:
-        """A path, encoded bytes or a Pillow image -> [3, S, S] uint8, the evaluation view.
+        """Return the evaluation view [3, S, S] uint8 of a path, encoded bytes or a Pillow image.
 
         Raises:
             UserError: if the bytes cannot be decoded.
@@ -93,17 +94,17 @@ class Predictor:
 
     @torch.inference_mode()
     def score(self, views: Tensor) -> Tensor:
-        """views: [n, 3, S, S] uint8 -> [n, C] float32 probabilities, on the CPU."""
+        """Return [n, C] float32 probabilities, on the CPU; views: [n, 3, S, S] uint8."""
         images = normalize(views.to(self.device), self.checkpoint.mean, self.checkpoint.std)
         probabilities: Tensor = self.model(images).logits.float().sigmoid().cpu()
         return probabilities
 
     def __call__(self, images: Sequence[str | Path | bytes | Image.Image], batch_size: int = 32) -> Tensor:
-        """Probabilities of every label on every image.
+        """Return the probability of every label on every image.
 
         Args:
             images: n paths, encoded bytes or Pillow images.
-            batch_size: images in memory at one time.
+            batch_size: decoded images in memory at once.
 
         Returns:
             [n, C] float32 in [0, 1].

@@ -241,7 +241,7 @@ def _build_learner(worker_input: WorkerInput, plan: TrainPlan) -> tuple[Learner,
     device = ray.train.torch.get_device()
     tau = choose_tau(stored.counts, config.model.tau, config.model.tau_degree)
     mask = attend_mask(stored.counts, tau)
-    network, kernels = build_network(config, stored.word_vectors, mask, stored.frequency, device=device, rank=plan.rank)
+    network, kernels = build_network(config, stored.word_vectors, mask, stored.frequency, device=device)
     parallel = distributed.parallel_settings(config.optim.accumulation)
     model = ray.train.torch.prepare_model(network, parallel_strategy_kwargs=parallel)
     return build_learner(config, model, device, plan.num_steps), kernels

@@ -1,11 +1,10 @@
-"""The on-disk checkpoint: `model.pt`, all that scoring an image needs, and `train_state.pt`, all that going on needs.
+"""The checkpoint on disk: `model.pt` holds everything that scoring an image needs, `train_state.pt` everything that a resume needs.
 
-Both are plain tensors, numbers and text, read with `weights_only=True`: a checkpoint from a stranger cannot run code.
+Both hold plain tensors, numbers and text, and are read with `weights_only=True`: a stranger's checkpoint cannot run code.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -18,6 +17,7 @@ from torch import Tensor
 from ..config import ExperimentConfig, config_from_dict
 from ..datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ..errors import UserError
+from ..io.files import atomic_write
 from ..labels.graph import LabelCounts, Provenance
 
 MODEL_FILE, STATE_FILE, BEST_FILE = "model.pt", "train_state.pt", "best.txt"
@@ -27,15 +27,15 @@ _VERSIONED = ("msrn-ray", "torch", "torchvision", "numpy")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `model.pt` holds; C labels.
+    """The content of `model.pt`; C labels.
 
     Attributes:
         config: the experiment.
         label_names: C names in the order of the logits.
-        counts: label counts of the train split, from which the graph was made.
-        weights: state dict of the network that is evaluated (the moving average where there is one).
-        thresholds: C probabilities from which on a label counts as present.
-        metrics: values on val at this epoch, `val/mAP` and others.
+        counts: label counts that the graph was made from.
+        weights: state dict of the network that is evaluated: the moving average if training keeps one.
+        thresholds: C probabilities; from these on a label counts as present.
+        metrics: metrics on val at this epoch, `val/mAP` and others.
         epoch: finished training epochs.
         mean, std: ImageNet constants of the input, in RGB order, for pixels in [0, 1].
         versions: of the packages that wrote the file.
@@ -55,7 +55,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class TrainState:
-    """What `train_state.pt` holds: everything an interrupted run needs to go on as if nothing had been.
+    """The content of `train_state.pt`: an interrupted run resumes from it as if it had not been interrupted.
 
     Attributes:
         model: state dict of the trained network (not the average).
@@ -63,11 +63,11 @@ class TrainState:
         ema: state dict of the moving average, or None.
         epoch: finished epochs.
         data: fingerprint of train and val.
-        step: finished steps of the epoch after those; 0 at an epoch's end.
-        account: rows of that epoch that are done, packed (`accounting.Account.pack`); empty at an epoch's end.
-        stats: sums of that epoch so far (`engine.EpochStats`); empty at an epoch's end.
-        world_size: ranks that trained.
-        rng: of each rank, the states of torch's generators: `cpu`, and `device` where that is a GPU.
+        step: finished steps of the unfinished epoch; 0 between two epochs.
+        account: finished rows of the unfinished epoch, packed (`row_ledger.Account.pack`); empty between two epochs.
+        stats: sums of the unfinished epoch (`engine.EpochStats`); empty between two epochs.
+        world_size: number of ranks.
+        rng: for each rank the states of torch's generators: `cpu`, and `device` if that is a GPU.
     """
 
     model: Mapping[str, Tensor]
@@ -85,10 +85,10 @@ class TrainState:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, state: TrainState | None = None) -> None:
-    """Writes both files; each appears whole or not at all.
+    """Write both files; each appears whole or not at all.
 
     Raises:
-        OSError: where there is no room or no right to write.
+        OSError: if the disk is full or writing is not permitted.
     """
     folder.mkdir(parents=True, exist_ok=True)
     content = {
@@ -112,16 +112,16 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, state: TrainState | No
 
 
 def save_train_state(folder: Path, state: TrainState) -> None:
-    """Writes `train_state.pt` alone, which is what a checkpoint within an epoch holds: it has no scores to be chosen by."""
+    """Write only `train_state.pt`: a checkpoint within an epoch has no scores, so it has no `model.pt`."""
     folder.mkdir(parents=True, exist_ok=True)
     _save(folder / STATE_FILE, {name: getattr(state, name) for name in TrainState.__dataclass_fields__})
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint folder, its `model.pt`, or the best one of a run folder.
+    """Read a checkpoint folder, its `model.pt`, or the best checkpoint of a run folder.
 
     Raises:
-        UserError: if there is none, if it would run code, or if it is not of this package.
+        UserError: if there is no checkpoint, if it would run code, or if another program wrote it.
     """
     file = find_model_file(path)
     content = _load(file)
@@ -131,7 +131,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         )
     try:
         names = tuple(content["label_names"])
-        origin = content.get("counts_provenance")  # older checkpoints have none
+        origin = content.get("counts_provenance")  # missing in older checkpoints
         provenance = Provenance(origin["source"], origin["num_images"], origin["fingerprint"]) if origin else None
         return Checkpoint(
             config=config_from_dict(content["config"], source=f"{file}: config"),
@@ -150,7 +150,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_train_state(folder: Path) -> TrainState:
-    """Reads `train_state.pt` of a checkpoint folder.
+    """Read `train_state.pt` of a checkpoint folder.
 
     Raises:
         UserError: if it is missing, would run code, or lacks an entry.
@@ -163,10 +163,10 @@ def load_train_state(folder: Path) -> TrainState:
 
 
 def find_model_file(path: Path) -> Path:
-    """The `model.pt` that a file, a checkpoint folder or a run folder stands for.
+    """Return the `model.pt` of a checkpoint folder or a run folder; a file stands for itself.
 
     Raises:
-        UserError: if there is none, with what was looked for.
+        UserError: if there is none.
     """
     if path.is_file():
         return path
@@ -176,35 +176,29 @@ def find_model_file(path: Path) -> Path:
         best = path / (path / BEST_FILE).read_text(encoding="utf-8").strip() / MODEL_FILE
         if best.is_file():
             return best
-        raise UserError(f"{path}: its best checkpoint {best.parent.name} is gone")
+        raise UserError(f"{path}: its best checkpoint {best.parent.name} is missing; give another checkpoint folder")
     if not path.exists():
         raise UserError(f"checkpoint {path}: no such file or folder")
     if (path / "config.yaml").is_file():
-        raise UserError(f"checkpoint {path}: no epoch of this run is finished; go on with msrn train --resume {path}")
+        raise UserError(
+            f"checkpoint {path}: no epoch of this run is finished; resume it with msrn train --resume {path}"
+        )
     if (path / STATE_FILE).is_file():
         raise UserError(
-            f"checkpoint {path}: saved within an epoch, without scores; give the run folder, or go on with"
+            f"checkpoint {path}: saved within an epoch, without scores; give the run folder, or resume the run with"
             f" msrn train --resume {path.parent}"
         )
     raise UserError(f"checkpoint {path}: holds neither {MODEL_FILE} nor {BEST_FILE}; give a checkpoint or a run folder")
 
 
 def _save(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
+    with atomic_write(path) as partial, partial.open("wb") as file:
+        try:
             torch.save(dict(content), file)
-            file.flush()
-            os.fsync(
-                file.fileno()
-            )  # a machine that goes down just after must not leave an empty file under the final name
-        os.replace(partial, path)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # torch's own says nothing of a full disk
-            raise error.__context__ from None
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch's RuntimeError does not mention a full disk
+                raise error.__context__ from None
+            raise
 
 
 def _load(path: Path) -> Any:
@@ -212,7 +206,7 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise UserError(f"checkpoint {path}: cannot be read ({error.strerror})") from None
-    except Exception:  # torch raises many kinds here; all of them mean: not safely readable
+    except Exception:  # torch raises many types here; each means that the file cannot be read safely
         raise UserError(
             f"checkpoint {path}: damaged, not a checkpoint, or would run code; refused. Give a run or checkpoint folder"
         ) from None

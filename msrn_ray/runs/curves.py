@@ -1,16 +1,25 @@
-"""Draws loss and scores by epoch as a PNG."""
+"""Plots loss and scores by epoch as a PNG."""
 
 from __future__ import annotations
 
-import math
-import os
 from pathlib import Path
 from typing import Any
 
+from ..io.files import atomic_write
+from .history import best_index
+
 
 def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
-    """Loss, mAP and F1 by epoch as one PNG; `history` holds the lines of metrics.jsonl."""
-    from matplotlib.figure import Figure  # no pyplot: it would start a window system
+    """Plot loss, mAP and F1 by epoch into a PNG.
+
+    Args:
+        history: the lines of metrics.jsonl, at least one.
+        path: the PNG.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    from matplotlib.figure import Figure  # pyplot would start a window system
 
     figure = Figure(figsize=(11, 4), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -23,10 +32,10 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
         ("val/OF1", right),
     ):
         axis.plot(epochs, [line[name] for line in history], marker="o", markersize=3, label=name)
-    best = max(reversed(history), key=lambda line: -1.0 if math.isnan(line["val/mAP"]) else line["val/mAP"])
-    chosen = " on the test split (protocol paper)" if history[-1]["protocol"] == "paper" else ""
+    best = history[best_index([line["val/mAP"] for line in history])]
+    split = " on the test split (protocol paper)" if history[-1]["protocol"] == "paper" else ""
     right.axvline(best["epoch"], color="grey", linestyle=":", linewidth=1)
-    right.set_title(f"best val/mAP {best['val/mAP']:.4f} at epoch {best['epoch']}{chosen}")
+    right.set_title(f"best val/mAP {best['val/mAP']:.4f} at epoch {best['epoch']}{split}")
     left.set_title("classification loss")
     right.set_ylim(0, 1)
     for axis in (left, right):
@@ -34,6 +43,5 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, format="png")
-    os.replace(partial, path)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, format="png")

@@ -1,4 +1,4 @@
-"""Lists the runs of a folder: state, epoch, best score; no Ray."""
+"""Lists the runs in a folder: state, epoch, best score; no Ray."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from pathlib import Path
 from ..config import load_config
 from ..errors import UserError
 from .folder import CONFIG_FILE, FAILURE_FILE
-from .history import METRICS_FILE, read_history
+from .history import METRICS_FILE, best_index, read_history
 from .state import DEAD_SECONDS, STATE_FILE, State, read_state, touched_at
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run folder says of its run.
+    """A run as its folder describes it.
 
     Attributes:
         name: of the folder.
-        state: `unknown` where the files do not say.
+        state: `unknown` if the files do not contain it.
         epoch: finished epochs.
-        epochs: epochs of the whole run; 0 where its config cannot be read.
-        best: largest val/mAP so far; nan where none is known.
-        started: when it was started first, seconds since 1970; nan where that is not known.
-        seen: the driver's last sign of life, alike.
-        reason: what stopped it, or what is wrong with its files; may be empty.
+        epochs: epochs of the whole run; 0 if its config cannot be read.
+        best: largest val/mAP so far; nan if no epoch has one.
+        started: when the run was first started, seconds since 1970; nan if unknown.
+        seen: the driver's last heartbeat, seconds since 1970; nan if unknown.
+        reason: what stopped the run, or what is wrong with its files; may be empty.
     """
 
     name: str
@@ -40,56 +40,57 @@ class RunSummary:
 
 
 def list_runs(storage: Path) -> list[RunSummary]:
-    """The runs in a folder, the one seen last first.
+    """Return the runs in a folder, the latest heartbeat first.
 
     Raises:
         UserError: if there is no such folder.
     """
     if not storage.is_dir():
-        raise UserError(f"{storage}: no folder; give the train.storage of the runs")
+        raise UserError(f"{storage}: no such folder; give the train.storage of the runs")
     runs = [
         summarize(path.parent)
         for path in storage.glob(f"*/{CONFIG_FILE}")
-        if not path.parent.name.startswith(".")  # made half-way, see `trainer`
+        if not path.parent.name.startswith(".")  # not yet complete, see `make_folder`
     ]
-    return sorted(runs, key=lambda run: (-run.seen if run.seen == run.seen else math.inf, run.name))
+    return sorted(runs, key=lambda run: (math.inf if math.isnan(run.seen) else -run.seen, run.name))
 
 
 def summarize(folder: Path) -> RunSummary:
-    """What the files of a run folder say, damaged ones included."""
-    epochs, wrong = 0, ""
+    """Return the summary of a run folder, even if some of its files are damaged."""
+    epoch, epochs, best, damage = 0, 0, math.nan, ""
     try:
         history = read_history(folder / METRICS_FILE)
-        scores = [line["val/mAP"] for line in history if not math.isnan(line["val/mAP"])]
-        last = int(history[-1]["epoch"]) if history else 0
+        if history:
+            scores = [line["val/mAP"] for line in history]
+            epoch, best = int(history[-1]["epoch"]), scores[best_index(scores)]
     except (ValueError, KeyError, TypeError, AttributeError):
-        scores, last, wrong = [], 0, f"{METRICS_FILE} is damaged"
+        damage = f"{METRICS_FILE} is damaged"
     try:
         epochs = load_config(folder / CONFIG_FILE).train.epochs
     except UserError as error:
-        wrong = str(error)
-    said = read_state(folder / STATE_FILE)
-    seen = touched_at(folder / STATE_FILE) / 1e9 if said else math.nan
-    state: State = said.get("state", "unknown")
-    reason = said.get("reason", "")
+        damage = str(error)
+    content = read_state(folder / STATE_FILE)
+    seen = touched_at(folder / STATE_FILE) / 1e9 if content else math.nan
+    state: State = content.get("state", "unknown")
+    reason = content.get("reason", "")
     if state == "failed" and (folder / FAILURE_FILE).is_file():
         reason = " ".join((folder / FAILURE_FILE).read_text(encoding="utf-8").split())
     if state == "running" and time.time() - seen > DEAD_SECONDS:
-        state, reason = "interrupted", "killed, or its machine is lost: no sign of life"
+        state, reason = "interrupted", "killed, or its machine is lost: no heartbeat"
     return RunSummary(
         folder.name,
         state,
-        last,
+        epoch,
         epochs,
-        max(scores, default=math.nan),
-        said.get("started", math.nan),
+        best,
+        content.get("started", math.nan),
         seen,
-        wrong or reason,
+        damage or reason,
     )
 
 
 def describe_runs(runs: list[RunSummary], now: float) -> list[str]:
-    """The runs as lines of a table, headings first; `now` in seconds since 1970."""
+    """Return the runs as lines of a table, headings first; `now` in seconds since 1970."""
     rows = [("run", "state", "epoch", "best val mAP", "started", "last seen", "")]
     for run in runs:
         best = "-" if math.isnan(run.best) else f"{run.best:.4f}"

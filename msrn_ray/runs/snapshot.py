@@ -14,14 +14,14 @@ from .checkpoint import TrainState
 
 
 def capture(learner: Learner, device: torch.device, *, epoch: int, data: str, **within: Any) -> TrainState:
-    """All that going on needs; ranks must all call it.
+    """Return everything that a resume needs; all ranks must call this.
 
     Args:
-        learner: what is trained.
-        device: where it is.
+        learner: network, optimizer and the rest of what a step changes.
+        device: where the learner is.
         epoch: finished epochs.
         data: fingerprint of train and val.
-        within: `step`, `account` and `stats` of a `TrainState`, within an epoch.
+        within: `step`, `account` and `stats` of the `TrainState`, if the epoch is not finished.
     """
     return TrainState(
         learner.network.state_dict(),
@@ -38,10 +38,10 @@ def capture(learner: Learner, device: torch.device, *, epoch: int, data: str, **
 
 
 def restore(learner: Learner, state: TrainState, rank: int, device: torch.device) -> None:
-    """The reverse of `capture`, on each rank; ranks that there were not share the random states of those that there were.
+    """Reverse `capture` on each rank; additional ranks share the random states of the saved ranks.
 
     Raises:
-        UserError: if the label graph is another than the run was trained with.
+        UserError: if the run was trained with another label graph.
     """
     check_graph(state.model, learner.network.state_dict())
     learner.network.load_state_dict(state.model)
@@ -55,26 +55,29 @@ def restore(learner: Learner, state: TrainState, rank: int, device: torch.device
 
 
 def get_rng(device: torch.device) -> dict[str, torch.Tensor]:
-    """States of torch's generators, the only ones that training draws from: augmentation is seeded by epoch and row."""
+    """Return the states of torch's generators, the only ones that training draws from: epoch and row seed the augmentation."""
     state = {"cpu": torch.get_rng_state()}
     return state | ({"device": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
 def set_rng(state: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """The reverse of `get_rng`."""
+    """Restore the states that `get_rng` returned."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "device" in state:
         torch.cuda.set_rng_state(state["device"], device)
 
 
-def check_graph(saved: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> None:
-    """Refuses to go on with another label graph than the run was trained with; both are state dicts of the network.
+def check_graph(saved: Mapping[str, torch.Tensor], current: Mapping[str, torch.Tensor]) -> None:
+    """Refuse to resume with another label graph than the run was trained with.
+
+    Args:
+        saved, current: state dicts of the network.
 
     Raises:
         UserError: if their masks differ.
     """
     key = "label_semantics.attend_mask"
-    if key in saved and not torch.equal(saved[key].cpu(), now[key].cpu()):
+    if key in saved and not torch.equal(saved[key].cpu(), current[key].cpu()):
         raise UserError(
-            "data.label_counts: gives another label graph than the run was trained with; give the file that it started with"
+            "data.label_counts: gives another label graph than the run was trained with; give the file that the run started with"
         )

@@ -1,4 +1,4 @@
-"""From a config to what is trained: network, precision, optimizer, schedule, average; no Ray."""
+"""Builds what a config trains: network, precision, optimizer, schedule, moving average; no Ray."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ def build_network(
     frequency: Tensor,
     *,
     device: torch.device,
-    rank: int = 0,
     pretrained: bool = True,
 ) -> tuple[MSRN | PooledLinear, str]:
-    """The network of a config, with its attention kernels chosen, still on the CPU.
+    """Build the network of a config, still on the CPU, and choose its attention kernels.
 
     Args:
         config: the experiment.
@@ -33,26 +32,25 @@ def build_network(
         attend_mask: [C, C] bool.
         frequency: [C] float32 in (0, 1), for `model.prior_bias`.
         device: where it will be trained.
-        rank: number of the process.
         pretrained: fill the backbone from `model.pretrained`.
 
     Returns:
-        The network, and what was chosen, for the log.
+        The network, and a description of the chosen kernels, for the log.
 
     Raises:
-        UserError: for weights or kernels that cannot be had.
+        UserError: for weights or kernels that are not available.
     """
     learned = config.data.word_vectors == LEARNED
     network = build_model(config.model, word_vectors, attend_mask, pretrained=pretrained, train_vectors=learned)
-    # convolutions run about a sixth faster on the CPU, and in half precision on a GPU
+    # channels_last makes convolutions about a sixth faster on the CPU, and in half precision on a GPU
     network.to(memory_format=torch.channels_last)
     if config.model.prior_bias:
         set_prior_bias(network, frequency)
-    return network, choose_attention_kernels(network, config.model, device, rank)
+    return network, choose_attention_kernels(network, config.model, device, distributed.rank())
 
 
 def build_learner(config: ExperimentConfig, model: nn.Module, device: torch.device, steps_per_epoch: int) -> Learner:
-    """All that a step changes, for a network on `device` or DistributedDataParallel around it."""
+    """Build the learner for a network on `device`, or for DistributedDataParallel around it."""
     if config.optim.compress_gradients:
         distributed.compress_gradients(model)
     network: nn.Module = getattr(model, "module", model)
@@ -73,17 +71,16 @@ def build_learner(config: ExperimentConfig, model: nn.Module, device: torch.devi
 
 
 def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type of a setting: `auto` is bf16 where the device computes in it; None means float32."""
+    """Return the autocast type of a setting: `auto` is bf16 if the device computes in bf16; None means float32."""
     if choice == "auto":
         return torch.bfloat16 if has_bf16(device) else None
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[choice]
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies in bf16; a CPU without the instructions would only convert to and fro."""
+    """Return whether the device multiplies in bf16; a CPU without these instructions would only convert back and forth."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities = (
-        torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    )  # older torch does not say
+    # older torch does not report capabilities
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

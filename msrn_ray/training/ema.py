@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, on torch's own AveragedModel."""
+"""Exponential moving average of the weights, on torch's AveragedModel."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ _Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def build_ema(model: nn.Module, decay: float) -> AveragedModel:
-    """A shadow of `model` whose weights follow it as ema = d ema + (1 - d) weight after each `update_parameters(model)`.
+    """Return a copy of `model` whose weights become ema = d ema + (1 - d) weight at each `update_parameters(model)`.
 
-    d starts low and rises to `decay` as min(decay, (1 + n) / (10 + n)) after n updates, so that a short run is not held at its random
-    start. Buffers (BatchNorm statistics) are copied, not averaged.
+    After n updates d is min(decay, (1 + n) / (10 + n)): it starts low, so that a short run does not stay near its random start.
+    Buffers (BatchNorm statistics) are copied, not averaged.
 
-    Source: the warm-up is that of TensorFlow's ExponentialMovingAverage(num_updates).
+    Source: the warm-up of TensorFlow's ExponentialMovingAverage(num_updates).
     """
 
-    def update(shadow: _Tensors, weights: _Tensors, _num_averaged: Tensor | int) -> None:
-        count = float(ema.n_averaged)  # the module's own stays on the CPU; what is handed in was copied to the device
-        torch._foreach_lerp_(shadow, weights, 1 - min(decay, (1 + count) / (10 + count)))
+    def update(averages: _Tensors, weights: _Tensors, _num_averaged: Tensor | int) -> None:
+        count = float(ema.n_averaged)  # n_averaged stays on the CPU, while the argument was copied to the device
+        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + count) / (10 + count)))
 
     ema = AveragedModel(model, multi_avg_fn=update)
     return ema
@@ -28,6 +28,6 @@ def build_ema(model: nn.Module, decay: float) -> AveragedModel:
 
 @torch.no_grad()
 def copy_buffers(ema: AveragedModel, model: nn.Module) -> None:
-    """Brings the shadow's buffers up to the model's."""
-    for shadow, buffer in zip(ema.module.buffers(), model.buffers(), strict=True):
-        shadow.copy_(buffer)
+    """Copy the model's buffers into its moving average."""
+    for average, buffer in zip(ema.module.buffers(), model.buffers(), strict=True):
+        average.copy_(buffer)

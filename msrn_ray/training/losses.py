@@ -18,12 +18,11 @@ from ..types import MSRNOutput
 ClassificationLoss = Callable[[Tensor, Tensor], Tensor]
 """logits [B, C] float, target [B, C] int8 in {1, 0, -1} -> [B] float32, the loss of each image."""
 
-
-_TINY = 1e-8  # a power of exactly 0 below 1 has an infinite slope, which times 0 would be nan
+_TINY = 1e-8  # the slope of 0 ** gamma is infinite for gamma < 1, and infinity times 0 is nan
 
 
 def build_loss(settings: LossSettings) -> ClassificationLoss:
-    """The classification loss that the settings name."""
+    """Return the classification loss that the settings name."""
     if settings.name == "soft_margin":
         return classification_loss
     return partial(
@@ -35,11 +34,11 @@ def build_loss(settings: LossSettings) -> ClassificationLoss:
 
 
 def classification_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Multi-label soft margin loss of each image: mean over its known labels of the binary cross-entropy.
+    """Return the multi-label soft margin loss of each image: the mean binary cross-entropy over its known labels.
 
     Args:
         logits: [B, C] float.
-        target: [B, C] int8 in {1, 0, -1}; -1 (unknown) is left out of the mean.
+        target: [B, C] int8 in {1, 0, -1}; the mean leaves out -1 (unknown).
 
     Returns:
         [B] float32 >= 0; 0 for an image without a known label.
@@ -52,16 +51,18 @@ def classification_loss(logits: Tensor, target: Tensor) -> Tensor:
 def asymmetric_loss(
     logits: Tensor, target: Tensor, *, gamma_positive: float, gamma_negative: float, clip: float
 ) -> Tensor:
-    """Asymmetric loss of each image: mean over its known labels, where the source sums, so that learning rates stay comparable.
+    """Return the asymmetric loss of each image: the mean over its known labels.
 
-    With p = sigmoid(logit) and q = max(p - clip, 0): -(1 - p)^gamma_positive log p for a present label, -q^gamma_negative log(1 - q) for an
-    absent one. All gammas and the clip at 0 give `classification_loss`.
+    The source sums over the labels. The mean keeps learning rates comparable with those of the soft margin loss.
+
+    With p = sigmoid(logit) and q = max(p - clip, 0), the loss is -(1 - p)^gamma_positive log p for a present label
+    and -q^gamma_negative log(1 - q) for an absent label. With all gammas and the clip at 0 it is `classification_loss`.
 
     Args:
         logits: [B, C] float.
-        target: [B, C] int8 in {1, 0, -1}; -1 (unknown) is left out of the mean.
-        gamma_positive, gamma_negative: >= 0, focusing of present and absent labels.
-        clip: in [0, 1), probability below which an absent label adds nothing.
+        target: [B, C] int8 in {1, 0, -1}; the mean leaves out -1 (unknown).
+        gamma_positive, gamma_negative: >= 0, focusing of present and of absent labels.
+        clip: in [0, 1), probability below which an absent label adds no loss.
 
     Returns:
         [B] float32 >= 0; 0 for an image without a known label.
@@ -72,7 +73,9 @@ def asymmetric_loss(
     known = target >= 0
     probability = torch.sigmoid(logits)
     shifted = (probability - clip).clamp(min=0)
-    log_absent = torch.log1p(-shifted) if clip else F.logsigmoid(-logits)  # the latter also where p rounds to 1
+    log_absent = (
+        torch.log1p(-shifted) if clip else F.logsigmoid(-logits)
+    )  # logsigmoid is finite even where p rounds to 1
     loss = -torch.where(
         target > 0,
         (1 - probability).clamp(min=_TINY) ** gamma_positive * F.logsigmoid(logits),
@@ -82,9 +85,9 @@ def asymmetric_loss(
 
 
 def group_loss(output: MSRNOutput) -> Tensor:
-    """Sum over labels of || E_i - Q_g ||_2 with g the group of the label's largest assignment; [] float32 >= 0.
+    """Return the sum over labels of || E_i - Q_g ||_2, with g the group of the label's largest assignment; [] float32 >= 0.
 
-    The argmax carries no gradient. 0 for a model without semantics. The norm's gradient at E_i = Q_g is 0.
+    The argmax carries no gradient. The loss is 0 for a model without label semantics. The norm's gradient at E_i = Q_g is 0.
     """
     if output.label_embedding is None or output.group_embedding is None or output.assignment is None:
         return output.logits.new_zeros((), dtype=torch.float32)

@@ -1,10 +1,10 @@
-"""mAP, CF1, OF1 and their kin, as the multi-label papers report them, over rows that are each counted once.
+"""Computes mAP, CF1, OF1 and related metrics as the multi-label papers report them, and counts each row once.
 
-Shapes: n images, C classes. All values are fractions in [0, 1], not per cent. Scores are kept, not sums: an average
-precision needs the whole ranking, so the caller gathers the rows of all ranks and computes once.
+Shapes: n images, C classes. All values are fractions in [0, 1], not per cent. An average precision needs the whole
+ranking. So the metrics keep scores instead of sums, and the caller gathers the rows of all ranks and computes once.
 
-Unknown labels (-1) count nowhere: they are taken out of their class's ranking, and are neither true nor false
-positives nor false negatives. ML-GCN treats difficult VOC objects so in AP, but as absent in CF1 and OF1.
+Unknown labels (-1) count nowhere: they are left out of their class's ranking, and are no true positives, false
+positives or false negatives. ML-GCN leaves difficult VOC objects out of AP too, but counts them as absent in CF1 and OF1.
 
 Sources:
     [ML-GCN] Chen et al., "Multi-Label Image Recognition with Graph Convolutional Networks", CVPR 2019; `util.py`.
@@ -32,19 +32,18 @@ from ..types import ABSENT, PRESENT, UNKNOWN
 THRESHOLD = 0.5
 TOP_K = 3
 
-
-# Scores keep the float type they came in: rounding them would make ties that the model did not make.
+# Scores keep their float type: rounding them would create ties that the model did not produce.
 Scores = npt.NDArray[np.floating[Any]]
 Labels = npt.NDArray[np.int8]
 Mask = npt.NDArray[np.bool_]
 
 
 class MultiLabelMetrics:
-    """Takes scores and targets in any number of pieces, and computes all metrics over all rows at once.
+    """Collects scores and targets in any number of pieces, and computes all metrics over all rows at once.
 
     Attributes:
         num_classes: C.
-        num_rows: the rows so far.
+        num_rows: rows added so far.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -54,7 +53,7 @@ class MultiLabelMetrics:
         self.num_rows = 0
 
     def update(self, scores: Tensor | npt.ArrayLike, target: Tensor | npt.ArrayLike) -> None:
-        """Adds n rows (n may be 0). A refused piece leaves what was there before as it was.
+        """Add n rows (n may be 0). A refused piece does not change the rows added before.
 
         Args:
             scores: [n, C] float, probabilities in [0, 1]; copied to the CPU, so the caller may reuse the memory.
@@ -62,7 +61,7 @@ class MultiLabelMetrics:
 
         Raises:
             UserError: if the shapes differ or are not [n, C], with both shapes; if a score is nan or not in [0, 1] (the
-                0.5 threshold means nothing on logits) or a target is not 1, 0 or -1, with value, class and row. Rows
+                0.5 threshold means nothing for logits) or a target is not 1, 0 or -1, with value, class and row. Rows
                 are counted from 0 over all updates.
         """
         scores, target = _copy_to_numpy(scores), _copy_to_numpy(target)
@@ -70,7 +69,7 @@ class MultiLabelMetrics:
             raise UserError(
                 f"scores {list(scores.shape)} and target {list(target.shape)} must both be [n, {self.num_classes}]"
             )
-        # Both tests are written so that nan fails them. They come before the cast to int8, where 257 would become 1.
+        # nan fails both tests as they are written. They come before the cast to int8, which would turn 257 into 1.
         self._require((scores >= 0) & (scores <= 1), scores, "score", "a probability in [0, 1]")
         labels = (target == PRESENT) | (target == ABSENT) | (target == UNKNOWN)
         self._require(labels, target, "target", "1 (present), 0 (absent) or -1 (unknown)")
@@ -78,24 +77,25 @@ class MultiLabelMetrics:
         self._targets.append(target.astype(np.int8))
         self.num_rows += len(target)
 
-    def _require(self, good: Mask, values: npt.NDArray[Any], name: str, wanted: str) -> None:
-        """Raises UserError for the first value, row by row, that is not good."""
+    def _require(self, good: Mask, values: npt.NDArray[Any], name: str, requirement: str) -> None:
+        """Raise UserError for the first value, row by row, that is not good."""
         if not good.all():
             row, column = np.argwhere(~good)[0].tolist()
             row_of_all = self.num_rows + row
-            raise UserError(f"{name} {values[row, column]} of class {column} in row {row_of_all} is not {wanted}")
+            raise UserError(f"{name} {values[row, column]} of class {column} in row {row_of_all} is not {requirement}")
 
     def compute(self) -> dict[str, float | list[float]]:
-        """All metrics over all rows so far.
+        """Return all metrics over all rows added so far.
 
         Returns:
-            mAP: mean of AP over the classes with a present label (one without gives nan in [ML-GCN], 0 in [ASL]).
+            mAP: mean of AP over the classes with a present label (a class without gives nan in [ML-GCN], 0 in [ASL]).
             mAP_voc11: the same mean of the 11-point AP of VOC 2007, see `_average_precision`.
             mAP_envelope: the same mean of the AP of VOC 2010 and later, see `_average_precision`.
             AP: C floats, area without interpolation; nan for a class without a present label.
-            CP, CR, CF1, OP, OR, OF1: see `_precision_recall_f1`; predicted is what scores >= 0.5 [ML-GCN; ASL: > 0.8].
-            The six + `_top3`: predicted are the 3 labels of an image that score highest, high or low [WARP, k = 3].
-            The six + `_top3_at_0.5`: predicted are those of the 3 that score >= 0.5 [SRN, ML-GCN].
+            CP, CR, CF1, OP, OR, OF1: see `_precision_recall_f1`; a label is predicted if its score >= 0.5
+                [ML-GCN; ASL: > 0.8].
+            These six + `_top3`: the 3 highest-scoring labels of an image are predicted, even with low scores [WARP, k = 3].
+            These six + `_top3_at_0.5`: those of the 3 labels with a score >= 0.5 are predicted [SRN, ML-GCN].
             If no class has a present label, every mean over classes and every recall and F1 is nan.
 
         Raises:
@@ -121,7 +121,7 @@ class MultiLabelMetrics:
 
 
 def _copy_to_numpy(values: Tensor | npt.ArrayLike) -> npt.NDArray[Any]:
-    """A copy on the CPU, of the same type."""
+    """Return a copy on the CPU, of the same type."""
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         # numpy has no bfloat16; float32 holds each of its values.
@@ -130,69 +130,69 @@ def _copy_to_numpy(values: Tensor | npt.ArrayLike) -> npt.NDArray[Any]:
 
 
 def _average_precision(scores: Scores, present: Mask) -> tuple[float, float, float]:
-    """Average precision of one class, in three conventions.
+    """Return the average precision of a class, in three conventions.
 
-    The precision at a present label is the share of present labels among all that score at least as high. So equal
-    scores enter together, as one threshold: the result does not depend on the order of the rows, and the area is that
-    of scikit-learn's `average_precision_score`. ([ML-GCN, ASL, VOC] rank equal scores as their sort leaves them.)
-    Recall is counted in whole labels, so that none of the 11 points is missed by rounding (3 * 0.1 > 0.3).
+    The precision at a present label is the share of present labels among all labels that score at least as high. So
+    equal scores form one threshold: the result does not depend on the order of the rows, and the area equals that of
+    scikit-learn's `average_precision_score`. ([ML-GCN, ASL, VOC] rank equal scores in the order of their sort.)
+    Recall is counted in whole labels, so that rounding misses none of the 11 points (3 * 0.1 > 0.3).
 
     Args:
-        scores: [m] of the rows whose label for this class is known.
-        present: [m], the label.
+        scores: [m], of the rows whose label for this class is known.
+        present: [m], whether the label is present.
 
     Returns:
-        area: mean over the present labels of the precision there: area under the curve, no interpolation [ML-GCN, ASL].
-        voc11: mean over the recalls 0, 0.1, ..., 1 of the highest precision at that recall or a higher one [VOC 2007].
-        envelope: as area, but each precision is the highest at that recall or a higher one [VOC 2010 and later].
-        All three nan if no label is present.
+        area: mean of the precision at the present labels: area under the curve, no interpolation [ML-GCN, ASL].
+        voc11: mean over the recalls 0, 0.1, ..., 1 of the highest precision at that recall or above [VOC 2007].
+        envelope: as area, but each precision is the highest at that recall or above [VOC 2010 and later].
+        All three are nan if no label is present.
     """
     num_present = int(present.sum())
     if num_present == 0:
         return np.nan, np.nan, np.nan
-    ranked, hits = np.sort(scores), np.sort(scores[present])  # ascending
+    ranked, hits = np.sort(scores), np.sort(scores[present])  # both ascending
     num_hits_above = num_present - np.searchsorted(hits, hits, side="left")
     num_above = len(ranked) - np.searchsorted(ranked, hits, side="left")
     precision = num_hits_above / num_above
-    envelope = np.maximum.accumulate(precision)  # ascending scores are descending recall
+    envelope = np.maximum.accumulate(precision)  # recall falls as scores rise
     # Recall i/10 is reached by the ceil(i/10 * num_present)-th hit from the top; recall 0 by the first.
     num_needed = np.maximum((np.arange(11) * num_present + 9) // 10, 1)
     return float(precision.mean()), float(envelope[num_present - num_needed].mean()), float(envelope.mean())
 
 
 def _top_k(scores: Scores, known: Mask, k: int) -> Mask:
-    """[n, C], the k known labels of each image with the highest scores; all known labels where they are fewer than k.
+    """Return [n, C] bool: the k known labels of each image with the highest scores, or all known labels if fewer.
 
-    An unknown label takes none of the k places: nobody can say whether it was right to predict it, and it would push
-    out one that can be judged. ([ML-GCN] lets difficult VOC objects take places.) Of equal scores the lower class is
-    taken first.
+    An unknown label takes none of the k places: we cannot judge its prediction, and it would push out a label that we
+    can judge. ([ML-GCN] lets difficult VOC objects take places.) Of equal scores the lower class comes first.
     """
     remaining = np.where(known, scores, -np.inf)
     top = np.zeros_like(known)
     rows = np.arange(len(scores))
     for _ in range(k):
-        best = remaining.argmax(axis=1)  # the first of equals
+        best = remaining.argmax(axis=1)  # of equal scores the first
         top[rows, best] = True
         remaining[rows, best] = -np.inf
-    return top & known  # an image that runs out of known labels gets class 0 again, which may be unknown
+    return top & known  # argmax selects class 0, which may be unknown, once no known label remains
 
 
 def _precision_recall_f1(predicted: Mask, present: Mask, suffix: str = "") -> dict[str, float]:
-    """Per-class (C) and overall (O) precision, recall and F1 of yes-or-no predictions.
+    """Return per-class (C) and overall (O) precision, recall and F1 of yes-or-no predictions.
 
-    CP, CR: mean over classes of each class's precision and recall. A class without a present label is left out of both
-        (its recall is 0/0). A class with a present label that is never predicted has precision 0, as in [ML-GCN, ASL].
+    CP, CR: means over the classes' precision and recall. Both leave out a class without a present label (its recall
+        is 0/0). A class with a present label that is never predicted has precision 0, as in [ML-GCN, ASL].
     CF1: harmonic mean of CP and CR [ML-GCN], not the mean of the classes' F1 that [ASL]'s script prints.
-    OP, OR, OF1: precision, recall and their harmonic mean from the counts summed over all classes. Those without a
-        present label are included, as a false alarm is one. ([ML-GCN] adds 1 false alarm per class never predicted.)
-    OP is 0 if nothing is predicted, F1 is 0 if precision and recall are; OR and OF1 are nan if no label is present.
+    OP, OR, OF1: precision, recall and their harmonic mean from the counts summed over all classes. Classes without a
+        present label are included, so their false alarms count. ([ML-GCN] adds 1 false alarm per class never predicted.)
+    OP is 0 if nothing is predicted. F1 is 0 if precision and recall are 0. OR and OF1 are nan if no label is present.
 
     Args:
         predicted: [n, C], False where the label is unknown.
-        present: [n, C], likewise.
-        suffix: put behind each name.
+        present: [n, C], False where the label is unknown.
+        suffix: appended to each name.
     """
-    num_hits = (predicted & present).sum(axis=0, dtype=np.float64)  # [C], as the next two
+    # all [C]
+    num_hits = (predicted & present).sum(axis=0, dtype=np.float64)
     num_predicted = predicted.sum(axis=0, dtype=np.float64)
     num_present = present.sum(axis=0, dtype=np.float64)
     has_present = num_present > 0
@@ -211,11 +211,11 @@ def _precision_recall_f1(predicted: Mask, present: Mask, suffix: str = "") -> di
 
 
 def _mean(values: npt.NDArray[np.float64]) -> float:
-    """Mean of the values that are not nan; nan if there are none."""
+    """Return the mean of the values that are not nan; nan if every value is nan."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if defined.size else np.nan
 
 
 def _harmonic_mean(precision: float, recall: float) -> float:
-    """F1; 0 if both are 0."""
+    """Return F1; 0 if both are 0."""
     return 0.0 if precision == recall == 0 else 2 * precision * recall / (precision + recall)

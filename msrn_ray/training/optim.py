@@ -1,4 +1,4 @@
-"""Optimizer with the reference's two parameter groups, and the learning-rate schedule as a pure function of the step."""
+"""Builds the optimizer with the reference's two parameter groups, and the learning-rate schedule as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from torch import nn
 from ..config import OptimSettings
 
 _BACKBONE = ("backbone.", "buffer_convs.")  # the release trains the buffer convolutions at the backbone's rate
-_ONECYCLE_RISE, _ONECYCLE_START = 0.3, 1 / 25  # share of the run that rises, first rate / peak (Smith & Topin, 2018)
+_ONECYCLE_RISE, _ONECYCLE_START = (
+    0.3,
+    1 / 25,
+)  # share of the run with a rising rate, first rate / peak (Smith & Topin, 2018)
 
 
 def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
-    """SGD or AdamW over two groups: backbone with buffer convolutions at `lr * backbone_lr_factor`, the rest at `lr`.
+    """Build SGD or AdamW over two groups: backbone with buffer convolutions at `lr * backbone_lr_factor`, the rest at `lr`.
 
-    Parameters that are frozen (requires_grad False) are left out.
+    Frozen parameters (requires_grad False) are left out.
     """
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
@@ -33,7 +36,7 @@ def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Op
 
 
 def lr_factor(settings: OptimSettings, step: int, steps_per_epoch: int, epochs: int) -> float:
-    """What the groups' rates are multiplied by at optimizer step `step` (0-based), in [0, 1]."""
+    """Return the factor in [0, 1] on the groups' learning rates at optimizer step `step` (0-based)."""
     total = steps_per_epoch * epochs
     warmup = settings.warmup_epochs * steps_per_epoch
     if step < warmup:
@@ -53,5 +56,5 @@ def lr_factor(settings: OptimSettings, step: int, steps_per_epoch: int, epochs: 
 def build_scheduler(
     optimizer: torch.optim.Optimizer, settings: OptimSettings, steps_per_epoch: int, epochs: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Applies `lr_factor` at every optimizer step."""
+    """Build a scheduler that applies `lr_factor` at every optimizer step."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(settings, step, steps_per_epoch, epochs))

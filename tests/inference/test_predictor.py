@@ -1,58 +1,23 @@
-"""From a checkpoint to probabilities: the Predictor, the inputs of `msrn predict`, and its outputs."""
+"""A checkpoint becomes a network and a predictor of probabilities."""
 
 from __future__ import annotations
 
-import csv
-import json
-import shutil
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
-from msrn_ray.cli.app import main
 from msrn_ray.datasets.transforms import decode, normalize, resize
 from msrn_ray.errors import UserError
-from msrn_ray.inference.predict_files import Prediction, expand_images, predict_images, write_predictions
 from msrn_ray.inference.predictor import Predictor, load_model
-from msrn_ray.io.byte_ranges import read_bytes
-from msrn_ray.io.files import check_output
 from msrn_ray.runs.checkpoint import load_checkpoint, save_checkpoint
 from msrn_ray.types import MSRNOutput
-from tests.tiny import make_photo, make_picture, make_tiny_checkpoint
-
-BAD = {
-    "header_only.jpg": "not an image",
-    "huge_20000x20000.png": "more pixels",
-    "text_named.jpg": "not an image",
-    "truncated.jpg": "broken or cut off",
-    "truncated.png": "broken or cut off",
-    "zero_byte.jpg": "empty",
-}
+from tests.tiny import make_photo, make_tiny_checkpoint
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
-
-
-@pytest.fixture(scope="module")
-def predictor(folder: Path) -> Predictor:
-    return Predictor.from_checkpoint(folder)
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    place = tmp_path_factory.mktemp("photos")
-    return [make_photo(place / f"{seed}.{'png' if seed % 2 else 'jpg'}", seed) for seed in range(7)]
-
-
-def test_load_model_gives_a_network_in_eval_mode(folder: Path) -> None:
+def test_load_model_returns_network_in_eval_mode(folder: Path) -> None:
     model = load_model(str(folder))
     assert not any(module.training for module in model.modules())
     state = torch.random.get_rng_state()
@@ -71,33 +36,33 @@ def test_load_model_gives_a_network_in_eval_mode(folder: Path) -> None:
     assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
 
 
-def test_the_graph_comes_from_the_checkpoint(folder: Path) -> None:
+def test_graph_comes_from_checkpoint(folder: Path) -> None:
     mask = load_model(folder).get_buffer("label_semantics.attend_mask")
     assert mask.tolist() == [[True, True, False], [False, True, False], [False, False, True]]
 
 
 @pytest.mark.parametrize("name", ["gap", "gmp"])
-def test_baselines_are_loaded_too(tmp_path: Path, name: str) -> None:
+def test_load_model_loads_baselines(tmp_path: Path, name: str) -> None:
     model = load_model(make_tiny_checkpoint(tmp_path, 4, name))  # type: ignore[arg-type]
     output = model(torch.randn(2, 3, 64, 64))
     assert output.logits.shape == (2, 4)
     assert output[1:] == (None, None, None)
 
 
-def test_probabilities_are_those_of_the_model(folder: Path, predictor: Predictor, photos: list[Path]) -> None:
+def test_probabilities_equal_the_models(folder: Path, predictor: Predictor, photos: list[Path]) -> None:
     views = torch.stack([resize(decode(path.read_bytes(), max_pixels=10**6), 64) for path in photos])
     with torch.no_grad():
         expected = load_model(folder)(normalize(views)).logits.sigmoid()
-    found = predictor(photos)
-    assert found.shape == (7, 3)
-    assert found.dtype == torch.float32
-    assert not found.requires_grad
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    spread = (found.amax(0) - found.amin(0)).min()
-    assert spread > 0.01, "the images must differ, or this test shows nothing"
+    scores = predictor(photos)
+    assert scores.shape == (7, 3)
+    assert scores.dtype == torch.float32
+    assert not scores.requires_grad
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
+    spread = (scores.amax(0) - scores.amin(0)).min()
+    assert spread > 0.01, "scores that do not differ would test nothing"
 
 
-def test_mean_and_std_come_from_the_checkpoint(folder: Path, tmp_path: Path, photos: list[Path]) -> None:
+def test_mean_and_std_come_from_checkpoint(folder: Path, tmp_path: Path, photos: list[Path]) -> None:
     changed = replace(load_checkpoint(folder), mean=(0.1, 0.2, 0.3), std=(0.9, 0.8, 0.7))
     save_checkpoint(tmp_path, changed)
     views = torch.stack([resize(decode(path.read_bytes(), max_pixels=10**6), 64) for path in photos[:2]])
@@ -106,7 +71,7 @@ def test_mean_and_std_come_from_the_checkpoint(folder: Path, tmp_path: Path, pho
     torch.testing.assert_close(Predictor.from_checkpoint(tmp_path)(photos[:2]), expected, rtol=0, atol=1e-6)
 
 
-def test_every_kind_of_image_is_the_same_image(predictor: Predictor, photos: list[Path]) -> None:
+def test_paths_bytes_and_pillow_images_score_equally(predictor: Predictor, photos: list[Path]) -> None:
     paths = [path for path in photos if path.suffix == ".png"]
     expected = predictor(paths)
     assert torch.equal(predictor([str(path) for path in paths]), expected)
@@ -117,21 +82,21 @@ def test_every_kind_of_image_is_the_same_image(predictor: Predictor, photos: lis
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 6, 7, 100])
-def test_the_batch_size_does_not_matter(predictor: Predictor, photos: list[Path], batch_size: int) -> None:
+def test_batch_size_does_not_change_scores(predictor: Predictor, photos: list[Path], batch_size: int) -> None:
     torch.testing.assert_close(predictor(photos, batch_size), predictor(photos), rtol=0, atol=1e-6)
 
 
-def test_no_image_gives_no_row(predictor: Predictor) -> None:
+def test_no_images_give_no_rows(predictor: Predictor) -> None:
     assert predictor([]).shape == (0, 3)
 
 
-def test_names_and_thresholds(predictor: Predictor) -> None:
+def test_predictor_has_names_thresholds_and_metrics(predictor: Predictor) -> None:
     assert predictor.label_names == ("label 0", "label 1", "label 2")
     torch.testing.assert_close(predictor.thresholds, torch.tensor([0.3, 0.3 + 0.4 / 3, 0.3 + 0.8 / 3]))
     assert predictor.checkpoint.metrics["val/mAP"] == 0.25
 
 
-def test_what_cannot_be_scored_is_refused(predictor: Predictor, tmp_path: Path, folder: Path) -> None:
+def test_predictor_refuses_unreadable_and_large_images(predictor: Predictor, tmp_path: Path, folder: Path) -> None:
     with pytest.raises(UserError, match="empty"):
         predictor([b""])
     with pytest.raises(FileNotFoundError):
@@ -140,239 +105,3 @@ def test_what_cannot_be_scored_is_refused(predictor: Predictor, tmp_path: Path, 
     small = Predictor(replace(load_checkpoint(folder), config=settings))
     with pytest.raises(UserError, match="max_pixels=100"):
         small([make_photo(tmp_path / "a.png")])
-
-
-def tree(root: Path) -> Path:
-    """A folder of images at two depths, with endings in both cases, and things that are none."""
-    for name in ("b.jpg", "a.PNG", "deep/er/c.JpEg", "deep/d.webp"):
-        make_photo(root / name)
-    for name in ("notes.txt", "deep/e.jpg.part"):
-        (root / name).touch()
-    (root / "folder.jpg").mkdir()
-    return root
-
-
-def test_folders_files_and_patterns_become_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = tree(tmp_path / "root")
-    everything = sorted(str(root / name) for name in ("b.jpg", "a.PNG", "deep/er/c.JpEg", "deep/d.webp"))
-    assert expand_images([str(root)]) == everything
-    assert expand_images([str(root / "b.jpg")]) == [str(root / "b.jpg")]
-    assert expand_images([str(root / "notes.txt")]) == [str(root / "notes.txt")], "a file named by hand is taken"
-    assert expand_images([str(root / "*.jpg")]) == [str(root / "b.jpg")]
-    assert expand_images([str(root / "**" / "*.[jJ]p*g")]) == [str(root / "b.jpg"), str(root / "deep/er/c.JpEg")]
-    assert expand_images(["s3://bucket/*.jpg", "file:///x y.jpg"]) == ["s3://bucket/*.jpg", "file:///x y.jpg"]
-    monkeypatch.setenv("HOME", str(root))
-    assert expand_images(["~/b.jpg"]) == [str(root / "b.jpg")]
-    monkeypatch.chdir(root)
-    assert expand_images(["b.jpg", "./b.jpg", "*.jpg", "deep"]) == ["b.jpg", "deep/d.webp", "deep/er/c.JpEg"]
-    assert expand_images(["deep", "b.jpg"])[-1] == "b.jpg", "inputs keep their order"
-
-
-def test_a_name_with_pattern_characters_is_a_file_first(tmp_path: Path) -> None:
-    path = make_photo(tmp_path / "holiday [1].jpg")
-    assert expand_images([str(path)]) == [str(path)]
-
-
-@pytest.mark.parametrize(
-    ("name", "message"), [("none.jpg", "no such file"), ("*.tiff", "no file matches"), ("empty", "holds no image")]
-)
-def test_an_input_without_image_is_named(tmp_path: Path, name: str, message: str) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=message) as caught:
-        expand_images([str(make_photo(tmp_path / "a.jpg")), str(tmp_path / name)])
-    assert str(tmp_path / name) in str(caught.value)
-
-
-def test_bytes_of_paths_and_uris(tmp_path: Path) -> None:
-    for name in ("plain.jpg", "with blank.jpg", "100%.jpg", "a%20b.jpg", "ümlaut #1?.jpg"):
-        path = tmp_path / name
-        path.write_bytes(name.encode())
-        assert read_bytes(str(path)) == name.encode()
-        assert read_bytes(f"file://{path}") == name.encode()
-    for missing in (str(tmp_path / "none.jpg"), f"file://{tmp_path}/none.jpg", str(tmp_path), f"file://{tmp_path}"):
-        with pytest.raises(OSError, match=r"none\.jpg|[Dd]irectory|regular file"):
-            read_bytes(missing)
-
-
-def test_percent_encoded_file_uris_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "with blank ü.jpg"
-    path.write_bytes(b"content")
-    assert "%20" in path.as_uri()
-    assert read_bytes(path.as_uri()) == b"content"
-
-
-def test_order_is_kept_and_bad_files_stay_in_place(predictor: Predictor, photos: list[Path], tmp_path: Path) -> None:
-    broken = tmp_path / "broken.jpg"
-    broken.write_bytes(photos[0].read_bytes()[:300])
-    uris = [
-        str(photos[3]),
-        str(tmp_path / "none.jpg"),
-        f"file://{photos[1]}",
-        str(broken),
-        str(photos[0]),
-        str(photos[3]),
-        "nonsense://bucket/a.jpg",
-    ]
-    expected = predictor([photos[3], photos[1], photos[0], photos[3]])
-    for batch_size in (1, 2, 3, 50):
-        found = list(predict_images(predictor, uris, batch_size))
-        assert [one.uri for one in found] == uris
-        assert [bool(one.error) for one in found] == [False, True, False, True, False, False, True]
-        assert [len(one.probabilities) for one in found] == [3, 0, 3, 0, 3, 3, 0]
-        scored = torch.tensor([one.probabilities for one in found if not one.error])
-        torch.testing.assert_close(scored, expected, rtol=0, atol=1e-6)
-        assert "none.jpg" in found[1].error
-        assert "broken or cut off" in found[3].error
-        assert found[6].error
-    assert list(predict_images(predictor, [])) == []
-
-
-LABELS = ("dog", 'comma, "quote"', "new\nline", "Straße; ünï", "=1+1")
-ROWS = [
-    Prediction("a.jpg", (0.1, 0.25, 1 / 3, 0.0, 1.0)),
-    Prediction('odd, "name"\nü.jpg', (), 'cannot, "read"\nit'),
-    Prediction("c.jpg", (1e-9, 0.5, 0.5, 0.5, 0.123456789012345)),
-]
-
-
-def expected_rows() -> list[dict[str, object]]:
-    return [
-        {"image": one.uri}
-        | {label: one.probabilities[index] if one.probabilities else None for index, label in enumerate(LABELS)}
-        | {"error": one.error}
-        for one in ROWS
-    ]
-
-
-def test_outputs_give_back_what_went_in(tmp_path: Path) -> None:
-    for suffix in (".csv", ".json", ".parquet"):
-        write_predictions(tmp_path / f"out{suffix}", ROWS, LABELS)
-        write_predictions(tmp_path / f"out{suffix}", ROWS, LABELS)  # an old file is replaced
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "out.json", "out.parquet"]
-    assert pq.read_table(tmp_path / "out.parquet").to_pylist() == expected_rows()
-    assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8")) == expected_rows()
-    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["image"] for row in rows] == [one.uri for one in ROWS]
-    assert [row["error"] for row in rows] == [one.error for one in ROWS]
-    for row, one in zip(rows, ROWS, strict=True):
-        values = [row[label] for label in LABELS]
-        assert [float(value) for value in values if value] == list(one.probabilities)
-
-
-def test_labels_named_as_our_columns_do_not_hide_them(tmp_path: Path) -> None:
-    """A data set may well have a label `image` or `error`."""
-    rows = [Prediction("a.jpg", (0.25, 0.75)), Prediction("b.jpg", (), "cut off")]
-    write_predictions(tmp_path / "out.csv", rows, ("image", "error"))
-    text = (tmp_path / "out.csv").read_text()
-    assert [word for word in ("a.jpg", "0.25", "0.75", "b.jpg", "cut off") if word not in text] == []
-
-
-def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
-    for name, message in (("out.txt", r"must be one of \.csv \.json \.parquet"), ("none/out.csv", "does not exist")):
-        for act in (check_output, lambda path: write_predictions(path, ROWS, LABELS)):
-            with pytest.raises(UserError, match=message):
-                act(tmp_path / name)
-    for suffix in (".csv", ".json", ".parquet"):
-        path = tmp_path / f"taken{suffix}"
-        path.mkdir()
-        with pytest.raises(UserError, match=rf"taken\{suffix}: cannot be written \([^N]"):
-            write_predictions(path, ROWS, LABELS)
-        path.rmdir()
-    assert list(tmp_path.iterdir()) == [], "no partial file is left behind"
-
-
-Cli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Runs the command in this process on a wide terminal: exit code, output, errors."""
-    monkeypatch.setenv("COLUMNS", "400")
-
-    def run(*argv: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["msrn", *map(str, argv)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
-
-
-def test_predict_on_hostile_files(cli: Cli, folder: Path, shared: Path, tmp_path: Path) -> None:
-    hostile = shared / "data" / "hostile"
-    out = tmp_path / "out.json"
-    code, text, err = cli("predict", folder, hostile, "--out", out, "--batch-size", "4")
-    assert (code, err) == (0, "")
-    assert "6 of 19 images skipped" in text
-    assert text.count("skipped: ") == 6
-    assert f"wrote {out}" in text
-    rows = {Path(row["image"]).name: row for row in json.loads(out.read_text())}
-    assert len(rows) == 19
-    assert {name for name, row in rows.items() if row["error"]} == set(BAD)
-    for name, reason in BAD.items():
-        assert reason in rows[name]["error"]
-        assert rows[name]["label 0"] is None
-    scored = [row for row in rows.values() if not row["error"]]
-    assert len(scored) == 13
-    assert all(0 < row[f"label {index}"] < 1 for row in scored for index in range(3))
-
-
-def test_predict_names_labels_above_their_own_threshold(cli: Cli, folder: Path, tmp_path: Path) -> None:
-    photo = make_photo(tmp_path / "a.png")
-    checkpoint = load_checkpoint(folder)
-    (values,) = Predictor(checkpoint)([photo]).tolist()
-    ranked = sorted(zip(values, checkpoint.label_names, strict=True), reverse=True)
-    below = tuple(value - 0.01 for value in values)
-    save_checkpoint(tmp_path / "all", replace(checkpoint, thresholds=below))
-    _, text, _ = cli("predict", tmp_path / "all", photo)
-    assert ", ".join(f"{name} {value:.2f}" for value, name in ranked) in text
-    save_checkpoint(
-        tmp_path / "one", replace(checkpoint, thresholds=(values[0] + 0.01, values[1] - 0.01, values[2] + 0.01))
-    )
-    _, text, _ = cli("predict", tmp_path / "one", photo)
-    assert f"label 1 {values[1]:.2f}" in text
-    assert "label 0" not in text
-    assert "label 2" not in text
-    save_checkpoint(tmp_path / "none", replace(checkpoint, thresholds=(1.0, 1.0, 1.0)))
-    _, text, _ = cli("predict", tmp_path / "none", photo)
-    assert f"none above its threshold; likeliest {ranked[0][1]} {ranked[0][0]:.2f}" in text
-
-
-def test_predict_with_nothing_readable(cli: Cli, folder: Path, tmp_path: Path) -> None:
-    for name in ("a.jpg", "b.jpg"):
-        (tmp_path / name).write_text("no image")
-    code, text, err = cli("predict", folder, tmp_path, "--out", tmp_path / "out.csv")
-    assert code == 2
-    assert text.count("skipped: ") == 2
-    assert err == "msrn: error: none of the images could be read\n"
-    assert not (tmp_path / "out.csv").exists()
-
-
-def test_predict_takes_a_run_folder(cli: Cli, folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder, tmp_path / "run" / "checkpoint_3")
-    (tmp_path / "run" / "best.txt").write_text("checkpoint_3\n")
-    make_picture(3).save(tmp_path / "a.bmp")
-    code, text, _ = cli("predict", tmp_path / "run", tmp_path / "a.bmp")
-    assert code == 0
-    assert "a.bmp" in text
-
-
-def test_a_long_path_is_not_cut_on_a_narrow_screen(
-    cli: Cli, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    photo = make_photo(tmp_path / "a-rather-long-folder-name-for-one-photo" / "and-a-long-name-of-the-photo-itself.png")
-    _, text, _ = cli("predict", folder, photo)
-    column = "".join(line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│"))
-    assert column == str(photo)
-
-
-def test_predict_reports_a_uri_that_cannot_be_read(cli: Cli, folder: Path, tmp_path: Path) -> None:
-    code, text, err = cli("predict", folder, make_photo(tmp_path / "a.png"), "https://nowhere.invalid/b.jpg")
-    assert (code, err) == (0, "")
-    assert "1 of 2 images skipped" in text
-    assert "https" in text

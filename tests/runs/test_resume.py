@@ -1,4 +1,4 @@
-"""What a run folder says of its data, and what a run may not go on with; settings that differ are tested with whole runs."""
+"""With which data, lists and files a run may be resumed; tests with whole runs cover settings that differ."""
 
 from __future__ import annotations
 
@@ -41,28 +41,30 @@ def write_data(run: Path, splits: Splits) -> None:
     (run / DATA_FILE).write_text(json.dumps(describe_data(splits, CONFIG)))
 
 
-def test_the_same_data_may_lie_elsewhere(tmp_path: Path) -> None:
+def test_same_data_may_move(tmp_path: Path) -> None:
     write_data(tmp_path, splits_of(20))
     check_data(tmp_path, describe_data(splits_of(20), CONFIG.with_overrides({"data.root": "/moved"})))
 
 
-@pytest.mark.parametrize("now", [splits_of(21), splits_of(20, positive=1)])
-def test_other_data_is_refused_with_both_names(tmp_path: Path, now: Splits) -> None:
-    """Other images, or the same ones with other labels."""
+@pytest.mark.parametrize("current", [splits_of(21), splits_of(20, positive=1)])
+def test_other_data_is_refused_with_both_names(tmp_path: Path, current: Splits) -> None:
+    """Other images, or the same images with other labels."""
     write_data(tmp_path, splits_of(20))
     moved = CONFIG.with_overrides({"data.root": "/others"})
     with pytest.raises(UserError) as caught:
-        check_data(tmp_path, describe_data(now, moved))
-    then_print, now_print = (describe_data(splits, CONFIG)["fingerprint"][:12] for splits in (splits_of(20), now))
+        check_data(tmp_path, describe_data(current, moved))
+    saved_print, current_print = (
+        describe_data(splits, CONFIG)["fingerprint"][:12] for splits in (splits_of(20), current)
+    )
     assert str(caught.value) == (
         f"{tmp_path} was trained on other images or labels: scenes in /pictures (list.csv: 20 train, 3 val images), fingerprint"
-        f" {then_print}; now scenes in /others (list.csv: {len(now.train)} train, 3 val images), fingerprint {now_print};"
-        " name its data with --data.root, or start a new run"
+        f" {saved_print}; now scenes in /others (list.csv: {len(current.train)} train, 3 val images), fingerprint"
+        f" {current_print}; give the run's data with --data.root, or start a new run"
     )
 
 
-def test_files_may_lie_elsewhere_but_say_the_same(tmp_path: Path) -> None:
-    """What they hold is compared when the run goes on; vectors that are learned are no file."""
+def test_files_may_move_but_not_become_learned(tmp_path: Path) -> None:
+    """The resumed run compares the content of the files; learned vectors are no file."""
     CONFIG.with_overrides({"data.label_counts": "/a.npz", "data.word_vectors": "/v.txt"}).save(tmp_path / CONFIG_FILE)
     moved = CONFIG.with_overrides({"data.label_counts": "/b.npz", "data.word_vectors": "/w.txt"})
     check_resumable(tmp_path, moved)
@@ -70,28 +72,28 @@ def test_files_may_lie_elsewhere_but_say_the_same(tmp_path: Path) -> None:
         check_resumable(tmp_path, moved.with_overrides({"data.word_vectors": "learned"}))
 
 
-def test_a_run_that_stopped_before_it_said_what_it_is_of(tmp_path: Path) -> None:
+def test_run_without_a_data_file_resumes(tmp_path: Path) -> None:
     check_data(tmp_path, describe_data(splits_of(20), CONFIG))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"data": "x"}', "7"])
-def test_a_damaged_file_is_named(tmp_path: Path, content: str) -> None:
+def test_damaged_data_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / DATA_FILE).write_text(content)
     with pytest.raises(UserError, match=r"data\.json: damaged; delete it"):
         check_data(tmp_path, describe_data(splits_of(20), CONFIG))
 
 
-def test_a_remainder_that_would_be_everything() -> None:
+def test_drop_last_that_drops_everything_is_refused() -> None:
     dropping = CONFIG.with_overrides({"data.drop_last": True})
     check_batch(dropping, 16)
     check_batch(CONFIG, 1)
-    with pytest.raises(UserError, match=r"data\.drop_last leaves out all 15 train images.*train\.batch_size=16"):
+    with pytest.raises(UserError, match=r"data\.drop_last drops all 15 train images.*train\.batch_size=16"):
         check_batch(dropping, 15)
 
 
 @pytest.mark.parametrize("cut", ["", '{"checkpoint_results": [', None])
-def test_a_list_of_checkpoints_that_was_cut_off(tmp_path: Path, cut: str | None) -> None:
-    """As a kill or a full disk may leave it: the copy from before the last checkpoint takes its place."""
+def test_copy_replaces_a_cut_off_checkpoint_list(tmp_path: Path, cut: str | None) -> None:
+    """A kill or a full disk cuts the list off. The copy from before the last checkpoint replaces it."""
     if cut is not None:
         (tmp_path / LIST_FILE).write_text(cut)
     check_list(tmp_path)  # no checkpoint, nothing to lose
@@ -103,7 +105,7 @@ def test_a_list_of_checkpoints_that_was_cut_off(tmp_path: Path, cut: str | None)
     assert (tmp_path / LIST_FILE).read_text() == '{"checkpoint_results": []}'
 
 
-def test_a_whole_list_of_checkpoints_is_left_alone(tmp_path: Path) -> None:
+def test_whole_checkpoint_list_stays(tmp_path: Path) -> None:
     (tmp_path / "epoch_0001_5f").mkdir()
     (tmp_path / LIST_FILE).write_text('{"new": 1}')
     (tmp_path / LIST_COPY).write_text('{"old": 1}')

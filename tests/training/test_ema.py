@@ -26,7 +26,7 @@ class Toy(nn.Module):
 
 
 def walk(model: nn.Module, seed: int) -> None:
-    """Moves every weight and statistic."""
+    """Change every weight and statistic at random."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -50,12 +50,12 @@ def test_closed_form(decay: float) -> None:
         for name, weight in model.named_parameters():
             before = expected.get(name, torch.zeros_like(weight)).double()
             expected[name] = keep * before + (1 - keep) * weight.detach().double()
-        for name, shadow in ema.module.named_parameters():
-            torch.testing.assert_close(shadow.double(), expected[name], rtol=1e-5, atol=1e-6)
+        for name, average in ema.module.named_parameters():
+            torch.testing.assert_close(average.double(), expected[name], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(ema.module.linear.weight, model.linear.weight), "nothing was averaged"
 
 
-def test_starts_as_the_model_and_keeps_apart_from_it() -> None:
+def test_starts_as_an_independent_copy_of_the_model() -> None:
     model = Toy()
     ema = build_ema(model, 0.9)
     start = copy.deepcopy(model.state_dict())
@@ -82,17 +82,17 @@ def test_buffers_are_copied_not_averaged() -> None:
     model.mask.logical_not_()
     weight = ema.module.linear.weight.clone()
     copy_buffers(ema, model)
-    for (name, shadow), buffer in zip(ema.module.named_buffers(), model.buffers(), strict=True):
-        assert torch.equal(shadow, buffer), name
-        assert shadow.dtype == buffer.dtype
+    for (name, copied), buffer in zip(ema.module.named_buffers(), model.buffers(), strict=True):
+        assert torch.equal(copied, buffer), name
+        assert copied.dtype == buffer.dtype
     assert ema.module.mask.tolist() == [False, True]
     assert ema.module.mask.dtype == torch.bool
     assert torch.equal(ema.module.linear.weight, weight), "only buffers are copied"
     walk(model, 10)
-    assert not torch.equal(ema.module.norm.running_mean, model.norm.running_mean), "shadow and model share a buffer"
+    assert not torch.equal(ema.module.norm.running_mean, model.norm.running_mean), "average and model share a buffer"
 
 
-def test_frozen_weights_stay() -> None:
+def test_frozen_weights_do_not_change() -> None:
     model = Toy()
     ema = build_ema(model, 0.9)
     for update in range(4):
@@ -101,7 +101,7 @@ def test_frozen_weights_stay() -> None:
     torch.testing.assert_close(ema.module.frozen, torch.ones(2))
 
 
-def test_goes_on_after_a_round_trip() -> None:
+def test_resumes_from_a_saved_state() -> None:
     model = Toy()
     ema = build_ema(model, 0.5)
     for update in range(3):
@@ -116,5 +116,5 @@ def test_goes_on_after_a_round_trip() -> None:
         walk(model, update)
         ema.update_parameters(model)
         resumed.update_parameters(model)
-    for (name, one), other in zip(ema.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(one, other), name
+    for (name, expected), value in zip(ema.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(value, expected), name

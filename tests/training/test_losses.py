@@ -1,4 +1,4 @@
-"""The losses against torch's own and against loops."""
+"""The losses against torch's losses and against loops."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_unknown_labels_are_left_out(num_images: int, num_labels: int, seed: int
         assert (logits.grad[image, ~known] == 0).all()
 
 
-def test_half_precision_logits_are_widened() -> None:
+def test_half_precision_logits_give_a_float32_loss() -> None:
     logits, target = random(3, 4, scale=5).bfloat16(), labels(3, 4, low=0)
     loss = classification_loss(logits, target)
     assert loss.dtype == torch.float32
@@ -95,7 +95,7 @@ def test_group_loss_by_loop(seed: int) -> None:
         by_group[best] -= difference / distance
     loss = group_loss(output)
     loss.backward()
-    assert len(chosen) > 1, "the oracle could not tell the groups apart"
+    assert len(chosen) > 1, "a single group would test nothing"
     assert loss.shape == ()
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(label.grad, by_label)
@@ -117,7 +117,7 @@ def test_group_loss_where_label_and_group_coincide() -> None:
     assert torch.isfinite(group.grad).all()
 
 
-def test_group_loss_of_a_baseline() -> None:
+def test_group_loss_of_a_baseline_is_zero() -> None:
     logits = random(2, 3).bfloat16().requires_grad_()
     loss = group_loss(MSRNOutput(logits))
     assert loss.shape == ()
@@ -141,7 +141,7 @@ def test_asymmetric_loss_by_loop(positive: float, negative: float, clip: float) 
         assert loss[image].item() == pytest.approx(sum(terms) / max(1, len(terms)), rel=1e-4, abs=1e-6)
 
 
-def test_an_asymmetric_loss_without_asymmetry_is_the_soft_margin_loss() -> None:
+def test_asymmetric_loss_without_gammas_is_soft_margin_loss() -> None:
     logits, target = random(20, 7, scale=20), labels(20, 7, low=-1)
     loss = asymmetric_loss(logits, target, gamma_positive=0, gamma_negative=0, clip=0)
     torch.testing.assert_close(loss, classification_loss(logits, target))
@@ -150,7 +150,7 @@ def test_an_asymmetric_loss_without_asymmetry_is_the_soft_margin_loss() -> None:
 @pytest.mark.parametrize("gamma", [0, 0.5, 1, 4])
 @pytest.mark.parametrize("clip", [0, 0.05])
 @pytest.mark.parametrize("logit", [-200.0, -20.0, 0.0, 20.0, 200.0])
-def test_the_slope_of_the_asymmetric_loss_is_finite_everywhere(gamma: float, clip: float, logit: float) -> None:
+def test_asymmetric_loss_has_finite_gradients_everywhere(gamma: float, clip: float, logit: float) -> None:
     logits = torch.full((1, 3), logit, requires_grad=True)
     loss = asymmetric_loss(logits, torch.tensor([[1, 0, -1]]), gamma_positive=gamma, gamma_negative=gamma, clip=clip)
     loss.sum().backward()
@@ -160,7 +160,7 @@ def test_the_slope_of_the_asymmetric_loss_is_finite_everywhere(gamma: float, cli
     assert logits.grad[0, 2] == 0
 
 
-def test_the_settings_choose_the_loss() -> None:
+def test_settings_choose_the_loss() -> None:
     logits, target = random(3, 4, scale=3), labels(3, 4, low=0)
     assert build_loss(LossSettings()) is classification_loss
     asl = LossSettings(name="asl", gamma_positive=1, gamma_negative=3, clip=0.1)

@@ -1,4 +1,4 @@
-"""Parameter groups, and the learning rate worked out by hand at the steps that matter."""
+"""Parameter groups, and the learning rate calculated by hand at the steps that matter."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def network(**change: Any) -> torch.nn.Module:
         {"name": "gap"},
     ],
 )
-def test_two_rates(name: str, change: dict[str, Any]) -> None:
+def test_backbone_and_head_have_different_rates(name: str, change: dict[str, Any]) -> None:
     model = network(**change)
     settings = OptimSettings(name=name, lr=0.2, backbone_lr_factor=0.25, weight_decay=0.01, momentum=0.8)
     optimizer = build_optimizer(model, settings)
-    rates = {id(one): group["lr"] for group in optimizer.param_groups for one in group["params"]}
-    assert len(rates) == sum(len(group["params"]) for group in optimizer.param_groups), "a parameter is there twice"
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert len(rates) == sum(len(group["params"]) for group in optimizer.param_groups), "a parameter is in two groups"
     seen = set()
     for path, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -66,7 +66,7 @@ def test_two_rates(name: str, change: dict[str, Any]) -> None:
         assert all(group["momentum"] == 0.8 for group in optimizer.param_groups)
 
 
-def test_a_wholly_frozen_backbone_leaves_one_group() -> None:
+def test_frozen_backbone_leaves_one_group() -> None:
     model = network(frozen_stages=5, levels=("layer4",))
     (group,) = build_optimizer(model, OptimSettings(lr=0.3)).param_groups
     assert group["lr"] == 0.3
@@ -90,16 +90,16 @@ def factors(epochs: int = 4, steps: int = 10, **change: Any) -> list[float]:
     return [lr_factor(settings, step, steps, epochs) for step in range(epochs * steps)]
 
 
-def test_constant() -> None:
+def test_constant_schedule() -> None:
     assert factors(schedule="constant") == [1.0] * 40
 
 
-def test_step() -> None:
+def test_step_schedule() -> None:
     rates = factors(schedule="step", step_epochs=(1, 3), step_factor=0.5)
     assert rates == [1.0] * 10 + [0.5] * 20 + [0.25] * 10
 
 
-def test_cosine() -> None:
+def test_cosine_schedule() -> None:
     rates = factors(schedule="cosine")
     assert rates[0] == 1
     assert rates[20] == pytest.approx(0.5)
@@ -108,7 +108,7 @@ def test_cosine() -> None:
     assert rates == sorted(rates, reverse=True)
 
 
-def test_onecycle() -> None:
+def test_onecycle_schedule() -> None:
     rates = factors(schedule="onecycle")
     assert rates[0] == pytest.approx(1 / 25)
     assert rates[6] == pytest.approx(1 / 25 + 24 / 25 / 2)
@@ -137,24 +137,24 @@ def test_warmup(schedule: str, after: float) -> None:
     steps=st.integers(1, 12),
     warmup=st.floats(0, 8),
 )
-def test_never_negative_nor_above_the_peak(schedule: str, epochs: int, steps: int, warmup: float) -> None:
+def test_factor_stays_between_zero_and_one(schedule: str, epochs: int, steps: int, warmup: float) -> None:
     change: dict[str, Any] = {"schedule": schedule, "warmup_epochs": 0 if schedule == "onecycle" else warmup}
     rates = factors(epochs, steps, **change)
     assert all(0 <= rate <= 1 for rate in rates)
     assert rates[0] > 0
-    late = lr_factor(OptimSettings(**change), epochs * steps, steps, epochs)  # asked for after the last step
+    late = lr_factor(OptimSettings(**change), epochs * steps, steps, epochs)  # a step after the last
     assert 0 <= late <= 1
     if schedule in {"cosine", "onecycle"} and (epochs - change["warmup_epochs"]) * steps >= 2:
         assert late == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "onecycle"])
-def test_ends_near_zero(schedule: str) -> None:
+def test_factor_ends_near_zero(schedule: str) -> None:
     assert factors(10, 50, schedule=schedule)[-1] < 1e-4
 
 
 @pytest.mark.parametrize("schedule", ["step", "cosine", "onecycle"])
-def test_resumed_scheduler_goes_on(schedule: str) -> None:
+def test_resumed_scheduler_continues_the_rates(schedule: str) -> None:
     settings = OptimSettings(lr=0.4, backbone_lr_factor=0.5, schedule=schedule, step_epochs=(1, 2))
 
     def build() -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:

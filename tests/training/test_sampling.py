@@ -1,4 +1,4 @@
-"""The plans for any number of rows, ranks, batches and blocks: every row exactly once, every rank in step."""
+"""Plans for any number of rows, ranks, batches and blocks: every row exactly once, the same steps on every rank."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ def plans(
 
 
 def steps(plan: TrainPlan, epoch: int) -> list[list[int]]:
-    """Valid rows of each step of one rank."""
+    """Return the valid rows of each step of a rank."""
     rows, valid, sizes = plan.epoch(epoch)
     ends = np.cumsum(sizes)
     return [rows[end - size : end][valid[end - size : end]].tolist() for size, end in zip(sizes, ends, strict=True)]
 
 
 def check_epoch(ranks: list[TrainPlan], epoch: int) -> None:
-    """What must hold over all ranks in one epoch."""
+    """Check what must hold over all ranks in an epoch."""
     num_rows, batch = ranks[0].num_rows, ranks[0].batch_size
     whole = TrainPlan(num_rows, batch, 0, 1, ranks[0].seed, 0, 1, 1)
     num_steps = -(-num_rows // batch)
     assert whole.num_steps == num_steps
-    alone = steps(whole, epoch)
-    assert sorted(row for step in alone for row in step) == list(range(num_rows))
-    assert [len(step) for step in alone] == [whole.step_rows(step) for step in range(num_steps)]
-    assert all(len(step) == batch for step in alone[:-1])
+    expected = steps(whole, epoch)
+    assert sorted(row for step in expected for row in step) == list(range(num_rows))
+    assert [len(step) for step in expected] == [whole.step_rows(step) for step in range(num_steps)]
+    assert all(len(step) == batch for step in expected[:-1])
     shares = []
     for plan in ranks:
         rows, valid, sizes = plan.epoch(epoch)
@@ -48,9 +48,9 @@ def check_epoch(ranks: list[TrainPlan], epoch: int) -> None:
             assert size == max(1, len(share)), "a filler where there is a row, or more than one filler"
     for step in range(num_steps):
         parts = [share[step] for share in shares]
-        assert sorted(row for part in parts for row in part) == sorted(alone[step])
+        assert sorted(row for part in parts for row in part) == sorted(expected[step])
         assert max(map(len, parts)) - min(map(len, parts)) <= 1, "ranks are not evenly loaded"
-        assert ranks[0].step_rows(step) == len(alone[step])
+        assert ranks[0].step_rows(step) == len(expected[step])
 
 
 def check_blocks(plan: TrainPlan) -> None:
@@ -67,7 +67,9 @@ def check_blocks(plan: TrainPlan) -> None:
 
 @quick
 @given(st.data(), st.integers(1, 60), st.integers(1, 24), SEEDS, st.integers(0, 5), BLOCKS)
-def test_any_plan(data: st.DataObject, num_rows: int, batch: int, seed: int, epoch: int, block: int) -> None:
+def test_any_plan_covers_every_row_once(
+    data: st.DataObject, num_rows: int, batch: int, seed: int, epoch: int, block: int
+) -> None:
     world = data.draw(st.integers(1, min(batch, 6)))
     ranks = plans(num_rows, batch, world, seed=seed, first=epoch, epochs=epoch + 2, block=block)
     check_epoch(ranks, epoch)
@@ -78,8 +80,8 @@ def test_any_plan(data: st.DataObject, num_rows: int, batch: int, seed: int, epo
 
 @quick
 @given(st.data(), st.integers(1, 30), st.integers(1, 5), SEEDS, BLOCKS)
-def test_more_ranks_than_rows_of_a_step(data: st.DataObject, num_rows: int, batch: int, seed: int, block: int) -> None:
-    """Some ranks then have a filler in every step."""
+def test_more_ranks_than_rows_in_a_step(data: st.DataObject, num_rows: int, batch: int, seed: int, block: int) -> None:
+    """Some ranks have a filler in every step."""
     ranks = plans(num_rows, batch, data.draw(st.integers(batch + 1, 8)), seed=seed, block=block)
     check_epoch(ranks, 0)
     check_epoch(ranks, 1)
@@ -95,7 +97,7 @@ def test_ten_rows_over_three_ranks() -> None:
     assert [ranks[0].step_rows(step) for step in range(3)] == [4, 4, 2]
 
 
-def test_rows_are_shuffled_anew_each_epoch() -> None:
+def test_each_epoch_shuffles_the_rows_differently() -> None:
     (plan,) = plans(50, 8, 1, seed=3)
     orders = [plan.epoch(epoch)[0].tolist() for epoch in range(4)]
     assert len({tuple(order) for order in [*orders, list(range(50))]}) == 5
@@ -104,28 +106,28 @@ def test_rows_are_shuffled_anew_each_epoch() -> None:
 
 @quick
 @given(st.integers(20, 60), st.lists(st.integers(0, 2**31), min_size=2, max_size=2, unique=True))
-def test_seeds_differ(num_rows: int, seeds: list[int]) -> None:
-    (one,), (other,) = (plans(num_rows, 4, 1, seed=seed) for seed in seeds)
-    assert one.epoch(0)[0].tolist() != other.epoch(0)[0].tolist()
-    assert one.epoch(1)[0].tolist() != other.epoch(0)[0].tolist(), "epoch and seed are not told apart"
+def test_seeds_give_different_orders(num_rows: int, seeds: list[int]) -> None:
+    (first,), (second,) = (plans(num_rows, 4, 1, seed=seed) for seed in seeds)
+    assert first.epoch(0)[0].tolist() != second.epoch(0)[0].tolist()
+    assert first.epoch(1)[0].tolist() != second.epoch(0)[0].tolist(), "epoch and seed have the same effect"
 
 
-def test_seed_and_epoch_are_not_added_up() -> None:
-    (one,), (other,) = plans(40, 4, 1, seed=0), plans(40, 4, 1, seed=1)
-    assert one.epoch(1)[0].tolist() != other.epoch(0)[0].tolist()
+def test_seed_and_epoch_are_not_added() -> None:
+    (first,), (second,) = plans(40, 4, 1, seed=0), plans(40, 4, 1, seed=1)
+    assert first.epoch(1)[0].tolist() != second.epoch(0)[0].tolist()
 
 
 @quick
 @given(st.integers(1, 40), st.integers(3, 9), st.integers(1, 3), SEEDS, BLOCKS, st.integers(1, 4))
-def test_resumed_plan_goes_on_where_the_first_would(
+def test_resumed_plan_continues_the_first_plan(
     num_rows: int, batch: int, world: int, seed: int, block: int, first: int
 ) -> None:
     """The blocks of the resumed run are the last blocks of the uninterrupted one."""
     whole = plans(num_rows, batch, world, seed=seed, first=0, epochs=4, block=block)
     resumed = plans(num_rows, batch, world, seed=seed, first=first, epochs=4, block=block)
-    for one, other in zip(whole, resumed, strict=True):
-        blocks = [[plan.block(index) for index in range(plan.num_blocks)] for plan in (one, other)]
-        skipped = one.num_blocks - other.num_blocks
+    for pair in zip(whole, resumed, strict=True):
+        blocks = [[plan.block(index) for index in range(plan.num_blocks)] for plan in pair]
+        skipped = len(blocks[0]) - len(blocks[1])
         assert [(rows.tolist(), epoch) for rows, epoch in blocks[0][skipped:]] == [
             (rows.tolist(), epoch) for rows, epoch in blocks[1]
         ]
@@ -134,25 +136,25 @@ def test_resumed_plan_goes_on_where_the_first_would(
 
 @quick
 @given(st.data(), st.integers(1, 60), st.integers(1, 12), st.integers(1, 5), st.integers(1, 5), BLOCKS, st.booleans())
-def test_what_is_left_of_an_epoch_on_another_number_of_ranks(
-    data: st.DataObject, num_rows: int, batch: int, world: int, other: int, block: int, drop: bool
+def test_epoch_continues_on_another_number_of_ranks(
+    data: st.DataObject, num_rows: int, batch: int, world: int, later_world: int, block: int, drop: bool
 ) -> None:
-    """Steps before the interruption on `world` ranks, those after on `other`: the epoch's steps, and whole epochs from there on."""
+    """`world` ranks before an interruption and `later_world` ranks after it take the epoch's steps. Later epochs are whole."""
     batch = min(batch, num_rows)
     whole = TrainPlan(num_rows, batch, 0, 1, 7, 1, 3, 1, drop_last=drop)
     first = data.draw(st.integers(0, whole.num_steps - 1))
-    alone = steps(whole, 1)
+    expected = steps(whole, 1)
     before = [
         steps(TrainPlan(num_rows, batch, rank, world, 7, 1, 3, block, 0, drop), 1)[:first] for rank in range(world)
     ]
-    ranks = [TrainPlan(num_rows, batch, rank, other, 7, 1, 3, block, first, drop) for rank in range(other)]
+    ranks = [TrainPlan(num_rows, batch, rank, later_world, 7, 1, 3, block, first, drop) for rank in range(later_world)]
     after = [steps(plan, 1) for plan in ranks]
-    assert {len(share) for share in after} == {whole.num_steps - first}, "ranks are in step"
+    assert {len(share) for share in after} == {whole.num_steps - first}, "ranks have different numbers of steps"
     joined = [
         sorted(row for rank in part for row in rank) for shares in (before, after) for part in zip(*shares, strict=True)
     ]
-    assert joined == [sorted(step) for step in alone]
-    assert whole.rows_before(1, first).tolist() == [row for step in alone[:first] for row in step]
+    assert joined == [sorted(step) for step in expected]
+    assert whole.rows_before(1, first).tolist() == [row for step in expected[:first] for row in step]
     later = [
         sorted(row for rank in part for row in rank) for part in zip(*(steps(plan, 2) for plan in ranks), strict=True)
     ]
@@ -161,7 +163,7 @@ def test_what_is_left_of_an_epoch_on_another_number_of_ranks(
         check_blocks(plan)
 
 
-def test_the_rest_of_an_epoch() -> None:
+def test_rest_of_an_epoch_on_two_ranks() -> None:
     """10 rows in batches of 4: after 2 of 3 steps two rows are left, one for each rank."""
     (whole,) = plans(10, 4, 1)
     left = [TrainPlan(10, 4, rank, 2, 0, 0, 2, 3, first_step=2) for rank in range(2)]
@@ -171,13 +173,13 @@ def test_the_rest_of_an_epoch() -> None:
     assert whole.rows_before(0, 0).tolist() == []
 
 
-def test_a_remainder_is_left_out_only_when_asked() -> None:
+def test_drop_last_leaves_out_the_last_rows() -> None:
     plan = TrainPlan(10, 4, 0, 1, 0, 0, 9, 3, drop_last=True)
     assert (plan.num_steps, plan.epoch(0)[2].tolist()) == (2, [4, 4])
     assert len(plan.rows_before(0, 5)) == 8
     left_out = {epoch: set(range(10)) - set(plan.epoch(epoch)[0].tolist()) for epoch in range(9)}
     assert {len(rows) for rows in left_out.values()} == {2}
-    assert len(set().union(*left_out.values())) > 5, "others in each epoch"
+    assert len(set().union(*left_out.values())) > 5, "epochs leave out the same rows"
 
 
 # EvalPlan -------------------------------------------------------------------------------------------------------------
