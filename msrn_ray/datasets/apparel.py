@@ -10,36 +10,37 @@ from ..errors import UserError
 from ..io.storage import Location
 from ..types import PRESENT, SampleTable
 from .image_uris import IMAGE_SUFFIXES, is_image, uris_below
-from .text_files import hint, require_utf8
+from .text_files import require_utf8, suggest_folder
 
 # The order of the authors' release: colours, then garments.
 APPAREL_LABELS = ("black", "blue", "brown", "green", "red", "white", "dress", "pants", "shirt", "shoes", "shorts")
 
 
 def read_apparel(root: str | Path | Location, *, single_labels: bool = False) -> SampleTable:
-    """Reads all images; the name of an image's folder, split at "_", gives its labels, however many.
+    """Read all images. The name of an image's folder, split at "_", gives its labels.
 
     Args:
         root: the folder that holds the folders of images; a path or URI.
-        single_labels: whether a name without "_" is a label too. Then every folder counts, `train/` and `backup/` as well.
+        single_labels: whether a name without "_" is a label too. Then every folder counts, also `train/` and `backup/`.
 
     Returns:
-        n rows in the order of `image_id`, the path relative to `root`; targets in {1, 0}. Labels are the 11 of
-        `APPAREL_LABELS` if the folders use no other, else those of the folders in alphabetical order. The layout has
-        no splits.
+        n rows in the order of `image_id`, the path relative to `root`; targets in {1, 0}. Labels are the 11 of `APPAREL_LABELS` if the
+        folders use no other, else those of the folders in alphabetical order. The layout has no splits.
 
     Raises:
-        UserError: if `root` is missing, has no folder named so, or these hold no image.
+        UserError: if `root` is missing, has no folder named after labels, or these folders hold no image.
     """
     root = Location.of(root)
     pattern = "<label>" if single_labels else "<label>_<label>"
     layout = f"folders named {pattern}, such as {'dress' if single_labels else 'black_dress'}/, with images inside"
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give the folder that holds {layout}")
-    inside = [name.rstrip("/") for name in root.names() if name.endswith("/")]
-    folders = {name: labels for name in inside if (labels := _labels(name, single_labels))}
+    subfolders = [name.rstrip("/") for name in root.names() if name.endswith("/")]
+    folders = {name: labels for name in subfolders if (labels := _labels(name, single_labels))}
     if not folders:
-        raise UserError(f"{root}: holds no {layout}; give the folder that does{hint(root, _holds_images)}")
+        raise UserError(
+            f"{root}: holds no {layout}; give the folder that holds them{suggest_folder(root, _holds_images)}"
+        )
 
     used = {label for labels in folders.values() for label in labels}
     label_names = APPAREL_LABELS if used <= set(APPAREL_LABELS) else tuple(sorted(used))
@@ -56,12 +57,12 @@ def read_apparel(root: str | Path | Location, *, single_labels: bool = False) ->
     if not image_ids:
         raise UserError(
             f"{root}: no image in its {len(folders)} folders; add files with {', '.join(IMAGE_SUFFIXES)}"
-            f"{hint(root, _holds_images)}"
+            f"{suggest_folder(root, _holds_images)}"
         )
     require_utf8(root, image_ids)
     if num_other:
         notes.append(f"{root.name}: {num_other} files skipped that are not images ({', '.join(IMAGE_SUFFIXES)})")
-    ignored = [name for name in inside if name not in folders]
+    ignored = [name for name in subfolders if name not in folders]
     if ignored:
         notes.append(f"{root.name}: folders not named {pattern} are left out: {', '.join(ignored)}")
 
@@ -75,14 +76,14 @@ def read_apparel(root: str | Path | Location, *, single_labels: bool = False) ->
 
 
 def _labels(folder: str, single_labels: bool) -> tuple[str, ...]:
-    """The labels in a folder's name; () if it is no folder of images, as `__pycache__` or `train`."""
+    """Return the labels in a folder's name; () if the name has none, such as `__pycache__` or `train`."""
     labels = tuple(folder.split("_"))
     return labels if all(labels) and (single_labels or len(labels) > 1) else ()
 
 
 def _holds_images(root: Location) -> bool:
-    """Whether there is an image in a folder of `root` that is named after labels; many folders have a "_" in their name."""
-    named_so = (
+    """Return whether a folder of `root` named after labels holds an image. The name alone proves nothing: many contain "_"."""
+    label_folders = (
         root / name for name in root.names() if name.endswith("/") and _labels(name.rstrip("/"), single_labels=False)
     )
-    return any(is_image(name) for folder in named_so for name in folder.names())
+    return any(is_image(name) for folder in label_folders for name in folder.names())

@@ -14,16 +14,17 @@ from pycocotools.coco import COCO
 from ..errors import UserError
 from ..io.storage import Location
 from ..types import PRESENT, SampleTable
-from .image_uris import MissingImages, find_images, missing_notes, uris_below
-from .text_files import first_few, hint, is_utf8, read_data, require_unique, unlabelled_note
+from .image_uris import MissingImages, find_images, uris_below
+from .row_selection import select_rows
+from .text_files import first_few, is_utf8, read_data, require_unique, suggest_folder
 
 YEARS = (2014, 2017)
-FIELDS: dict[str, dict[str, type]] = {
+_FIELDS: dict[str, dict[str, type]] = {
     "images": {"id": int, "file_name": str},
     "categories": {"id": int, "name": str},
     "annotations": {"id": int, "image_id": int, "category_id": int},
 }
-_SHAPES = ("segmentation", "bbox", "keypoints")  # most of a file's bytes; labels need none of it
+_SHAPES = ("segmentation", "bbox", "keypoints")  # most of a file's bytes; labels do not need them
 
 
 def read_coco(
@@ -35,22 +36,22 @@ def read_coco(
     year: int | None = None,
     missing_images: MissingImages = "error",
 ) -> SampleTable:
-    """Reads one split; a label is present where the image has at least one annotation of that category.
+    """Read one split. A label is present if the image has at least one annotation of that category.
 
     Args:
         root: the folder that holds `annotations/` and the image folders; a path or URI.
         split: "train", "val" or "test".
-        keep_unlabelled: whether images without a label stay in, as rows of zeros.
+        keep_unlabelled: whether images without a label stay, as rows of zeros.
         crowd: whether annotations of crowds (`iscrowd` = 1) count.
-        year: 2014 or 2017; None: 2014 if that file is there, else 2017.
-        missing_images: whether listed images that are not there are an error or left out.
+        year: 2014 or 2017; None: 2014 if that file exists, else 2017.
+        missing_images: whether missing images are an error or left out.
 
     Returns:
-        n rows in the order of image id, targets in {1, 0}. Labels are all categories of the file in alphabetical order,
-        which is the order of the authors' checkpoints and is not the order of category id.
+        n rows in the order of image id, targets in {1, 0}. Labels are all categories of the file in alphabetical order, as in the authors'
+        checkpoints. The order of category ids differs.
 
     Raises:
-        UserError: if the layout is not there, the file is damaged or contradicts itself, or images are not there.
+        UserError: if the folder has another layout, the file is damaged or inconsistent, or images are missing.
     """
     root = Location.of(root)
     name = f"{split}{find_year(root, split, year)}"
@@ -68,43 +69,39 @@ def read_coco(
     for column, category in enumerate(categories):
         targets[np.searchsorted(image_ids, coco.catToImgs.get(category, [])), column] = PRESENT
 
-    labelled = np.asarray(targets.any(1))
-    note = unlabelled_note(name, labelled[found], keep_unlabelled)
-    rows = np.flatnonzero(found if keep_unlabelled else found & labelled)
-    if len(rows) == 0:
-        raise UserError(f"{path}: no image is left to use ({note}); check that this is the file of labels")
     ids = [str(image) for image in image_ids.tolist()]
-    notes = (*missing_notes(name, found), note)
-    return SampleTable.from_columns(ids, uris_below(folder, file_names), targets, label_names, path.name, notes).take(
-        rows
-    )
+    samples = SampleTable.from_columns(ids, uris_below(folder, file_names), targets, label_names, path.name)
+    samples = select_rows(samples, name, keep_unlabelled, found)
+    if len(samples) == 0:
+        raise UserError(f"{path}: no image is left to use ({samples.notes[-1]}); check that this is the file of labels")
+    return samples
 
 
 def has_split(root: Location, split: str, year: int) -> bool:
-    """Whether `root` holds the label file of this split."""
+    """Return whether `root` holds the label file of this split."""
     return _label_file(root, f"{split}{year}").is_file()
 
 
 def find_year(root: Location, split: str, year: int | None = None) -> int:
-    """The year of the label file of this split: `year` if given, else 2014 before 2017.
+    """Return the year of the label file of this split: `year` if given, else 2014 before 2017.
 
     Raises:
         UserError: if `root` holds no such file.
     """
     if year not in (None, *YEARS):
-        raise UserError(f"data.year {year}: COCO is read for {' and '.join(map(str, YEARS))}")
+        raise UserError(f"data.year {year}: COCO has {' and '.join(map(str, YEARS))}; choose one of them")
     years = YEARS if year is None else (year,)
-    for one in years:
-        if has_split(root, split, one):
-            return one
-    wanted = " or ".join(f"annotations/instances_{split}{one}.json" for one in years)
-    mend = f"give the folder that holds annotations/ and {' or '.join(f'{split}{one}/' for one in years)}"
+    for candidate in years:
+        if has_split(root, split, candidate):
+            return candidate
+    wanted = " or ".join(f"annotations/instances_{split}{candidate}.json" for candidate in years)
+    fix = f"give the folder that holds annotations/ and {' or '.join(f'{split}{candidate}/' for candidate in years)}"
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; {mend}")
-    near = hint(root, lambda place: any(has_split(place, split, one) for one in years))
-    inside = root.names()
-    found = f"only {first_few(name.rstrip('/') for name in inside)}" if inside else "nothing"
-    raise UserError(f"{root}: looked for {wanted}, found {found}; {mend}{near}")
+        raise UserError(f"{root}: no such folder; {fix}")
+    suggestion = suggest_folder(root, lambda folder: any(has_split(folder, split, candidate) for candidate in years))
+    names = root.names()
+    found = f"only {first_few(name.rstrip('/') for name in names)}" if names else "nothing"
+    raise UserError(f"{root}: looked for {wanted}, found {found}; {fix}{suggestion}")
 
 
 def _label_file(root: Location, name: str) -> Location:
@@ -112,15 +109,17 @@ def _label_file(root: Location, name: str) -> Location:
 
 
 def _index(path: Location, crowd: bool) -> COCO:
-    """The file as pycocotools indexes it, checked so that every reference in it leads somewhere."""
+    """Return the file's index by pycocotools; every id in an annotation is known to exist."""
     data = read_data(path, "unpack COCO's annotations again")
     try:
         dataset = json.loads(data, object_hook=_without_shapes)
-    except (ValueError, RecursionError) as error:  # neither UTF-8 nor JSON, or lists within lists without end
+    except (ValueError, RecursionError) as error:  # neither UTF-8 nor JSON, or lists nested too deep
         raise UserError(f"{path}: not a JSON file ({error}); download or unpack it again") from error
-    for section in FIELDS:
+    for section in _FIELDS:
         if not isinstance(dataset, dict) or not isinstance(dataset.get(section), list):
             raise UserError(f'{path}: has no list "{section}"; give an "instances" file in COCO\'s format')
+    if not dataset["categories"]:
+        raise UserError(f'{path}: "categories" is empty; give an "instances" file in COCO\'s format')
     _check_entries(path, "images", dataset["images"])
     _check_entries(path, "categories", dataset["categories"])
     require_unique(path, '"id" in "images"', (image["id"] for image in dataset["images"]))
@@ -132,10 +131,10 @@ def _index(path: Location, crowd: bool) -> COCO:
         if not crowd:
             dataset["annotations"] = [entry for entry in dataset["annotations"] if not entry.get("iscrowd")]
         coco.dataset = dataset
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
             coco.createIndex()
     except (AttributeError, KeyError, TypeError):
-        # Looking at each of 600,000 annotations takes time, so it is done only to say which one is wrong.
+        # Checking each of 600,000 annotations takes time, so do it only to find the wrong one for the message.
         _check_entries(path, "annotations", dataset["annotations"])
         raise
     for field, used, known in (("image_id", coco.imgToAnns, "images"), ("category_id", coco.catToImgs, "categories")):
@@ -143,13 +142,13 @@ def _index(path: Location, crowd: bool) -> COCO:
         if unknown:
             raise UserError(
                 f'{path}: "annotations" have {len(unknown)} values of "{field}" that "{known}" lacks '
-                f"({first_few(unknown)}); add them there or take those annotations out"
+                f"({first_few(unknown)}); add them there or remove those annotations"
             )
     return coco
 
 
 def _without_shapes(entry: dict[str, Any]) -> dict[str, Any]:
-    """Drops outlines and boxes while the file is parsed: train2014 then takes a third of the memory."""
+    """Drop outlines and boxes while the file is parsed: train2014 then takes a third of the memory."""
     for field in _SHAPES:
         entry.pop(field, None)
     return entry
@@ -157,7 +156,7 @@ def _without_shapes(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _check_entries(path: Location, section: str, entries: list[Any]) -> None:
     for position, entry in enumerate(entries):
-        for field, kind in FIELDS[section].items():
+        for field, kind in _FIELDS[section].items():
             if not isinstance(entry, dict) or not _fits(entry.get(field), kind):
                 what = "a whole number" if kind is int else "a text"
                 raise UserError(
@@ -166,7 +165,7 @@ def _check_entries(path: Location, section: str, entries: list[Any]) -> None:
 
 
 def _fits(value: Any, kind: type) -> bool:
-    """Whether it is a text without halves of characters, or a whole number of 64 bits."""
+    """Return whether the value is a text that can be encoded, or a whole number of 64 bits, as `kind` says."""
     if isinstance(value, str):
         return kind is str and is_utf8(value)
     return kind is int and isinstance(value, int) and abs(value) < 1 << 63

@@ -1,8 +1,9 @@
-"""Reads folders of images, one a label (`dog/`, `cat/`), with or without folders of splits around them (`train/dog/`, `val/dog/`)."""
+"""Reads folders of images named after labels (`dog/`, `cat/`), with or without folders of splits around them (`train/dog/`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -11,19 +12,27 @@ from ..errors import UserError
 from ..io.storage import Location
 from ..types import PRESENT, SampleTable
 from .image_uris import IMAGE_SUFFIXES, is_image, uris_below
-from .manifest import OwnImages
-from .stratify import SPLIT_WORDS, SPLITS
+from .manifest import CustomImages
+from .split_names import SPLIT_WORDS, SPLITS
 from .text_files import require_utf8
 
-_LAYOUT = "folders named as the labels (dog/, cat/) with images inside, or folders train/, val/, test/ around such"
+_LAYOUT = "folders named after labels (dog/, cat/) with images inside, or folders train/, val/, test/ around them"
 
 
-def read_folders(root: Location, *, label_names: Sequence[str] | None = None) -> OwnImages:
-    """Reads all images; each has the one label that its folder is named as. Images of folders further in have it too.
+class _LabelFolder(NamedTuple):
+    """A folder of one label; `split` is the position in `SPLITS`, `path` is relative to the root."""
+
+    split: int
+    path: str
+    label: str
+
+
+def read_folders(root: Location, *, label_names: Sequence[str] | None = None) -> CustomImages:
+    """Read all images. An image has the label of its folder, also if it lies in a subfolder.
 
     Args:
-        root: the folder of the labels' folders, or of splits with the labels' folders inside.
-        label_names: all labels in their order; None: those of the folders, in alphabetical order.
+        root: the folder that holds the folders of labels, or folders of splits that hold them.
+        label_names: all labels in their order; None: the folders' labels, in alphabetical order.
 
     Returns:
         n rows in the order of splits, labels and paths; `image_id` is the path relative to `root`, targets in {1, 0}.
@@ -33,70 +42,91 @@ def read_folders(root: Location, *, label_names: Sequence[str] | None = None) ->
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give the folder that holds {_LAYOUT}")
-    tops = _folders(root)
-    splits = [top for top in tops if top.lower() in SPLIT_WORDS]
-    if len(splits) > 1 and len(splits) < len(tops):
-        others = [top for top in tops if top not in splits]
-        raise UserError(
-            f"{root}: holds {', '.join(f'{one}/' for one in splits)} beside {others[0]}/, so it is not clear whether these are"
-            " splits or labels; have only the one kind there"
-        )
-    are_splits = bool(splits) and len(splits) == len(tops)
-    labelled = (
-        [
-            (SPLITS.index(SPLIT_WORDS[top.lower()]), f"{top}/{label}", label)
-            for top in splits
-            for label in _folders(root / top)
+    top_folders = _subfolders(root)
+    has_splits = _are_splits(root, top_folders)
+    if has_splits:
+        label_folders = [
+            _LabelFolder(SPLITS.index(SPLIT_WORDS[top.lower()]), f"{top}/{label}", label)
+            for top in top_folders
+            for label in _subfolders(root / top)
         ]
-        if are_splits
-        else [(0, top, top) for top in tops]
-    )
+    else:
+        label_folders = [_LabelFolder(0, name, name) for name in top_folders]
 
-    image_ids: list[pa.Array] = []
-    found: list[tuple[int, str, int]] = []
-    notes: list[str] = []
-    around = [root, *(root / top for top in tops if are_splits)]
-    num_stray = sum(is_image(name) for folder in around for name in folder.names())
+    notes = []
+    num_stray = sum(
+        is_image(name)
+        for folder in (root, *(root / top for top in top_folders if has_splits))
+        for name in folder.names()
+    )
     if num_stray:
         notes.append(f"{root.name}: {num_stray} images left out that are in no label's folder")
-    num_other = 0
-    for split, folder, label in sorted(labelled):
-        names = [name for name in (root / folder).names(recursive=True) if not name.endswith("/")]
-        images = [name for name in names if is_image(name)]
-        num_other += len(names) - len(images)
-        if images:
-            require_utf8(root, (f"{folder}/{name}" for name in images))
-            image_ids.append(pa.array([f"{folder}/{name}" for name in images]))
-            found.append((split, label, len(images)))
-        else:
-            notes.append(f"{folder}: no image in this folder")
-    labels = sorted({label for _, label, _ in found})
+    image_ids, folders, image_notes = _list_images(root, sorted(label_folders))
+    labels = sorted({folder.label for folder in folders})
     if len(labels) < 2:
-        inside = [f"{root / top}" for top in tops if not are_splits and len(_folders(root / top)) > 1]
-        if not inside and any(is_image(name) for name in root.names()) and len(_folders(root.parent)) > 1:
-            inside = [f"{root.parent}"]  # one label's folder was given
-        hint = f" (did you mean {inside[0]}?)" if inside else ""
-        what = f"holds one folder of images only ({labels[0]}/)" if labels else "holds no folder of images"
-        raise UserError(f"{root}: {what}; give the folder that holds {_LAYOUT}{hint}")
+        raise UserError(f"{root}: {_why_no_labels(root, labels, [] if has_splits else top_folders)}")
     unknown = [label for label in labels if label_names is not None and label not in label_names]
     if unknown:
         raise UserError(
             f"{root}: folder {unknown[0]!r} is not among the labels of data.labels; rename it or add it there"
         )
-    if num_other:
-        notes.append(f"{root.name}: {num_other} files skipped that are not images ({', '.join(IMAGE_SUFFIXES)})")
 
     all_labels = tuple(labels if label_names is None else label_names)
-    sizes = [size for _, _, size in found]
+    sizes = [len(ids) for ids in image_ids]
     targets = np.zeros((sum(sizes), len(all_labels)), np.int8)
-    targets[np.arange(len(targets)), np.repeat([all_labels.index(label) for _, label, _ in found], sizes)] = PRESENT
+    targets[np.arange(len(targets)), np.repeat([all_labels.index(folder.label) for folder in folders], sizes)] = PRESENT
     ids = pa.chunked_array(image_ids)
-    notes = [f"{root.name}: {len(targets)} images, {len(all_labels)} labels (a folder for each)", *notes]
+    summary = f"{root.name}: {len(targets)} images, {len(all_labels)} labels (one folder per label)"
+    notes = [summary, *notes, *image_notes]
     samples = SampleTable.from_columns(ids, uris_below(root, ids), targets, all_labels, root.name, tuple(notes))
-    return OwnImages(
-        samples, np.repeat(np.array([split for split, _, _ in found], np.int8), sizes) if are_splits else None
-    )
+    split = np.repeat(np.array([folder.split for folder in folders], np.int8), sizes) if has_splits else None
+    return CustomImages(samples, split)
 
 
-def _folders(root: Location) -> list[str]:
-    return [name.removesuffix("/") for name in root.names() if name.endswith("/")]
+def _subfolders(folder: Location) -> list[str]:
+    return [name.removesuffix("/") for name in folder.names() if name.endswith("/")]
+
+
+def _are_splits(root: Location, top_folders: Sequence[str]) -> bool:
+    """Return whether all folders are named after splits; a single folder of that name among others may be a label."""
+    splits = [name for name in top_folders if name.lower() in SPLIT_WORDS]
+    if len(splits) > 1 and len(splits) < len(top_folders):
+        other = next(name for name in top_folders if name not in splits)
+        raise UserError(
+            f"{root}: holds {', '.join(f'{name}/' for name in splits)} beside {other}/, so it is not clear whether these are"
+            " splits or labels; keep only folders of splits or only folders of labels there"
+        )
+    return bool(splits) and len(splits) == len(top_folders)
+
+
+def _list_images(
+    root: Location, label_folders: Sequence[_LabelFolder]
+) -> tuple[list[pa.Array], list[_LabelFolder], list[str]]:
+    """Return the image ids of each folder that holds images, these folders, and notes on what was left out."""
+    image_ids: list[pa.Array] = []
+    folders: list[_LabelFolder] = []
+    notes: list[str] = []
+    num_other = 0
+    for folder in label_folders:
+        names = [name for name in (root / folder.path).names(recursive=True) if not name.endswith("/")]
+        images = [f"{folder.path}/{name}" for name in names if is_image(name)]
+        num_other += len(names) - len(images)
+        if images:
+            require_utf8(root, images)
+            image_ids.append(pa.array(images))
+            folders.append(folder)
+        else:
+            notes.append(f"{folder.path}: no image in this folder")
+    if num_other:
+        notes.append(f"{root.name}: {num_other} files skipped that are not images ({', '.join(IMAGE_SUFFIXES)})")
+    return image_ids, folders, notes
+
+
+def _why_no_labels(root: Location, labels: Sequence[str], top_folders: Sequence[str]) -> str:
+    """Return why fewer than two labels were found, with the level of folders that may have been meant."""
+    likely = [f"{root / name}" for name in top_folders if len(_subfolders(root / name)) > 1]
+    if not likely and any(is_image(name) for name in root.names()) and len(_subfolders(root.parent)) > 1:
+        likely = [f"{root.parent}"]  # the folder of one label was given
+    suggestion = f" (did you mean {likely[0]}?)" if likely else ""
+    what = f"holds one folder of images only ({labels[0]}/)" if labels else "holds no folder of images"
+    return f"{what}; give the folder that holds {_LAYOUT}{suggestion}"

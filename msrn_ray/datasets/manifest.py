@@ -1,4 +1,4 @@
-"""Reads a manifest: a table (CSV, TSV, JSON Lines or Parquet) with a row for each image that says where it is and what is on it."""
+"""Reads a manifest: a table (CSV, TSV, JSON Lines or Parquet) whose rows give the path and the labels of an image."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import pyarrow.compute as pc
 from ..errors import UserError
 from ..io.storage import Location
 from ..types import SampleTable
-from .image_uris import MissingImages, absolute_uris, find_local, missing_notes, require_images
+from .image_uris import MissingImages, absolute_uris, find_local, require_images
 from .label_columns import as_text, encode_lists, label_values, split_lists
-from .stratify import SPLIT_WORDS, SPLITS
-from .table_files import open_table
+from .row_selection import missing_notes
+from .split_names import SPLIT_WORDS, SPLITS
+from .table_files import TableFile, open_table
 
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "file_name", "filename", "file", "uri", "path", "url")
 LABEL_COLUMNS = ("labels", "label", "tags")
@@ -25,12 +26,12 @@ SPLIT_COLUMNS = ("split", "split_name")
 ID_COLUMNS = ("image_id", "id")
 
 
-class OwnImages(NamedTuple):
-    """Images of a data set that publishes no splits of its own.
+class CustomImages(NamedTuple):
+    """Images of a data set that publishes no splits.
 
     Attributes:
-        samples: all of them.
-        split: [n] int8, position in `SPLITS` of each image's split; None where the data set does not say.
+        samples: all n images.
+        split: [n] int8, position in `SPLITS` of each image's split; None if the data set names no splits.
     """
 
     samples: SampleTable
@@ -39,10 +40,10 @@ class OwnImages(NamedTuple):
 
 @dataclass(frozen=True)
 class _Columns:
-    """Which column is what; either `listed` names the one that lists the labels, or `labels` those of single labels."""
+    """The role of each column. Either `label_list` names the column that lists the labels, or `labels` the columns of single labels."""
 
     image: str
-    listed: str | None
+    label_list: str | None
     labels: tuple[str, ...]
     split: str | None
     id: str | None
@@ -52,158 +53,172 @@ class _Columns:
         return tuple(name for name in (self.image, self.split, self.id) if name is not None)
 
 
+class _Cells(NamedTuple):
+    """The n rows: `texts` by column, [n] string; either `label_lists` [n], or `label_values` [n, C] int8 in {1, 0, -1}."""
+
+    texts: dict[str, pa.ChunkedArray]
+    label_lists: pa.ChunkedArray | None
+    label_values: npt.NDArray[np.int8] | None
+
+
 def read_manifest(
-    place: Location,
+    manifest: Location,
     *,
     image_column: str | None = None,
     label_column: str | None = None,
     label_separator: str | None = None,
     label_names: Sequence[str] | None = None,
     missing_images: MissingImages = "error",
-) -> OwnImages:
-    """Reads all rows.
+) -> CustomImages:
+    """Read all rows.
 
     Args:
-        place: the file. Relative paths of images start from its folder and stay below it.
-        image_column: where the images are; None: the one that is named as in `IMAGE_COLUMNS`.
-        label_column: the column that lists the labels; None: the one that is named as in `LABEL_COLUMNS`, and without
-            one, or where each of `label_names` has a column, every column that is not image, split or id is a label.
-        label_separator: between labels in a text; None: found, see `split_lists`.
-        label_names: all labels in their order; None: those that occur, in alphabetical order. Of label columns it
-            names those to use.
-        missing_images: whether a local image that is not there is an error or a row to leave out.
+        manifest: the file. Relative paths of images start from its folder and stay below it.
+        image_column: the column of image paths; None: the column with a name of `IMAGE_COLUMNS`.
+        label_column: the column that lists the labels; None: the column with a name of `LABEL_COLUMNS`. If there is none, or each of
+            `label_names` has a column, every column that is not image, split or id is a label.
+        label_separator: between labels in a text; None: detected, see `split_lists`.
+        label_names: all labels in their order; None: the labels that occur, in alphabetical order. With a column per label, they name
+            the columns to use.
+        missing_images: whether a missing local image is an error or a row to leave out.
 
     Returns:
-        n rows in the order of the file. `image_id` is the column of that name (see `ID_COLUMNS`), else the image as
-        written. Targets in {1, 0} for lists, in {1, 0, -1} for label columns.
+        n rows in the order of the file. `image_id` is the id column (see `ID_COLUMNS`), else the image path as written. Targets are in
+        {1, 0} for lists, in {1, 0, -1} for label columns.
 
     Raises:
-        UserError: if the file, a column or a row is not as it must be, with the row, counted from 1 after the names of columns.
+        UserError: if the file, a column or a row is invalid, with the row, counted from 1 below the header.
     """
-    file = open_table(place)
-    columns = _choose_columns(place, file.names, image_column, label_column, label_names)
+    table = open_table(manifest)
+    columns = _choose_columns(manifest, table.names, image_column, label_column, label_names)
+    cells = _read_cells(manifest, table, columns)
+    images = pc.replace_substring(cells.texts[columns.image], "\\", "/")  # Windows paths
+    image_ids = images if columns.id is None else cells.texts[columns.id]
+    _require_unique(manifest, columns.id or columns.image, image_ids)
+    split = None if columns.split is None else _split_codes(manifest, columns.split, cells.texts[columns.split])
+    uris = absolute_uris(manifest, images)
+    if columns.label_list is not None:
+        lists, form = split_lists(manifest, columns.label_list, cells.label_lists, label_separator)
+        names, targets = encode_lists(manifest, columns.label_list, lists, label_names)
+    else:
+        assert cells.label_values is not None
+        names, targets, form = columns.labels, cells.label_values, "one column per label"
+
+    notes = [f"{manifest.name}: {len(images)} images, {len(names)} labels ({form})"]
+    unused = sorted({*table.names} - {*columns.texts, *columns.labels, columns.label_list, ""})
+    if unused:
+        notes.append(f"{manifest.name}: columns not used: {', '.join(map(repr, unused))}")
+    found = find_local(uris)
+    require_images(manifest, uris, found, missing_images)
+    notes += missing_notes(manifest.name, found)
+    samples = SampleTable.from_columns(image_ids, uris, targets, names, manifest.name, tuple(notes))
+    if found.all():
+        return CustomImages(samples, split)
+    rows = np.flatnonzero(found)
+    return CustomImages(samples.take(rows), None if split is None else split[rows])
+
+
+def _read_cells(manifest: Location, table: TableFile, columns: _Columns) -> _Cells:
+    """Read and check the columns, block by block."""
     texts: dict[str, list[pa.Array]] = {name: [] for name in columns.texts}
     lists: list[pa.Array] = []
     values: list[npt.NDArray[np.int8]] = []
     num_rows = 0
-    for block in file.read([*dict.fromkeys((*columns.texts, *filter(None, [columns.listed]), *columns.labels))]):
+    for block in table.read([*dict.fromkeys((*columns.texts, *filter(None, [columns.label_list]), *columns.labels))]):
         for name in columns.texts:
-            texts[name] += as_text(place, name, block[name]).chunks
-        if columns.listed is not None:
-            lists += block[columns.listed].chunks
+            texts[name] += as_text(manifest, name, block[name]).chunks
+        if columns.label_list is not None:
+            lists += block[columns.label_list].chunks
         else:
             part = np.empty((block.num_rows, len(columns.labels)), np.int8)
             for position, name in enumerate(columns.labels):
-                part[:, position] = label_values(place, name, block[name], num_rows + 1)
+                part[:, position] = label_values(manifest, name, block[name], num_rows + 1)
             values.append(part)
         num_rows += block.num_rows
     if not num_rows:
-        raise UserError(f"{place}: has names of columns but no row; write a row for each image")
-
-    whole = {name: _require_filled(place, name, pa.chunked_array(parts)) for name, parts in texts.items()}
-    images = pc.replace_substring(whole[columns.image], "\\", "/")  # as some systems write paths
-    image_ids = images if columns.id is None else whole[columns.id]
-    _require_unique(place, columns.id or columns.image, image_ids)
-    split = None if columns.split is None else _split_codes(place, columns.split, whole[columns.split])
-    uris = absolute_uris(place, images)
-    if columns.listed is not None:
-        found, how = split_lists(place, columns.listed, pa.chunked_array(lists), label_separator)
-        names, targets = encode_lists(place, columns.listed, found, label_names)
-    else:
-        names, targets, how = columns.labels, np.concatenate(values), "a column for each label"
-
-    notes = [f"{place.name}: {num_rows} images, {len(names)} labels ({how})"]
-    unused = sorted({*file.names} - {*columns.texts, *columns.labels, columns.listed, ""})
-    if unused:
-        notes.append(f"{place.name}: columns not used: {', '.join(map(repr, unused))}")
-    there = find_local(uris)
-    require_images(place, uris, there, missing_images)
-    notes += missing_notes(place.name, there)
-    samples = SampleTable.from_columns(image_ids, uris, targets, names, place.name, tuple(notes))
-    if there.all():
-        return OwnImages(samples, split)
-    rows = np.flatnonzero(there)
-    return OwnImages(samples.take(rows), None if split is None else split[rows])
+        raise UserError(f"{manifest}: has a header but no row; write one row per image")
+    whole = {name: _require_filled(manifest, name, pa.chunked_array(parts)) for name, parts in texts.items()}
+    if columns.label_list is not None:
+        return _Cells(whole, pa.chunked_array(lists), None)
+    return _Cells(whole, None, np.concatenate(values))
 
 
 def _choose_columns(
-    place: Location,
+    manifest: Location,
     names: Sequence[str],
     image_column: str | None,
     label_column: str | None,
     label_names: Sequence[str] | None,
 ) -> _Columns:
-    there = f"its columns are {', '.join(map(repr, names)) or 'none'}"
+    header = f"its columns are {', '.join(map(repr, names)) or 'none'}"
     for option, column in (("image", image_column), ("label", label_column)):
         if column is not None and column not in names:
-            raise UserError(f"{place}: there is no column {column!r} (data.{option}_column); {there}")
+            raise UserError(f"{manifest}: there is no column {column!r} (data.{option}_column); {header}")
 
-    def usual(option: str, wanted: Sequence[str]) -> str | None:
-        found = [name for name in names if name.lower() in wanted and name not in (image_column, label_column)]
+    def find_usual(option: str, usual: Sequence[str]) -> str | None:
+        found = [name for name in names if name.lower() in usual and name not in (image_column, label_column)]
         if len(found) > 1:
             raise UserError(
-                f"{place}: the {option} may be in {' or '.join(map(repr, found))}; say which (--data.{option}-column NAME)"
+                f"{manifest}: the {option} may be in {' or '.join(map(repr, found))}; choose one (--data.{option}-column NAME)"
             )
         return found[0] if found else None
 
-    image = image_column or usual("image", IMAGE_COLUMNS)
+    image = image_column or find_usual("image", IMAGE_COLUMNS)
     if image is None:
         raise UserError(
-            f"{place}: no column is named as columns of images are ({', '.join(IMAGE_COLUMNS)}), {there};"
-            " say which one it is (--data.image-column NAME)"
+            f"{manifest}: no column has a usual name of an image column ({', '.join(IMAGE_COLUMNS)}), {header};"
+            " name it with --data.image-column NAME"
         )
-    # where each of the given labels has a column, one of them may be called as a column of lists is
-    own = label_names is not None and {*label_names} <= {*names}
-    listed = label_column or (None if own else usual("label", LABEL_COLUMNS))
-    split = next((name for name in names if name.lower() in SPLIT_COLUMNS and name not in (image, listed)), None)
-    ids = [name for name in names if name.lower() in ID_COLUMNS and name not in (image, listed)]
-    labels = [] if listed else sorted({*names} - {image, split, *ids, ""})
-    if not listed and label_names is not None:
+    # if each of the given labels has a column, one of these labels may have the usual name of a column of lists
+    has_label_columns = label_names is not None and {*label_names} <= {*names}
+    label_list = label_column or (None if has_label_columns else find_usual("label", LABEL_COLUMNS))
+    split = next((name for name in names if name.lower() in SPLIT_COLUMNS and name not in (image, label_list)), None)
+    ids = [name for name in names if name.lower() in ID_COLUMNS and name not in (image, label_list)]
+    labels = [] if label_list else sorted({*names} - {image, split, *ids, ""})
+    if not label_list and label_names is not None:
         absent = [name for name in label_names if name not in labels]
         if absent:
             raise UserError(
-                f"{place}: there is neither a column that lists labels ({', '.join(LABEL_COLUMNS)}) nor one for the label"
-                f" {absent[0]!r} of data.labels; {there}"
+                f"{manifest}: there is neither a column that lists labels ({', '.join(LABEL_COLUMNS)}) nor one for the label"
+                f" {absent[0]!r} of data.labels; {header}"
             )
         labels = list(label_names)
-    if not listed and not labels:
+    if not label_list and not labels:
         raise UserError(
-            f"{place}: no column holds labels, {there}; add one named 'labels', or say which one it is"
-            " (--data.label-column NAME)"
+            f"{manifest}: no column holds labels, {header}; add one named 'labels', or name it with --data.label-column NAME"
         )
-    return _Columns(
-        image, listed, tuple(labels), split, min(ids, key=lambda name: name.lower() != ID_COLUMNS[0], default=None)
-    )
+    preferred_id = min(ids, key=lambda name: name.lower() != ID_COLUMNS[0], default=None)
+    return _Columns(image, label_list, tuple(labels), split, preferred_id)
 
 
-def _require_filled(place: Location, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _require_filled(manifest: Location, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     filled = pc.match_substring_regex(column.fill_null(""), r"^[^\r\n]+$")
     if not pc.all(filled).as_py():
         row = pc.index(filled, False).as_py()
         what = "has a line break in it; is a quote missing?" if column[row].as_py() else "is empty; fill it in"
-        raise UserError(f"{place}, row {row + 1}: column {name!r} {what}")
+        raise UserError(f"{manifest}, row {row + 1}: column {name!r} {what}")
     return column
 
 
-def _require_unique(place: Location, name: str, column: pa.ChunkedArray) -> None:
+def _require_unique(manifest: Location, name: str, column: pa.ChunkedArray) -> None:
     if pc.count_distinct(column).as_py() == len(column):
         return
     counts = pc.value_counts(column)
-    twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-    rows = np.flatnonzero(pc.equal(column, twice[0]).to_numpy())
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    rows = np.flatnonzero(pc.equal(column, repeated[0]).to_numpy())
     raise UserError(
-        f"{place}: {twice[0].as_py()!r} in column {name!r} is in rows {rows[0] + 1} and {rows[1] + 1}, and {len(twice)} images"
-        " are in more than one row; write one row for each image with all its labels"
+        f"{manifest}: {repeated[0].as_py()!r} in column {name!r} is in rows {rows[0] + 1} and {rows[1] + 1}, and {len(repeated)}"
+        " images are in more than one row; write one row per image with all its labels"
     )
 
 
-def _split_codes(place: Location, name: str, column: pa.ChunkedArray) -> npt.NDArray[np.int8]:
+def _split_codes(manifest: Location, name: str, column: pa.ChunkedArray) -> npt.NDArray[np.int8]:
     words = pc.utf8_lower(pc.utf8_trim_whitespace(column))
     found = pc.index_in(words, value_set=pa.array(SPLIT_WORDS))
     if found.null_count:
         row = pc.index(pc.is_null(found), True).as_py()
         raise UserError(
-            f"{place}, row {row + 1}: {column[row].as_py()!r} in column {name!r} is none of {', '.join(SPLIT_WORDS)}; correct it"
+            f"{manifest}, row {row + 1}: {column[row].as_py()!r} in column {name!r} is none of {', '.join(SPLIT_WORDS)}; correct it"
         )
     positions = np.array([SPLITS.index(split) for split in SPLIT_WORDS.values()], np.int8)
     return np.asarray(positions[found.to_numpy()], np.int8)

@@ -1,4 +1,4 @@
-"""Which images are train, val and test: the protocol."""
+"""The protocol: which images are train, val and test."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ..types import SampleTable
 from .registry import read_published
 from .stratify import stratified_split
 
-_BLOCK = 65_536  # image ids hashed at once
+_IDS_PER_BLOCK = 65_536  # hashed at once
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The three parts of a data set under a protocol.
+    """The splits of a data set under a protocol.
 
     Attributes:
-        train: what is learnt from, and what the label graph is counted on.
-        val: what the best epoch is chosen on.
-        test: scored once at the end; None where val is the published test split (protocol `paper`) or nothing is held out.
+        train: the images to train on; the label graph is counted on them.
+        val: the images that choose the best epoch.
+        test: scored once at the end; None if val is the published test split (protocol `paper`) or no images are held out.
         notes: lines for the user.
     """
 
@@ -35,28 +35,28 @@ class Splits:
     notes: tuple[str, ...]
 
     def named(self, split: str) -> SampleTable:
-        """`train`, `val` or `test`.
+        """Return `train`, `val` or `test`.
 
         Raises:
-            UserError: for `test` where there is none.
+            UserError: for a missing `test`.
         """
         table = {"train": self.train, "val": self.val, "test": self.test}[split]
         if table is None:
             raise UserError(
-                "there is no test split (under protocol=paper val is the published test split, and own images may have none);"
+                "there is no test split (under protocol=paper val is the published test split, and custom images may have none);"
                 " evaluate val"
             )
         return table
 
 
 def load_splits(config: ExperimentConfig) -> Splits:
-    """Reads the data set and applies the protocol.
+    """Read the data set and apply the protocol.
 
-    `honest`: val is the published val, else `data.val_fraction` of train, stratified by label and seeded; test is what is held out, if
-    anything is. `paper`: val is what is held out, and nothing else is scored.
+    `honest`: val is the published val, else `data.val_fraction` of train, stratified by label and seeded. Test is the held-out split, if
+    there is one. `paper`: val is the held-out split, and no other split is scored.
 
     Raises:
-        UserError: for anything wrong with the data set, naming file and mend.
+        UserError: if the data set has any fault; the message names the file and the fix.
     """
     published = read_published(config.data)
     train, held_out = published.train, published.held_out
@@ -64,7 +64,7 @@ def load_splits(config: ExperimentConfig) -> Splits:
     if held_out is None:
         if config.protocol == "paper":
             raise UserError(f"{train.source}: there is no test split, which protocol=paper scores; use protocol=honest")
-        notes.append("there is no test split: the score on val, which also chooses the best epoch, is the only one")
+        notes.append("there is no test split: the only score is that on val, which also chooses the best epoch")
     if any(in_row_group(uri) for uri in train.table["uri"][:1].to_pylist()):
         notes.append(
             "images lie in row groups of Parquet files: slow to train from in random order; `msrn prepare` them first"
@@ -80,8 +80,8 @@ def load_splits(config: ExperimentConfig) -> Splits:
         rest, part = stratified_split(train.targets, config.data.val_fraction, config.data.split_seed)
         if not len(part):
             raise UserError(
-                f"{train.source}: data.val_fraction={config.data.val_fraction} of its {len(train)} train images is none;"
-                " add images, raise data.val_fraction, or name images of a split val"
+                f"{train.source}: data.val_fraction={config.data.val_fraction} of its {len(train)} train images is no image;"
+                " add images, raise data.val_fraction, or put images in a split val"
             )
         notes.append(
             f"protocol honest: {len(part)} of {len(train)} train images are val (data.val_fraction={config.data.val_fraction})"
@@ -90,17 +90,17 @@ def load_splits(config: ExperimentConfig) -> Splits:
         splits = Splits(train.take(rest), train.take(part), held_out, tuple(notes))
     for name, table in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
         if table is not None and not (table.targets == 1).any():
-            raise UserError(f"{name} split ({table.source}): no image has a label, nothing to learn or to score")
+            raise UserError(f"{name} split ({table.source}): no image has a label; add labels to train on and to score")
     return splits
 
 
 def fingerprint(*tables: SampleTable) -> str:
-    """sha256 of label names, image ids and targets; where the files lie makes no difference."""
+    """Return the sha256 of label names, image ids and targets. The location of the files has no effect."""
     digest = hashlib.sha256()
     for table in tables:
         digest.update("\n".join(table.label_names).encode())
-        for start in range(0, len(table), _BLOCK):
-            ids = table.table["image_id"].slice(start, _BLOCK).combine_chunks()
+        for start in range(0, len(table), _IDS_PER_BLOCK):
+            ids = table.table["image_id"].slice(start, _IDS_PER_BLOCK).combine_chunks()
             joined = pc.binary_join(pa.ListArray.from_arrays([0, len(ids)], ids), "\n")[0]
             digest.update(b"\n" * bool(start))
             digest.update(joined.as_buffer())

@@ -1,4 +1,4 @@
-"""The registry of readers: what `data.*` asks for becomes the splits that a data set comes with."""
+"""The registry of readers: turns the settings `data.*` into the splits that a data set publishes."""
 
 from __future__ import annotations
 
@@ -13,35 +13,37 @@ import numpy as np
 from ..config import Dataset, DataSettings
 from ..errors import UserError
 from ..io.storage import Location
-from ..types import PRESENT, SampleTable
+from ..types import SampleTable
 from .apparel import read_apparel
 from .coco import find_year, has_split, read_coco
 from .folders import read_folders
 from .huggingface import read_huggingface
-from .manifest import OwnImages, read_manifest
+from .manifest import CustomImages, read_manifest
 from .nuswide import read_nuswide
-from .prepared import BAD_FILE, PreparedInfo, read_info, read_prepared
+from .prepared import BAD_IMAGES_FILE, PreparedInfo, read_info, read_prepared
+from .row_selection import select_rows
 from .scenes.generate import generate_scenes
-from .stratify import SPLITS, stratified_split
-from .text_files import read_label_names, unlabelled_note
+from .split_names import SPLITS, SplitName
+from .stratify import stratified_split
+from .text_files import read_label_names
 from .voc import Difficult, find_voc, read_voc
 from .webdataset import read_webdataset
 
-# Settings of tensors, words and protocol, the seed among them; of a list of labels the names are kept, not where it lay
-_NOT_OF_READERS = {
+# Settings of tensors, word vectors, protocol and seed. A prepared data set stores label names, so the path of their list is one too.
+_NOT_READER_SETTINGS = {
     *("dataset", "root", "image_size", "crop_scales", "flip", "max_pixels", "max_bad_fraction"),
     *("word_vectors", "missing_words", "label_counts", "val_fraction", "split_seed", "labels"),
 }
 
 
 @dataclass(frozen=True)
-class Published:
-    """The splits as a data set comes with them.
+class PublishedSplits:
+    """The splits that a data set publishes.
 
     Attributes:
-        train: what may be learnt from.
-        val: None where it is to be taken from train.
-        held_out: what is scored; None where nothing is set aside, which only one's own images may leave so.
+        train: the images to train on.
+        val: None if it has to be split off from train.
+        held_out: the images to score; None if there are none, which only custom images may leave out.
     """
 
     train: SampleTable
@@ -49,84 +51,84 @@ class Published:
     held_out: SampleTable | None
 
 
-def read_published(settings: DataSettings) -> Published:
-    """The published splits: where `data.root` holds a prepared data set from there, whatever `data.dataset` says; else by the reader.
+def read_published(settings: DataSettings) -> PublishedSplits:
+    """Read the published splits. If `data.root` holds a prepared data set, `data.dataset` has no effect.
 
     Raises:
-        UserError: for anything wrong with the data set, naming file and mend.
+        UserError: if the data set has any fault; the message names the file and the fix.
     """
     if settings.root is not None:
         root = Location.of(settings.root)
         info = read_info(root)
         if info is not None:
-            return _prepared(root, info, settings)
+            return _read_prepared_splits(root, info, settings)
     published = READERS[settings.dataset](settings)
     _require_same_labels(published)
     return published
 
 
 def reader_settings(settings: DataSettings) -> dict[str, Any]:
-    """The settings that decide what a reader gives, by name; the others count when a prepared data set is read, too."""
-    return settings.model_dump(mode="json", exclude=_NOT_OF_READERS)
+    """Return the settings, by name, that decide what a reader returns. `msrn prepare` fixes them; all others stay free."""
+    return settings.model_dump(mode="json", exclude=_NOT_READER_SETTINGS)
 
 
-def _require_same_labels(published: Published) -> None:
+def _require_same_labels(published: PublishedSplits) -> None:
     train = published.train
     for name, table in (("val", published.val), ("test", published.held_out)):
         if table is not None and table.label_names != train.label_names:
-            differ = sorted(set(table.label_names) ^ set(train.label_names))
+            different = sorted(set(table.label_names) ^ set(train.label_names))
             raise UserError(
-                f"{name} split ({table.source}): its labels are not those of train ({train.source}): only one has"
-                f" {', '.join(differ[:5])}; use files of the same labels"
+                f"{name} split ({table.source}): its labels differ from those of train ({train.source}): only one of them has"
+                f" {', '.join(different[:5])}; use files with the same labels"
             )
 
 
-def _prepared(root: Location, info: PreparedInfo, settings: DataSettings) -> Published:
+def _read_prepared_splits(root: Location, info: PreparedInfo, settings: DataSettings) -> PublishedSplits:
     tables = read_prepared(root, info)
-    now = reader_settings(settings)
+    requested = reader_settings(settings)
     notes = [f"read from prepared shards ({info.dataset}, {info.content[:12]}): {root}"]
     notes += [
-        f"{name}: {split.bad_images} images that could not be read are not in the shards ({BAD_FILE})"
+        f"{name}: {split.bad_images} images that could not be read are not in the shards ({BAD_IMAGES_FILE})"
         for name, split in info.splits.items()
         if split.bad_images
     ]
     notes += [
-        f"data.{name} was {value!r} when the data was prepared and stays so; {now[name]!r} has no effect"
+        f"data.{name} was {value!r} when the data was prepared and stays so; {requested[name]!r} has no effect"
         for name, value in info.settings.items()
-        if now.get(name) not in (None, value)
+        if requested.get(name) not in (None, value)
     ]
     train = replace(tables["train"], notes=(*notes, *tables["train"].notes))
-    return Published(train, tables.get("val"), tables.get("test"))
+    return PublishedSplits(train, tables.get("val"), tables.get("test"))
 
 
-def _root(settings: DataSettings, what: str | None = None) -> Location:
+def _root(settings: DataSettings, description: str | None = None) -> Location:
     if settings.root is None:
-        wanted = what or f"the folder of the {settings.dataset} data set (--data.root DIR or URI)"
+        wanted = description or f"the folder of the {settings.dataset} data set (--data.root DIR or URI)"
         raise UserError(f"data.root is needed: {wanted}")
     return Location.of(settings.root)
 
 
 def default_scenes_root() -> Path:
-    """Where the embedded data set lives: the user's cache folder (XDG_CACHE_HOME or ~/.cache)."""
+    """Return the folder of the embedded data set, in the user's cache folder (XDG_CACHE_HOME or ~/.cache)."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "msrn_ray" / "scenes"
 
 
-def _coco(settings: DataSettings) -> Published:
+def _coco(settings: DataSettings) -> PublishedSplits:
     return _coco_layout(_root(settings), settings)
 
 
-def _scenes(settings: DataSettings) -> Published:
+def _scenes(settings: DataSettings) -> PublishedSplits:
     root = _root(settings) if settings.root else Location.of(default_scenes_root())
     if not root.is_local:
         raise UserError(
-            f"data.root {root}: scenes are generated into a folder on this machine; a copy elsewhere is read with --data.dataset coco"
+            f"data.root {root}: scenes are generated into a folder on this machine; read a copy elsewhere with --data.dataset coco"
         )
     return _coco_layout(Location.of(generate_scenes(Path(str(root)))), settings)
 
 
-def _coco_layout(root: Location, settings: DataSettings) -> Published:
-    year = find_year(root, "train", settings.year)  # of all splits: val2014 and train2017 share images
+def _coco_layout(root: Location, settings: DataSettings) -> PublishedSplits:
+    year = find_year(root, "train", settings.year)  # one year for all splits: val2014 and train2017 share images
 
     def read(split: str, keep_unlabelled: bool) -> SampleTable:
         return read_coco(
@@ -140,15 +142,15 @@ def _coco_layout(root: Location, settings: DataSettings) -> Published:
 
     train = read("train", settings.keep_unlabelled_train)
     val = read("val", settings.keep_unlabelled_eval)
-    # COCO's own test labels are not published; a data set in its layout may have them
+    # COCO publishes no test labels; another data set in its layout may have them
     if has_split(root, "test", year):
-        return Published(train, val, read("test", settings.keep_unlabelled_eval))
-    return Published(train, None, val)
+        return PublishedSplits(train, val, read("test", settings.keep_unlabelled_eval))
+    return PublishedSplits(train, None, val)
 
 
-def _voc(settings: DataSettings) -> Published:
+def _voc(settings: DataSettings) -> PublishedSplits:
     base = find_voc(_root(settings), settings.year)
-    # the labels of VOC2012's test split are not published
+    # VOC2012 publishes no labels of its test split
     names = ("train", "val") if base.name == "VOC2012" else ("trainval", "test")
     difficult = settings.voc_difficult
     policies: tuple[Difficult, Difficult] = (
@@ -158,10 +160,10 @@ def _voc(settings: DataSettings) -> Published:
         read_voc(base, name, difficult=policy, missing_images=settings.missing_images)
         for name, policy in zip(names, policies, strict=True)
     )
-    return Published(train, None, test)
+    return PublishedSplits(train, None, test)
 
 
-def _nuswide(settings: DataSettings) -> Published:
+def _nuswide(settings: DataSettings) -> PublishedSplits:
     train, test = (
         read_nuswide(
             _root(settings),
@@ -176,17 +178,17 @@ def _nuswide(settings: DataSettings) -> Published:
             ("Test", settings.keep_unlabelled_eval),
         )
     )
-    return Published(train, None, test)
+    return PublishedSplits(train, None, test)
 
 
-def _apparel(settings: DataSettings) -> Published:
+def _apparel(settings: DataSettings) -> PublishedSplits:
     samples = read_apparel(_root(settings), single_labels=settings.apparel_single_labels)
     rest, part = stratified_split(samples.targets, settings.apparel_test_fraction, settings.split_seed)
     test = replace(samples.take(part), source=f"{len(part)} images by seed {settings.split_seed}", notes=())
-    return Published(samples.take(rest), None, test)
+    return PublishedSplits(samples.take(rest), None, test)
 
 
-def _manifest(settings: DataSettings) -> Published:
+def _manifest(settings: DataSettings) -> PublishedSplits:
     images = read_manifest(
         _root(settings, "the file of the manifest (--data.root FILE)"),
         image_column=settings.image_column,
@@ -195,70 +197,67 @@ def _manifest(settings: DataSettings) -> Published:
         label_names=_label_names(settings),
         missing_images=settings.missing_images,
     )
-    return _own_data(_by_split(images), settings)
+    return _custom_splits(_by_split(images), settings)
 
 
-def _folders(settings: DataSettings) -> Published:
-    root = _root(settings, "the folder that holds a folder for each label (--data.root DIR)")
-    return _own_data(_by_split(read_folders(root, label_names=_label_names(settings))), settings)
+def _folders(settings: DataSettings) -> PublishedSplits:
+    root = _root(settings, "the folder that holds one folder per label (--data.root DIR)")
+    return _custom_splits(_by_split(read_folders(root, label_names=_label_names(settings))), settings)
 
 
-def _huggingface(settings: DataSettings) -> Published:
+def _huggingface(settings: DataSettings) -> PublishedSplits:
     tables = read_huggingface(
         _root(settings),
         label_names=_label_names(settings),
         image_column=settings.image_column,
         label_column=settings.label_column,
     )
-    return _own_data(tables, settings)
+    return _custom_splits(tables, settings)
 
 
-def _webdataset(settings: DataSettings) -> Published:
+def _webdataset(settings: DataSettings) -> PublishedSplits:
     tables = read_webdataset(_root(settings), label_names=_label_names(settings), label_field=settings.label_column)
-    return _own_data(tables, settings)
+    return _custom_splits(tables, settings)
 
 
 def _label_names(settings: DataSettings) -> tuple[str, ...] | None:
     return None if settings.labels is None else read_label_names(Location.of(settings.labels))
 
 
-def _by_split(images: OwnImages) -> dict[str, SampleTable]:
+def _by_split(images: CustomImages) -> dict[SplitName, SampleTable]:
     if images.split is None:
         return {"train": images.samples}
     rows = {name: np.flatnonzero(images.split == position) for position, name in enumerate(SPLITS)}
     return {name: images.samples.take(part) for name, part in rows.items() if len(part)}
 
 
-def _own_data(tables: dict[str, SampleTable], settings: DataSettings) -> Published:
-    """Splits are what the data set calls them; where all of it is train, a part of that is test, by seed."""
+def _custom_splits(tables: dict[SplitName, SampleTable], settings: DataSettings) -> PublishedSplits:
+    """Return the splits that a custom data set names. If it names none, draw test from all images by seed."""
     source, notes = next((table.source, table.notes) for table in tables.values())
     if "train" not in tables:
-        raise UserError(f"{source}: no image is in the split train; name the images to learn from so")
+        raise UserError(f"{source}: no image is in the split train; put the images to train on in it")
     if len(tables) == 1 and settings.test_fraction:
         whole = tables["train"]
         rest, part = stratified_split(whole.targets, settings.test_fraction, settings.split_seed)
         if not len(rest):
             raise UserError(
-                f"{source}: data.test_fraction={settings.test_fraction} of {len(whole)} images leaves none to learn from;"
+                f"{source}: data.test_fraction={settings.test_fraction} of {len(whole)} images leaves none to train on;"
                 " add images or lower it"
             )
         tables = {"train": whole.take(rest), "test": whole.take(part)}
         drawn = f"data.test_fraction={settings.test_fraction}, data.split_seed={settings.split_seed}"
         notes += (f"no splits are named: test is drawn ({drawn})",)
-    kept = {name: _without_unlabelled(table, name, settings) for name, table in tables.items() if len(table)}
+    kept = {name: _drop_unlabelled(table, name, settings) for name, table in tables.items() if len(table)}
     train = replace(kept["train"], notes=notes + kept["train"].notes)
-    return Published(train, kept.get("val"), kept.get("test"))
+    return PublishedSplits(train, kept.get("val"), kept.get("test"))
 
 
-def _without_unlabelled(samples: SampleTable, name: str, settings: DataSettings) -> SampleTable:
+def _drop_unlabelled(samples: SampleTable, name: SplitName, settings: DataSettings) -> SampleTable:
     keep = settings.keep_unlabelled_train if name == "train" else settings.keep_unlabelled_eval
-    labelled = (samples.targets == PRESENT).any(1)
-    note = unlabelled_note(name, labelled, keep)
-    samples = samples if keep else samples.take(np.flatnonzero(labelled))
-    return replace(samples, source=f"{name} of {samples.source}", notes=(note,))
+    return replace(select_rows(samples, name, keep), source=f"{name} of {samples.source}")
 
 
-READERS: dict[Dataset, Callable[[DataSettings], Published]] = {
+READERS: dict[Dataset, Callable[[DataSettings], PublishedSplits]] = {
     "scenes": _scenes,
     "coco": _coco,
     "voc": _voc,

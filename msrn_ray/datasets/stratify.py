@@ -1,4 +1,4 @@
-"""Splits a data set in two of given sizes so that every label keeps its share in both parts."""
+"""Splits a data set into two parts of given sizes so that every label keeps its share in both."""
 
 from __future__ import annotations
 
@@ -9,37 +9,27 @@ from ..errors import UserError
 from ..types import PRESENT
 
 Rows = npt.NDArray[np.int64]
-SPLITS = ("train", "val", "test")
-
-
-# What people call them, in small letters.
-SPLIT_WORDS = {
-    **{"train": "train", "training": "train"},
-    **{"val": "val", "valid": "val", "validation": "val", "dev": "val"},
-    **{"test": "test", "testing": "test"},
-}
 
 
 def stratified_split(targets: npt.NDArray[np.int8], fraction: float, seed: int) -> tuple[Rows, Rows]:
-    """Iterative stratification for two parts: the rarest label first, its rows shared by what each part still lacks.
+    """Split rows by iterative stratification: the rarest label first, its rows shared by what each part still lacks.
 
-    The part has exactly round(fraction * n) rows. Labels keep their share as far as that allows; a label with too few rows for a whole
-    one in the part stays in the rest.
+    The second part has exactly round(fraction * n) rows. Labels keep their share as far as that size allows. A label with too few rows
+    for a whole row in the second part stays in the first.
 
     Args:
         targets: [n, C] int8 in {1, 0, -1}; only 1 counts as positive.
         fraction: share of the second part, in (0, 1).
-        seed: same targets, fraction and seed give the same split.
+        seed: the same targets, fraction and seed give the same split.
 
     Returns:
-        The rows of the rest and those of the part; int64, ascending.
+        The rows of the first and of the second part; int64, ascending.
 
     Raises:
         UserError: if fraction is not in (0, 1).
 
-    Source: Sechidis, Tsoumakas, Vlahavas, "On the Stratification of Multi-Label Data" (ECML PKDD 2011). Handing out
-    rows one by one to the part that lacks more comes, for two parts, to one rounded number per label, done here at
-    once.
+    Source: Sechidis, Tsoumakas, Vlahavas, "On the Stratification of Multi-Label Data" (ECML PKDD 2011). The paper hands out row by row to
+    the part that lacks more. For two parts, that equals one rounded number per label, computed here at once.
     """
     if not 0 < fraction < 1:
         raise UserError(f"the fraction to split off is {fraction}, but must be above 0 and below 1; 0.1 is usual")
@@ -57,7 +47,7 @@ def stratified_split(targets: npt.NDArray[np.int8], fraction: float, seed: int) 
         in_part[rows[: max(0, min(lacking, size - np.count_nonzero(in_part)))]] = True
         free[rows] = False
         left -= positive[rows].sum(0)
-    # what is missing for the size comes from rows without a label, then from any others of the rest
-    others = np.concatenate([rng.permutation(np.flatnonzero(free)), rng.permutation(np.flatnonzero(~free & ~in_part))])
-    in_part[others[: size - np.count_nonzero(in_part)]] = True
+    # rows without a label fill the part up to its size, then any other rows of the first part
+    fillers = np.concatenate([rng.permutation(np.flatnonzero(free)), rng.permutation(np.flatnonzero(~free & ~in_part))])
+    in_part[fillers[: size - np.count_nonzero(in_part)]] = True
     return np.flatnonzero(~in_part), np.flatnonzero(in_part)

@@ -1,4 +1,4 @@
-"""What the readers share: text and JSON files, messages, and where else the folder might be that was meant."""
+"""Reads text and JSON label files, checks names, and suggests the folder that a user may have meant."""
 
 from __future__ import annotations
 
@@ -9,122 +9,109 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from ..errors import UserError
 from ..io.storage import Location
 
-_LEVELS_ABOVE, _FOLDERS_BELOW = 3, 50  # how far a hint looks; each folder may be a request to another machine
+_LEVELS_ABOVE, _FOLDERS_BELOW = 3, 50  # how far to look for a folder to suggest; each folder may cost a network request
 
 
-def read_data(place: Location, mend: str) -> bytes:
-    """The bytes of a file that must be there.
+def read_data(file: Location, fix: str) -> bytes:
+    """Return the bytes of a file that must exist.
 
     Args:
-        place: the file.
-        mend: what to do if there is none, for the message.
+        file: where it is.
+        fix: what to do if it is missing, for the message.
 
     Raises:
-        UserError: if there is no such file or it cannot be read.
+        UserError: if the file is missing or cannot be read.
     """
     try:
-        return place.read_bytes()
+        return file.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{place}: no such file; {mend}") from None
+        raise UserError(f"{file}: no such file; {fix}") from None
     except OSError as error:
-        raise UserError(f"{place}: cannot be read ({' '.join(str(error).split())[:300]})") from None
+        raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())[:300]})") from None
 
 
-def read_text(place: Location, mend: str) -> str:
-    """The content of a UTF-8 file, without its byte order mark if it has one.
-
-    Raises:
-        UserError: if there is no such file (`mend` says what to do then) or it is in another encoding, with the line.
-    """
-    return decode_text(place, read_data(place, mend))
+def read_text(file: Location, fix: str) -> str:
+    """Return the content of a UTF-8 file, without its byte order mark; raises as `read_data` and `decode_text`."""
+    return decode_text(file, read_data(file, fix))
 
 
-def decode_text(place: Location, data: bytes) -> str:
-    """The text of a UTF-8 file, with or without byte order mark.
+def decode_text(file: Location, data: bytes) -> str:
+    """Return the text of a UTF-8 file, without its byte order mark.
 
     Raises:
         UserError: for another encoding, with the line of the first byte that is not UTF-8.
     """
-    mend = "save the whole file as UTF-8 (spreadsheets call it 'CSV UTF-8')"
+    fix = "save the whole file as UTF-8 (spreadsheets call it 'CSV UTF-8')"
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{place}: is UTF-16; {mend}")
+        raise UserError(f"{file}: is UTF-16; {fix}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{place}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; {mend}") from None
+        raise UserError(f"{file}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; {fix}") from None
 
 
-def read_lines(place: Location, mend: str) -> list[str]:
-    """The lines of a UTF-8 file, with line ends of any system; raises as `read_text`."""
-    return (
-        io.StringIO(read_text(place, mend), newline=None).read().split("\n")
-    )  # splitlines cuts at more than line ends
+def read_lines(file: Location, fix: str) -> list[str]:
+    """Return the lines of a UTF-8 file, with the line ends of any system; raises as `read_text`."""
+    text = io.StringIO(read_text(file, fix), newline=None).read()
+    return text.split("\n")  # splitlines would also cut at characters that are no line ends
 
 
-def read_label_names(place: Location, mend: str = "write one label a line") -> tuple[str, ...]:
-    """The lines of a text file, in their order; empty ones are left out.
+def read_label_names(file: Location, fix: str = "write one label per line") -> tuple[str, ...]:
+    """Return the lines of a text file in their order, without the empty ones.
 
     Args:
-        place: the file.
-        mend: what to do if there is none, for the message.
+        file: where it is.
+        fix: what to do if it is missing, for the message.
 
     Raises:
-        UserError: if it cannot be read, is empty, or names a label twice.
+        UserError: if the file cannot be read, is empty or repeats a label.
     """
-    names = [name for line in read_lines(place, mend) if (name := line.strip())]
+    names = [name for line in read_lines(file, fix) if (name := line.strip())]
     if not names:
-        raise UserError(f"{place}: is empty; write each label once, one a line")
-    if twice := [name for name, times in Counter(names).items() if times > 1]:
-        raise UserError(f"{place}: names {twice[0]!r} twice; write each label once, one a line")
+        raise UserError(f"{file}: is empty; write each label once, one per line")
+    if repeated := _repeated(names):
+        raise UserError(f"{file}: names {repeated[0]!r} more than once; write each label once, one per line")
     return tuple(names)
 
 
-def read_json(place: Location, mend: str) -> dict[str, Any]:
-    """A JSON object; {} for JSON of another kind. `mend` ends the message where it is damaged.
+def read_json(file: Location, fix: str) -> dict[str, Any]:
+    """Return a JSON object, or {} for JSON of another kind. `fix` ends the message about a damaged file.
 
     Raises:
-        UserError: if it cannot be read or is not JSON.
+        UserError: if the file cannot be read or is not JSON.
     """
     try:
-        content = json.loads(place.read_bytes())
+        content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{place}: damaged ({' '.join(str(error).split())[:200]}); {mend}") from None
+        raise UserError(f"{file}: damaged ({' '.join(str(error).split())[:200]}); {fix}") from None
     return content if isinstance(content, dict) else {}
 
 
-def unlabelled_note(what: str, labelled: npt.NDArray[np.bool_], keep_unlabelled: bool) -> str:
-    """The note on how many images there are and what became of those without a label; labelled: [n] bool."""
-    num_images, num_labelled = len(labelled), np.count_nonzero(labelled)
-    if keep_unlabelled:
-        return f"{what}: {num_images} images, {num_images - num_labelled} without a label kept"
-    return f"{what}: {num_labelled} of {num_images} images, {num_images - num_labelled} without a label dropped"
-
-
-def require_unique(place: Location, what: str, values: Iterable[int | str]) -> None:
-    """Refuses values that occur more than once.
+def require_unique(file: Location, field: str, values: Iterable[int | str]) -> None:
+    """Refuse repeated values.
 
     Raises:
-        UserError: with their number and the first ones.
+        UserError: with the number of repeated values and the first of them.
     """
-    twice = [value for value, times in Counter(values).items() if times > 1]
-    if twice:
+    if repeated := _repeated(values):
         raise UserError(
-            f"{place}: {len(twice)} values of {what} occur more than once ({first_few(twice)}); make them unique"
+            f"{file}: {len(repeated)} values of {field} occur more than once ({first_few(repeated)}); make them unique"
         )
 
 
+def _repeated(values: Iterable[Any]) -> list[Any]:
+    return [value for value, count in Counter(values).items() if count > 1]
+
+
 def require_utf8(root: Location, names: Iterable[str]) -> None:
-    """Refuses names of files that are no text; the operating system allows them.
+    """Refuse file names that are not UTF-8, which the operating system allows.
 
     Raises:
-        UserError: with the first ones.
+        UserError: with the first names.
     """
     unreadable = [name for name in names if not is_utf8(name)]
     if unreadable:
@@ -132,7 +119,7 @@ def require_utf8(root: Location, names: Iterable[str]) -> None:
 
 
 def is_utf8(name: str) -> bool:
-    """Whether it is text: names of files need not be, and JSON can write halves of characters."""
+    """Return whether a name can be encoded: file names may hold any bytes, and JSON can write half a surrogate pair."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -141,26 +128,26 @@ def is_utf8(name: str) -> bool:
 
 
 def first_few(items: Iterable[object], limit: int = 3) -> str:
-    """The first few, for a message."""
+    """Return the first items as text, for a message."""
     texts = [str(item) for item in items]
     return ", ".join(texts[:limit]) + (", ..." if len(texts) > limit else "")
 
 
-def hint(root: Location, holds: Callable[[Location], bool]) -> str:
-    """` (did you mean ...?)` with the nearest folder below or above `root` that `holds` what is looked for; else nothing."""
-    with contextlib.suppress(UserError):  # a hint is no reason for another error: what is around may be closed to us
-        for place in _around(root):
-            if holds(place):
-                return f" (did you mean {place}?)"
+def suggest_folder(root: Location, holds_data: Callable[[Location], bool]) -> str:
+    """Return ` (did you mean ...?)` with the nearest folder below or above `root` for which `holds_data` is true, else ""."""
+    with contextlib.suppress(UserError):  # a folder near `root` that cannot be listed must not hide the first error
+        for folder in _nearby_folders(root):
+            if holds_data(folder):
+                return f" (did you mean {folder}?)"
     return ""
 
 
-def _around(root: Location) -> Iterator[Location]:
+def _nearby_folders(root: Location) -> Iterator[Location]:
     for name in [name for name in root.names(missing_ok=True) if name.endswith("/")][:_FOLDERS_BELOW]:
         yield root / name.rstrip("/")
-    place = root
+    folder = root
     for _ in range(_LEVELS_ABOVE):
-        if place.parent == place or place.parent.is_local != root.is_local:  # the top; above a bucket there is nothing
+        if folder.parent == folder or folder.parent.is_local != root.is_local:  # the top; a bucket has no folder above
             break
-        place = place.parent
-        yield place
+        folder = folder.parent
+        yield folder

@@ -1,4 +1,4 @@
-"""Encoded bytes to uint8 images, and images to the square network input; pure functions, seeded from outside.
+"""Decodes images to uint8 and transforms them to the square network input; pure functions, the caller passes the rng.
 
 Shapes: S input side. Images are [3, H, W] uint8 RGB until the device normalises them: a quarter of the bytes of float32.
 """
@@ -20,35 +20,35 @@ from torchvision.transforms.v2 import functional as transform
 
 from ..errors import UserError
 
-# Not all that Pillow knows: its readers of EPS and the like start other programs, and none is needed for photographs.
+# Fewer than Pillow reads: some of its readers, such as that of EPS, start other programs, and photographs do not need them.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def decode(data: bytes, *, max_pixels: int, short_side: int | None = None) -> Tensor:
-    """Decodes a JPEG, PNG, WebP, GIF (first frame), BMP or TIFF image, turned upright by its EXIF orientation.
+    """Decode a JPEG, PNG, WebP, GIF (first frame), BMP or TIFF image and turn it upright by its EXIF orientation.
 
-    Grey, CMYK and palette images become RGB; 16-bit ones are scaled to 8; transparent pixels are laid on white, as viewers show them.
+    Grey, CMYK and palette images become RGB. 16-bit images are scaled to 8 bits. Transparent pixels are blended with white, as in viewers.
 
     Args:
         data: the file's bytes.
-        max_pixels: larger images are refused from their header, before their pixels take memory.
-        short_side: what is needed of it, pixels: a JPEG at least four times as large is decoded at 1/4 or 1/8 of its size, in a
-            sixteenth of the memory and three quarters of the time (1/2 would take Pillow as long as torchvision's full size). None: every
-            image in its full size.
+        max_pixels: larger images are refused by their header, before their pixels take memory.
+        short_side: the short side that is needed, pixels. A JPEG at least four times as large is decoded at 1/4 or 1/8 of its size, in a
+            sixteenth of the memory and three quarters of the time. (At 1/2, Pillow takes as long as torchvision at full size.) None: every
+            image at full size.
 
     Returns:
         [3, H, W] uint8.
 
     Raises:
-        UserError: if the bytes are not a whole image or the image is too large; says which.
+        UserError: if the bytes are no intact image or the image is too large; the message says which.
     """
     if not data:
         raise UserError("the file is empty")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of broken EXIF; the pixels are sound
+            warnings.simplefilter("ignore")  # Pillow warns about broken EXIF; the pixels are intact
             header = Image.open(io.BytesIO(data), formats=_FORMATS)
             if header.width * header.height > max_pixels:
                 raise UserError(f"{header.width} x {header.height} pixels are more than data.max_pixels={max_pixels}")
@@ -71,18 +71,18 @@ def decode(data: bytes, *, max_pixels: int, short_side: int | None = None) -> Te
 
 
 def _scaled_down(size: tuple[int, int], short_side: int) -> tuple[int, int]:
-    """The size at the smaller of the factors 1/4 and 1/8 that keeps `short_side`."""
+    """Return the size at 1/8 or else 1/4, whichever still has `short_side`."""
     factor = next(factor for factor in (8, 4) if min(size) >= factor * short_side)
     return size[0] // factor, size[1] // factor
 
 
 def smallest_side(size: int, scales: Sequence[float]) -> int:
-    """The short side from which even the smallest crop of `multi_scale_crop` has `size` pixels a side."""
+    """Return the short side of an image whose smallest crop by `multi_scale_crop` still has `size` pixels per side."""
     return math.ceil(size / min(scales, default=1.0))
 
 
 def from_pil(image: Image.Image) -> Tensor:
-    """A Pillow image -> [3, H, W] uint8; see `decode`."""
+    """Return a Pillow image as [3, H, W] uint8; see `decode`."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip instead of scale
         grey = np.asarray(image).astype(np.float32) / 257
@@ -94,24 +94,25 @@ def from_pil(image: Image.Image) -> Tensor:
 
 
 def resize(image: Tensor, size: int) -> Tensor:
-    """Evaluation view: the whole picture, bilinear with antialiasing, aspect ratio not kept. -> [3, S, S] uint8."""
+    """Return the evaluation view, [3, S, S] uint8: the whole image, bilinear with antialiasing, aspect ratio not kept."""
     view: Tensor = transform.resize(image, [size, size], antialias=True)
     return view
 
 
-# (x, y) in quarters of the room that is left: corners and centre, then edges' middles and the inner quarter points
+# (x, y) in quarters of the margin around the crop: corners and centre, then middles of edges and inner quarter points
 _POSITIONS = ((0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3))
 
 
 def multi_scale_crop(
     image: Tensor, size: int, scales: Sequence[float], rng: np.random.Generator, *, flip: bool
 ) -> Tensor:
-    """Training view: a crop of sides short side x scale at one of 13 fixed positions, resized to S x S, perhaps mirrored.
+    """Return the training view: a crop with sides of short side x scale at one of 13 positions, resized and perhaps mirrored.
 
     Args:
         image: [3, H, W] uint8.
         size: S, pixels.
-        scales: side lengths as parts of the short side, large to small; height and width are at most two steps apart. Empty: no crop.
+        scales: sides of the crop as fractions of the short side, large to small; height and width are at most two steps apart. Empty: no
+            crop.
         rng: decides crop and mirroring.
         flip: mirror left-right with probability 1/2.
 
@@ -136,14 +137,14 @@ def multi_scale_crop(
 
 
 def normalize(images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
-    """[B, 3, S, S] uint8 -> float32, (x / 255 - mean) / std, channels last, on the device where the images are."""
+    """Return (x / 255 - mean) / std of [B, 3, S, S] uint8 images as float32, channels last, on their device."""
     factor, offset = _normalization(tuple(mean), tuple(std), images.device)
     return images.to(torch.float32, memory_format=torch.channels_last) * factor + offset
 
 
 @lru_cache(maxsize=8)
 def _normalization(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """x / 255 / std - mean / std as one multiply and one add; cached, so that no step copies constants to the device."""
+    """Return factor and offset: x / 255 / std - mean / std. Cached, so that no step copies constants to the device."""
     scale = torch.tensor(std, dtype=torch.float64)
     factor, offset = 1 / (255 * scale), -torch.tensor(mean, dtype=torch.float64) / scale
     return (

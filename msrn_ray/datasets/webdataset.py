@@ -1,6 +1,6 @@
-"""Reads WebDataset tars: files of one name are a sample, its image (`.jpg`, ...) and its labels (`.json` or `.cls`).
+"""Reads WebDataset tars: the files of one name are a sample, its image (`.jpg`, ...) and its labels (`.json` or `.cls`).
 
-Images stay in their tar: the uri of a sample is the range of bytes there.
+Images stay in their tar: the uri of a sample is a range of bytes of the tar.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from ..errors import UserError
 from ..io.byte_ranges import range_uris
 from ..io.storage import Location
 from ..types import SampleTable
-from .containers import LABEL_FIELDS, build_tables, by_split
+from .containers import LABEL_FIELDS, LabelLists, build_tables, by_split
 from .image_uris import IMAGE_SUFFIXES
-from .text_files import hint, is_utf8
+from .split_names import SplitName
+from .text_files import is_utf8, suggest_folder
 
 _IMAGES = {suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES}
 
 
 @dataclass
 class _Sample:
+    """A sample's key, the offset and length of its image in the tar, and the content of its label files by suffix."""
+
     key: str
     image: tuple[int, int] | None = None
     labels: dict[str, bytes] = field(default_factory=dict)
@@ -36,21 +38,20 @@ class _Sample:
 
 def read_webdataset(
     root: Location, *, label_names: tuple[str, ...] | None = None, label_field: str | None = None
-) -> dict[str, SampleTable]:
-    """Reads all tars of a folder; only their headers and labels where they are local, once through where they are not.
+) -> dict[SplitName, SampleTable]:
+    """Read all tars of a folder: only headers and labels of local tars, the whole of remote tars.
 
     Args:
-        root: folder of the tars (sub-folders too), or one tar. Names that begin with train, val (valid, validation, dev) or test tell
-            the split, of the tar or of its folder; without any, all is train.
-        label_names: labels in the order wanted, to which numbers refer (`.cls`, or in `.json`); None for all that occur.
-        label_field: the field of the `.json` with a label, a list of labels or {label: 1 or 0}; None: labels, label, tags, classes or
-            categories.
+        root: folder of the tars (subfolders too), or one tar. The name of a tar or its folder gives the split if it begins with train, val
+            (valid, validation, dev) or test. If no name does, all tars are train.
+        label_names: labels in the requested order, to which numbers refer (`.cls`, or in `.json`); None: all that occur.
+        label_field: the field of the `.json` with a label, a list of labels or {label: 1 or 0}; None: one of `LABEL_FIELDS`.
 
     Returns:
         split -> n rows in the order of tars by name and of samples in them; image_id is `<tar>/<key>`; targets in {1, 0}.
 
     Raises:
-        UserError: if there is no tar, one is damaged or compressed, or a sample lacks image or labels.
+        UserError: if there is no tar, a tar is damaged or compressed, or a sample lacks its image or labels.
     """
     tars = (
         [""]
@@ -58,15 +59,17 @@ def read_webdataset(
         else [name for name in root.names(recursive=True, missing_ok=True) if name.endswith(".tar")]
     )
     if not tars:
-        packed = ".tar.gz and .tgz have to be unpacked to .tar: images are read from within"
+        compressed = ".tar.gz and .tgz have to be unpacked to .tar: images are read in place"
         what = "holds no .tar" if root.is_dir() else "no such folder"
-        raise UserError(f"{root}: {what}; give the folder of WebDataset tars ({packed}){hint(root, _holds_tars)}")
+        suggestion = suggest_folder(root, _holds_tars)
+        raise UserError(f"{root}: {what}; give the folder of WebDataset tars ({compressed}){suggestion}")
     parts = {}
     for split, names in by_split(root, tars).items():
         read = [_read_tar(root / name if name else root, name, label_names, label_field) for name in names]
-        ids, uris, num_labels, labels = (list(column) for column in zip(*read, strict=True))
-        image_ids, addresses, flat = (pa.concat_arrays(column) for column in (ids, uris, labels))
-        parts[split] = (image_ids, addresses, np.concatenate(num_labels), flat)
+        image_ids, uris, num_labels, labels = (list(column) for column in zip(*read, strict=True))
+        parts[split] = LabelLists(
+            pa.concat_arrays(image_ids), pa.concat_arrays(uris), np.concatenate(num_labels), pa.concat_arrays(labels)
+        )
     return build_tables(parts, label_names, root)
 
 
@@ -74,27 +77,29 @@ def _holds_tars(folder: Location) -> bool:
     return any(name.endswith(".tar") for name in folder.names(missing_ok=True))
 
 
-def _read_tar(
-    tar: Location, name: str, label_names: tuple[str, ...] | None, label_field: str | None
-) -> tuple[pa.StringArray, pa.StringArray, npt.NDArray[np.int64], pa.StringArray]:
-    """Ids, uris, number of labels of each sample, and all labels one behind the other; name: the tar's, below the root."""
+def _read_tar(tar: Location, name: str, label_names: tuple[str, ...] | None, label_field: str | None) -> LabelLists:
+    """Return the samples of a tar; name: its path below the root, "" if it is the root."""
     prefix = (name or tar.name).removesuffix(".tar")
     ids: list[str] = []
-    places: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     num_labels: list[int] = []
     labels: list[str] = []
     for sample in _samples(tar):
         where = f"{tar}: sample {sample.key}"
         if sample.image is None:
-            raise UserError(f"{where} holds no image ({', '.join(sorted(_IMAGES))}); take it out")
-        own = _labels(sample, label_names, label_field, where)
+            raise UserError(f"{where} holds no image ({', '.join(sorted(_IMAGES))}); remove it")
+        sample_labels = _labels(sample, label_names, label_field, where)
         ids.append(f"{prefix}/{sample.key}")
-        places.append(sample.image)
-        num_labels.append(len(own))
-        labels += own
-    offsets, lengths = np.array(places, np.int64).reshape(-1, 2).T
-    image_ids, flat = (pa.array(column, pa.string()) for column in (ids, labels))
-    return image_ids, range_uris(tar, offsets, lengths), np.array(num_labels, np.int64), flat
+        ranges.append(sample.image)
+        num_labels.append(len(sample_labels))
+        labels += sample_labels
+    offsets, lengths = np.array(ranges, np.int64).reshape(-1, 2).T
+    return LabelLists(
+        pa.array(ids, pa.string()),
+        range_uris(tar, offsets, lengths),
+        np.array(num_labels, np.int64),
+        pa.array(labels, pa.string()),
+    )
 
 
 def _samples(tar: Location) -> Iterator[_Sample]:
@@ -102,11 +107,11 @@ def _samples(tar: Location) -> Iterator[_Sample]:
     try:
         with (
             tar.opened_input() as stream,
-            # From another machine one read from start to end is quicker than a request for each header.
+            # For a remote tar, one read from start to end is quicker than a request per header.
             tarfile.open(fileobj=stream, mode="r:" if tar.is_local else "r|") as archive,
         ):
             for member in archive:
-                archive.members = []  # type: ignore[attr-defined]  # else it remembers every file
+                archive.members = []  # type: ignore[attr-defined]  # else it keeps every header in memory
                 folder, base = posixpath.split(member.name)
                 stem, _, suffix = base.partition(".")
                 if not member.isfile() or base.startswith("."):
@@ -121,7 +126,7 @@ def _samples(tar: Location) -> Iterator[_Sample]:
                     sample.image = (member.offset_data, member.size)
                 elif kind in ("json", "cls"):
                     content = archive.extractfile(member)
-                    assert content is not None, "it is a file"
+                    assert content is not None, "member.isfile() is true"
                     sample.labels[kind] = content.read()
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"{tar}: not a whole, uncompressed tar ({error}); download or unpack it again") from None
@@ -130,7 +135,7 @@ def _samples(tar: Location) -> Iterator[_Sample]:
 
 
 def _labels(sample: _Sample, names: tuple[str, ...] | None, label_field: str | None, where: str) -> list[str]:
-    """The labels of a sample, each once."""
+    """Return the labels of a sample, each once."""
     if "json" in sample.labels:
         try:
             content = json.loads(sample.labels["json"])
@@ -148,29 +153,29 @@ def _labels(sample: _Sample, names: tuple[str, ...] | None, label_field: str | N
     elif "cls" in sample.labels:
         text = sample.labels["cls"].decode("utf-8", "replace").replace(",", "\n")
         words = text.split()
-        if not all(word.isdecimal() for word in words):  # names may have blanks inside
+        if not all(word.isdecimal() for word in words):  # names may contain blanks
             words = [word for line in text.splitlines() if (word := line.strip())]
         value = [int(word) if word.isdecimal() else word for word in words]
     else:
-        raise UserError(
-            f"{where} holds no labels; a .json with a list of labels, or a .cls, has to lie beside the image"
-        )
+        raise UserError(f"{where} holds no labels; put a .json with a list of labels, or a .cls, beside the image")
     if isinstance(value, dict):
         wrong = [name for name, state in value.items() if state not in (0, 1)]
         if wrong:
             raise UserError(f"{where}: label {wrong[0]!r} is {value[wrong[0]]!r}; write 1 or 0")
         value = [name for name, state in value.items() if state]
-    given = value if isinstance(value, list) else [value]
-    return list(dict.fromkeys(_name(one, names, where) for one in given))
+    labels = value if isinstance(value, list) else [value]
+    return list(dict.fromkeys(_name(label, names, where) for label in labels))
 
 
 def _name(label: Any, names: tuple[str, ...] | None, where: str) -> str:
     if isinstance(label, str) and label.strip() and is_utf8(label):
         return label.strip()
     if not isinstance(label, int) or isinstance(label, bool):
-        raise UserError(f"{where}: {label!r} is not a label; write a name, or the number of one in data.labels")
+        raise UserError(f"{where}: {label!r} is not a label; write a name, or its number in data.labels")
     if names is None:
-        raise UserError(f"{where}: label {label} is a number; name the labels in a text file (data.labels), one a line")
+        raise UserError(
+            f"{where}: label {label} is a number; name the labels in a text file (data.labels), one per line"
+        )
     if not 0 <= label < len(names):
         raise UserError(f"{where}: label {label} is not one of the {len(names)} of data.labels (0 to {len(names) - 1})")
     return names[label]

@@ -24,22 +24,22 @@ from rich.console import Console
 
 from ..config import DataSettings, ResourceSettings
 from ..datasets.prepared import (
-    AGAIN,
-    ANEW,
-    BAD_FILE,
+    BAD_IMAGES_FILE,
     FORMAT,
     INFO_FILE,
     PLAN_FILE,
+    RUN_AGAIN,
+    START_OVER,
     VERSION,
     PreparedInfo,
     PreparedSplit,
-    SplitName,
-    index_place,
+    index_file,
     read_info,
 )
 from ..datasets.protocol import fingerprint
 from ..datasets.registry import read_published, reader_settings
 from ..datasets.shard_writer import ShardRecord, ShardWriter
+from ..datasets.split_names import SplitName
 from ..datasets.text_files import read_json
 from ..errors import BadImagesError, UserError
 from ..io.progress_bar import count_images
@@ -175,7 +175,7 @@ def _claim(out: Location, plan: str) -> None:
     """
     place = out / PLAN_FILE
     if place.is_file():
-        theirs = read_json(place, ANEW)
+        theirs = read_json(place, START_OVER)
         if theirs != {"format": FORMAT, "version": VERSION, "plan": plan}:
             raise UserError(
                 f"--out {out}: holds another data set, or this one with other labels or settings; give a new folder, or empty this one"
@@ -200,7 +200,7 @@ def _write_split(
     for batch in shards.map_batches(task, batch_size=None, num_cpus=1).iter_batches(batch_size=None):
         for text, error in zip(batch["record"], batch["error"], strict=True):
             if error:
-                raise UserError(f"{error}; then {AGAIN}")
+                raise UserError(f"{error}; then {RUN_AGAIN}")
             record = ShardRecord.model_validate_json(text)
             assert record.number == len(sizes), "Ray Data keeps the order"
             numbers = [record.number] * len(record.rows)
@@ -250,7 +250,7 @@ def _write_index(out: Location, split: SplitName, table: SampleTable, written: _
     )
     sink = io.BytesIO()
     pq.write_table(index, sink, compression="zstd")
-    index_place(out, split).write_bytes(sink.getvalue())
+    index_file(out, split).write_bytes(sink.getvalue())
 
 
 def _write_bad(out: Location, tables: dict[SplitName, SampleTable], written: dict[SplitName, _Written]) -> None:
@@ -260,6 +260,6 @@ def _write_bad(out: Location, tables: dict[SplitName, SampleTable], written: dic
     if lines:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([["split", "image_id", "reason"], *lines])
-        (out / BAD_FILE).write_bytes(text.getvalue().encode())
+        (out / BAD_IMAGES_FILE).write_bytes(text.getvalue().encode())
     else:  # of an earlier run, before they were mended
-        (out / BAD_FILE).remove()
+        (out / BAD_IMAGES_FILE).remove()

@@ -87,11 +87,11 @@ def test_2014_comes_before_2017(tmp_path: Path) -> None:
     assert read_coco(tmp_path, "train", keep_unlabelled=True, year=2017).source == "instances_train2017.json"
 
 
-def test_years_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_years_are_refused(tmp_path: Path) -> None:
     root = write(tmp_path, small_json())
     with pytest.raises(UserError, match=r"looked for annotations/instances_train2017\.json, found only annotations, "):
         read_coco(root, "train", keep_unlabelled=True, year=2017)
-    with pytest.raises(UserError, match=r"data\.year 2012: COCO is read for 2014 and 2017"):
+    with pytest.raises(UserError, match=r"data\.year 2012: COCO has 2014 and 2017; choose one"):
         read_coco(root, "train", keep_unlabelled=True, year=2012)
 
 
@@ -133,26 +133,26 @@ def test_agrees_with_an_independent_reading(
         assert Path(row["uri"]).is_file()
 
 
-def test_label_order_is_that_of_the_authors(shared: Path) -> None:
+def test_label_order_matches_the_authors(shared: Path) -> None:
     names = np.load(shared / "word_vectors/coco.npz")["names"].tolist()
     assert list(read_coco(shared / "data/coco_mini", "val", keep_unlabelled=False).label_names) == names
 
 
-def test_missing_root(tmp_path: Path) -> None:
+def test_missing_root_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"nowhere: no such folder; give the folder that holds annotations/ and train2014/"
     ):
         read_coco(tmp_path / "nowhere", "train", keep_unlabelled=True)
 
 
-def test_empty_root_says_what_was_looked_for(tmp_path: Path) -> None:
+def test_empty_root_names_the_expected_files(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"instances_train2014\.json or annotations/instances_train2017\.json, found nothing; give"
     ):
         read_coco(tmp_path, "train", keep_unlabelled=True)
 
 
-def test_outlines_change_nothing(tmp_path: Path) -> None:
+def test_outlines_do_not_change_targets(tmp_path: Path) -> None:
     plain = read_coco(write(tmp_path / "plain", small_json()), "train", keep_unlabelled=True)
     content = small_json()
     shapes = ([[1.5, 2, 3, 4]], {"counts": [1, 2], "size": [5, 6]}, {"counts": "aZ", "size": [5, 6]}, [], None)
@@ -171,7 +171,7 @@ def test_byte_order_mark(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("level", ["annotations", "train2014", ".."])
-def test_wrong_level_is_pointed_out(tmp_path: Path, level: str) -> None:
+def test_wrong_folder_level_gets_a_suggestion(tmp_path: Path, level: str) -> None:
     root = write(tmp_path / "data", small_json())
     given = tmp_path if level == ".." else root / level
     with pytest.raises(UserError) as error:
@@ -179,7 +179,7 @@ def test_wrong_level_is_pointed_out(tmp_path: Path, level: str) -> None:
     assert f"did you mean {root}?" in str(error.value)
 
 
-def test_missing_image_folder(tmp_path: Path) -> None:
+def test_missing_image_folder_is_refused(tmp_path: Path) -> None:
     root = write(tmp_path, small_json())
     shutil.rmtree(root / "train2014")
     with pytest.raises(
@@ -188,12 +188,12 @@ def test_missing_image_folder(tmp_path: Path) -> None:
         read_coco(root, "train", keep_unlabelled=True)
 
 
-def test_images_not_on_disk_are_counted_and_named(tmp_path: Path) -> None:
+def test_missing_images_are_counted_and_named(tmp_path: Path) -> None:
     root = write(tmp_path, small_json())
     for number in (20, 3, 9, 7):
         (root / f"train2014/{number:03}.jpg").unlink()
     with pytest.raises(
-        UserError, match=r"4 of its 4 images are not there \(\S*/003\.jpg, \S*/007\.jpg, \S*/009\.jpg, \.\.\.\); finish"
+        UserError, match=r"4 of its 4 images are missing \(\S*/003\.jpg, \S*/007\.jpg, \S*/009\.jpg, \.\.\.\); finish"
     ):
         read_coco(root, "train", keep_unlabelled=True)
     for number in (20, 3, 7):
@@ -214,7 +214,7 @@ def test_images_in_sub_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"images": [', "\udcff\udcfe"])
-def test_not_json(tmp_path: Path, text: str) -> None:
+def test_broken_json_is_refused(tmp_path: Path, text: str) -> None:
     root = write(tmp_path, small_json())
     (root / "annotations/instances_train2014.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=r"instances_train2014\.json: not a JSON file .*download or unpack it again"):
@@ -256,7 +256,7 @@ def change(edit: Callable[[Json], object]) -> Json:
         (change(lambda c: c["annotations"].append(None)), r'entry 5 of "annotations" needs a field "id"'),
         (
             change(lambda c: c["annotations"][0].update(category_id=2)),
-            r'"annotations" have 1 values of "category_id" that "categories" lacks \(2\); add them there or take',
+            r'"annotations" have 1 values of "category_id" that "categories" lacks \(2\); add them there or remove',
         ),
         (
             change(lambda c: c["annotations"][0].update(image_id=999)),
@@ -281,14 +281,14 @@ def change(edit: Callable[[Json], object]) -> Json:
     ],
 )
 @pytest.mark.parametrize("crowd", [True, False])
-def test_damaged_json_names_the_place(tmp_path: Path, content: Json, message: str, crowd: bool) -> None:
+def test_damaged_json_names_entry_and_field(tmp_path: Path, content: Json, message: str, crowd: bool) -> None:
     root = write(tmp_path, content)
     with pytest.raises(UserError, match=message) as error:
         read_coco(root, "train", keep_unlabelled=True, crowd=crowd)
     assert "instances_train2014.json" in str(error.value)
 
 
-def test_no_labelled_image(tmp_path: Path) -> None:
+def test_file_without_any_label_is_refused(tmp_path: Path) -> None:
     root = write(tmp_path, change(lambda c: c.update(annotations=[])))
     with pytest.raises(
         UserError, match=r"no image is left to use \(train2014: 0 of 4 images, 4 without a label dropped\)"
@@ -297,23 +297,23 @@ def test_no_labelled_image(tmp_path: Path) -> None:
     assert len(read_coco(root, "train", keep_unlabelled=True)) == 4
 
 
-def test_a_file_uri_hides_no_way_out(tmp_path: Path) -> None:
+def test_file_uri_cannot_leave_its_folder(tmp_path: Path) -> None:
     content = small_json()
     content["images"][0]["file_name"] = "%2e%2e/secret.jpg"
     root = write(tmp_path, content)
     (tmp_path / "secret.jpg").touch()
-    with pytest.raises(UserError, match=r"1 of its 4 images are not there \(.*train2014/%2e%2e/secret\.jpg\)"):
+    with pytest.raises(UserError, match=r"1 of its 4 images are missing \(.*train2014/%2e%2e/secret\.jpg\)"):
         read_coco(f"file://{root}", "train", keep_unlabelled=True)
 
 
-def test_names_that_no_file_can_have(tmp_path: Path) -> None:
+def test_impossible_file_names_count_as_missing(tmp_path: Path) -> None:
     content = small_json()
     content["images"][0]["file_name"] = "a\0b/c.jpg"
-    with pytest.raises(UserError, match="1 of its 4 images are not there"):
+    with pytest.raises(UserError, match="1 of its 4 images are missing"):
         read_coco(write(tmp_path, content), "train", keep_unlabelled=True)
 
 
-def test_lists_within_lists_without_end(tmp_path: Path) -> None:
+def test_deeply_nested_json_is_refused(tmp_path: Path) -> None:
     root = write(tmp_path, small_json())
     (root / "annotations/instances_train2014.json").write_text("[" * 200_000)
     with pytest.raises(UserError, match=r"instances_train2014\.json: not a JSON file \(maximum recursion depth"):
@@ -324,7 +324,7 @@ def test_lists_within_lists_without_end(tmp_path: Path) -> None:
     ("section", "field", "value"),
     [("images", "file_name", "\ud800.jpg"), ("categories", "name", "\ud800"), ("images", "id", 2**70)],
 )
-def test_halves_of_characters_and_numbers_too_large(tmp_path: Path, section: str, field: str, value: object) -> None:
+def test_invalid_characters_and_numbers_are_refused(tmp_path: Path, section: str, field: str, value: object) -> None:
     content = small_json()
     content[section][0][field] = value
     with pytest.raises(UserError, match=f'entry 0 of "{section}" needs a field "{field}" with'):

@@ -66,7 +66,7 @@ def test_files_by_split() -> None:
     root = Location.of("/set")
     assert by_split(root, ["a.tar", "b.tar"]) == {"train": ["a.tar", "b.tar"]}
     assert by_split(root, ["test.tar", "train/b.tar"]) == {"test": ["test.tar"], "train": ["train/b.tar"]}
-    with pytest.raises(UserError, match=r"extra\.tar tells no split, others do"):
+    with pytest.raises(UserError, match=r"the name extra\.tar gives no split, but other names do; begin"):
         by_split(root, ["train.tar", "extra.tar"])
     with pytest.raises(UserError, match="no file of the train split"):
         by_split(root, ["val.tar"])
@@ -179,7 +179,7 @@ def test_webdataset_faults_are_named(tmp_path: Path, members: dict[str, bytes], 
         read_webdataset(Location.of(tmp_path))
 
 
-def test_webdataset_numbers_and_names_out_of_the_list(tmp_path: Path) -> None:
+def test_webdataset_unlisted_labels_are_refused(tmp_path: Path) -> None:
     for value, match in (
         (3, r"label 3 is not one of the 3 of data\.labels \(0 to 2\)"),
         ("bat", r"image a/a has the label 'bat'"),
@@ -189,7 +189,7 @@ def test_webdataset_numbers_and_names_out_of_the_list(tmp_path: Path) -> None:
             read_webdataset(Location.of(tmp_path), label_names=NAMES)
 
 
-def test_webdataset_tars_that_are_none(tmp_path: Path) -> None:
+def test_webdataset_broken_tars_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no \.tar; .*unpacked"):
         read_webdataset(Location.of(tmp_path))
     whole = write_tar(tmp_path / "a.tar", {"a.jpg": picture(0), "a.json": as_json(["dog"])}).read_bytes()
@@ -263,7 +263,7 @@ def test_huggingface_rows_of_arrow_files(tmp_path: Path) -> None:
     assert "#bytes=" in tables["train"].table["uri"][0].as_py()
 
 
-def test_huggingface_from_elsewhere_and_of_one_split(tmp_path: Path) -> None:
+def test_huggingface_remote_folder_with_one_split(tmp_path: Path) -> None:
     root = save_to_disk(tmp_path / "saved", arrow_table(numbers(), CLASSES))
     remote = Location.of(f"memory://{tmp_path.name}-saved")
     for path in root.iterdir():
@@ -331,15 +331,15 @@ TWO_IMAGES = pa.table({"a": [b"x"], "b": [b"y"], "labels": [["cat"]]})
         (arrow_table(numbers(), None), {}, r"labels holds numbers without names; .*data\.labels"),
         (arrow_table(numbers(), None), {"label_names": ("a",)}, r"labels holds 2, but there are 1 names \(0 to 0\)"),
         (arrow_table(pa.array(LABELS), None), {"label_names": ("cat", "dog")}, r"image train/00000002 has the label 'owl'.*data\.labels"),
-        (arrow_table(pa.array([1.5] * 5), None), {}, r"labels is double; a label or a list of labels is due"),
-        (arrow_table(pa.array(LABELS), None, tags=["a"] * 5), {}, r"2 columns that may be the label's; name one of .*data\.label_column"),
+        (arrow_table(pa.array([1.5] * 5), None), {}, r"labels is double; it must hold a label or a list of labels"),
+        (arrow_table(pa.array(LABELS), None, tags=["a"] * 5), {}, r"2 columns may hold the label; name one of .*data\.label_column"),
         (arrow_table(pa.array(LABELS), None), {"label_column": "tag"}, r"no label column 'tag'; name one of image\.bytes, .*labels"),
         (arrow_table(pa.array(LABELS), None), {"image_column": "photo"}, r"no image column 'photo'.*data\.image_column"),
-        (TWO_IMAGES, {}, r"0 columns that may be the image's"),
+        (TWO_IMAGES, {}, r"0 columns may hold the image; name one"),
         (arrow_table(pa.array(LABELS), None, id=[1, 1, 2, 3, 4]), {}, r"image id '1' 2 times"),
     ],
 )  # fmt: skip
-def test_huggingface_columns_that_are_not_clear(
+def test_huggingface_ambiguous_columns_are_refused(
     tmp_path: Path, table: pa.Table, given: dict[str, Any], match: str
 ) -> None:
     with pytest.raises(UserError, match=match):
@@ -347,7 +347,7 @@ def test_huggingface_columns_that_are_not_clear(
 
 
 @pytest.mark.parametrize("given", [".", "saved/images"])
-def test_the_right_level_of_containers_is_named(tmp_path: Path, given: str) -> None:
+def test_wrong_folder_level_gets_a_suggestion(tmp_path: Path, given: str) -> None:
     (tmp_path / "saved/images").mkdir(parents=True)
     save_dictionary(tmp_path / "saved", train=arrow_table(pa.array(LABELS), None))
     with pytest.raises(UserError, match=rf"\(did you mean {tmp_path}/saved\?\)$"):
@@ -357,7 +357,7 @@ def test_the_right_level_of_containers_is_named(tmp_path: Path, given: str) -> N
         read_webdataset(Location.of(tmp_path / "saved/images"))
 
 
-def test_huggingface_folders_that_are_none(tmp_path: Path) -> None:
+def test_huggingface_broken_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no dataset_dict\.json, state\.json or \.parquet"):
         read_huggingface(Location.of(tmp_path))
     for read in (read_huggingface, read_webdataset):
@@ -389,7 +389,7 @@ def test_huggingface_folders_that_are_none(tmp_path: Path) -> None:
         read_huggingface(Location.of(tmp_path))
 
 
-def test_huggingface_images_that_are_not_in_the_file(tmp_path: Path) -> None:
+def test_huggingface_missing_image_bytes_are_refused(tmp_path: Path) -> None:
     table = arrow_table(pa.array(LABELS), None)
     images = pa.array([{"bytes": None, "path": "a.jpg"}] * 5, table.schema.field("image").type)
     root = save_to_disk(tmp_path / "paths", table.set_column(0, "image", images))
@@ -409,21 +409,21 @@ def test_huggingface_images_that_are_not_in_the_file(tmp_path: Path) -> None:
         read_huggingface(Location.of(root))
 
 
-def test_huggingface_ids_that_lack(tmp_path: Path) -> None:
+def test_huggingface_missing_ids_are_refused(tmp_path: Path) -> None:
     table = pa.table({"image": [picture(0), picture(1)], "label": ["a", "b"], "image_id": ["x", None]})
     pq.write_table(table, tmp_path / "train.parquet")
     with pytest.raises(UserError, match="row 1 of a batch has no image_id; fill it in"):
         read_huggingface(Location.of(tmp_path))
 
 
-def test_huggingface_text_that_is_none(tmp_path: Path) -> None:
+def test_huggingface_invalid_text_is_refused(tmp_path: Path) -> None:
     labels = pa.array([b"\xff", b"b"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"image": [picture(0), picture(1)], "label": labels}), tmp_path / "train.parquet")
     with pytest.raises(UserError, match=r"train\.parquet: cannot be read \(.*UTF8"):
         read_huggingface(Location.of(tmp_path))
 
 
-def test_huggingface_lists_that_end_outside_of_the_file(tmp_path: Path) -> None:
+def test_huggingface_lists_beyond_the_file_are_refused(tmp_path: Path) -> None:
     ends = pa.py_buffer(np.array([0, 2**30, 2], np.int32))
     labels = pa.Array.from_buffers(pa.list_(pa.string()), 2, [None, ends], children=[pa.array(["a", "b"])])
     save_to_disk(tmp_path / "saved", pa.table({"image": [picture(0), picture(1)], "labels": labels}))
@@ -431,7 +431,7 @@ def test_huggingface_lists_that_end_outside_of_the_file(tmp_path: Path) -> None:
         read_huggingface(Location.of(tmp_path / "saved"))
 
 
-def test_huggingface_labels_with_blanks_around_and_nothing_inside(tmp_path: Path) -> None:
+def test_huggingface_blank_labels_are_dropped(tmp_path: Path) -> None:
     labels = [["cat", " cat", ""], ["owl "], [None, " "]]
     pq.write_table(pa.table({"image": [picture(row) for row in range(3)], "labels": labels}), tmp_path / "a.parquet")
     (table,) = read_huggingface(Location.of(tmp_path)).values()
@@ -450,7 +450,7 @@ def test_webdataset_names_with_blanks(tmp_path: Path) -> None:
     assert table.targets.tolist() == [[1, 0, 1], [1, 0, 0], [1, 1, 0]]
 
 
-def test_webdataset_halves_of_characters(tmp_path: Path) -> None:
+def test_webdataset_invalid_characters_are_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"a.jpg": picture(0), "a.json": as_json(["a\ud800"])})
     with pytest.raises(UserError, match=r"sample a: 'a\\ud800' is not a label"):
         read_webdataset(Location.of(tmp_path))

@@ -33,7 +33,7 @@ def splits_of(root: Location, **data: object) -> Splits:
     return load_splits(ExperimentConfig().with_overrides(overrides | {f"data.{key}": data[key] for key in data}))
 
 
-def test_a_folder_is_a_label(tmp_path: Path) -> None:
+def test_each_folder_is_a_label(tmp_path: Path) -> None:
     root = fill(
         tmp_path, "dog/b.jpg", "dog/a.PNG", "cat/a.jpg", "traffic light/more/inside/ü c.webp", "cat/.hidden.jpg"
     )
@@ -44,7 +44,7 @@ def test_a_folder_is_a_label(tmp_path: Path) -> None:
     assert samples.table["image_id"].to_pylist() == ids
     assert samples.table["uri"].to_pylist() == [f"{tmp_path}/{image}" for image in ids]
     assert samples.targets.tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 0], [0, 0, 1]]
-    assert samples.notes == (f"{tmp_path.name}: 4 images, 3 labels (a folder for each)",)
+    assert samples.notes == (f"{tmp_path.name}: 4 images, 3 labels (one folder per label)",)
 
 
 def test_folders_of_splits(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_folders_of_splits(tmp_path: Path) -> None:
         assert all(image.startswith(f"{folder}/") for image in table.table["image_id"].to_pylist())
         assert table.targets.sum(0).tolist() == [3, 3, int(name == "train")]
     assert splits.notes == (
-        f"{tmp_path.name}: 19 images, 3 labels (a folder for each)",
+        f"{tmp_path.name}: 19 images, 3 labels (one folder per label)",
         "train: 7 of 7 images, 0 without a label dropped",
         "val: 6 images, 0 without a label kept",
         "test: 6 images, 0 without a label kept",
@@ -73,7 +73,7 @@ def test_a_label_may_be_called_train(tmp_path: Path) -> None:
     assert split is None
 
 
-def test_without_splits_they_are_drawn_by_seed(shared: Path) -> None:
+def test_missing_splits_are_drawn_by_seed(shared: Path) -> None:
     root = Location.of(shared / "data/apparel_mini")
     splits = splits_of(root, test_fraction=0.2)
     sizes = [len(splits.named(name)) for name in ("train", "val", "test")]
@@ -102,7 +102,7 @@ def test_labels_from_a_file(tmp_path: Path) -> None:
         splits_of(root, labels=str(tmp_path / "names.txt"))
 
 
-def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+def test_notes_count_what_is_left_out(tmp_path: Path) -> None:
     root = fill(tmp_path, "dog/a.jpg", "dog/Thumbs.db", "cat/b.jpg", "stray.jpg", "readme.txt", "notes/list.txt")
     samples, _ = read_folders(root)
     assert len(samples) == 2
@@ -114,38 +114,38 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ((), r"holds no folder of images; give the folder that holds folders named as the labels \(dog/, cat/\)"),
+        ((), r"holds no folder of images; give the folder that holds folders named after labels \(dog/, cat/\)"),
         (("a.jpg",), r"holds no folder of images; give"),
         (("dog/a.jpg",), r"holds one folder of images only \(dog/\); give"),
         (("images/dog/a.jpg", "images/cat/b.jpg"), r"holds one folder of images only \(images/\).*\(did you mean .*/images\?\)"),
-        (("train/a.jpg", "val/b.jpg"), r"holds no folder of images; give .* or folders train/, val/, test/ around such"),
-        (("train/dog/a.jpg", "val/dog/b.jpg", "old/c.jpg"), r"holds train/, val/ beside old/, so it is not clear .*; have only"),
-        (("val/dog/a.jpg", "test/cat/b.jpg"), r"no image is in the split train; name"),
+        (("train/a.jpg", "val/b.jpg"), r"holds no folder of images; give .* or folders train/, val/, test/ around them"),
+        (("train/dog/a.jpg", "val/dog/b.jpg", "old/c.jpg"), r"holds train/, val/ beside old/, so it is not clear .*; keep only"),
+        (("val/dog/a.jpg", "test/cat/b.jpg"), r"no image is in the split train; put"),
     ],
 )  # fmt: skip
-def test_another_layout(tmp_path: Path, files: tuple[str, ...], message: str) -> None:
+def test_other_layouts_are_refused(tmp_path: Path, files: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         splits_of(fill(tmp_path, *files))
     assert tmp_path.name in str(error.value)
 
 
-def test_training_reads_the_files_that_predict_finds(tmp_path: Path) -> None:
+def test_training_and_predict_find_the_same_files(tmp_path: Path) -> None:
     root = fill(tmp_path, *(f"{label}/one{suffix}" for label in ("cat", "dog") for suffix in (".tif", ".TIFF", ".txt")))
     read = read_folders(root).samples.table["uri"].to_pylist()
     assert read == expand_images([str(tmp_path)])
     assert len(read) == 4
 
 
-def test_a_folder_of_one_label_is_the_wrong_level(tmp_path: Path) -> None:
+def test_folder_of_one_label_suggests_its_parent(tmp_path: Path) -> None:
     root = fill(tmp_path / "set", "cat/a.jpg", "dog/b.jpg")
     with pytest.raises(UserError, match=rf"holds no folder of images; give .*\(did you mean {tmp_path}/set\?\)$"):
         read_folders(root / "cat")
 
 
-def test_no_such_folder(tmp_path: Path) -> None:
+def test_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere: no such folder; give the folder that holds folders named"):
         read_folders(Location.of(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"data\.root is needed: the folder that holds a folder for each label"):
+    with pytest.raises(UserError, match=r"data\.root is needed: the folder that holds one folder per label"):
         load_splits(ExperimentConfig().with_overrides({"data.dataset": "folders"}))
 
 
@@ -158,7 +158,7 @@ def test_no_such_folder(tmp_path: Path) -> None:
         max_size=5,
     )
 )
-def test_what_is_written_is_read(images: dict[str, set[int]]) -> None:
+def test_written_folders_are_read_back(images: dict[str, set[int]]) -> None:
     with TemporaryDirectory() as folder:
         samples, _ = read_folders(fill(Path(folder), *(f"{label}/{n}.jpg" for label in images for n in images[label])))
     labels = sorted(images)
@@ -171,7 +171,7 @@ def test_what_is_written_is_read(images: dict[str, set[int]]) -> None:
     )
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+def test_links_are_followed_without_loops(tmp_path: Path) -> None:
     root = fill(tmp_path / "set", "dog/a.jpg", "cat/b.jpg")
     fill(tmp_path / "elsewhere", "c.jpg", "deep/d.jpg")
     (tmp_path / "set/dog/loop").symlink_to(tmp_path / "set/dog")
@@ -185,7 +185,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     assert len(ids) < 10
 
 
-def test_names_that_are_no_text(tmp_path: Path) -> None:
+def test_file_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     root = fill(tmp_path, "dog/a.jpg", "cat/b.jpg")
     Path(os.fsdecode(os.fsencode(tmp_path / "dog") + b"/\xff.jpg")).touch()
     with pytest.raises(UserError, match=r"'dog/\\udcff\.jpg': the name is not UTF-8; rename the file"):

@@ -116,9 +116,7 @@ def photographs(shared: Path) -> dict[str, SampleTable]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_gives_what_the_coco_reader_gives(
-    photographs: dict[str, SampleTable], tmp_path: Path, form: str
-) -> None:
+def test_every_form_matches_the_coco_reader(photographs: dict[str, SampleTable], tmp_path: Path, form: str) -> None:
     rows = [
         {"image": uri, "id": image, "labels": sorted(labels), "split": {"train": "Train", "val": "validation"}[split]}
         for split, samples in photographs.items()
@@ -137,7 +135,7 @@ def test_every_form_gives_what_the_coco_reader_gives(
     assert any(note.startswith("there is no test split") for note in splits.notes)
 
 
-def test_a_list_of_labels_gives_the_coco_readers_own_table(photographs: dict[str, SampleTable], tmp_path: Path) -> None:
+def test_label_lists_give_the_coco_readers_table(photographs: dict[str, SampleTable], tmp_path: Path) -> None:
     expected = photographs["val"]
     rows = [
         {"image_id": image, "path": uri, "tags": sorted(labels)}
@@ -181,7 +179,7 @@ def label_tables(draw: st.DrawFn) -> tuple[list[str], list[str], npt.NDArray[np.
 @settings(max_examples=40, deadline=None)  # files take their time
 @given(table=label_tables())
 @example(table=(["0"], ["0", "TAGS"], np.ones((1, 2), np.int8)))  # a label that is called as a column of lists is
-def test_what_is_written_is_read(form: str, table: tuple[list[str], list[str], npt.NDArray[np.int8]]) -> None:
+def test_written_manifests_are_read_back(form: str, table: tuple[list[str], list[str], npt.NDArray[np.int8]]) -> None:
     images, labels, targets = table
     rows = [
         {"image": f"s3://bucket/{image}", "labels": [name for name, value in zip(labels, row, strict=True) if value]}
@@ -204,7 +202,7 @@ def test_what_is_written_is_read(form: str, table: tuple[list[str], list[str], n
 @pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
 @settings(max_examples=40, deadline=None)
 @given(values=st.lists(st.lists(st.sampled_from([1, 0, -1, None]), min_size=2, max_size=2), min_size=1, max_size=9))
-def test_label_columns_know_unknown(form: str, values: list[list[int | None]]) -> None:
+def test_label_columns_may_hold_unknown(form: str, values: list[list[int | None]]) -> None:
     rows = [
         {"image": f"s3://b/{row}", "dog": dog, "cat": None if cat is None else float(cat)}
         for row, (dog, cat) in enumerate(values)
@@ -243,7 +241,7 @@ def test_a_manifest_behind_a_uri(tmp_path: Path) -> None:
     base = f"memory://{tmp_path.name}"
     with fsspec.open(f"{base}/set/labels.csv", "wb", auto_mkdir=True) as file:
         file.write(b"image,labels\nimages/a.jpg,dog;cat\n/data/none.jpg,\n")
-    with pytest.raises(UserError, match=r"1 of its 2 images are not there \(/data/none\.jpg\)"):
+    with pytest.raises(UserError, match=r"1 of its 2 images are missing \(/data/none\.jpg\)"):
         read_manifest(Location.of(f"{base}/set/labels.csv"))
     samples = read_manifest(Location.of(f"{base}/set/labels.csv"), missing_images="skip").samples
     assert samples.table["uri"].to_pylist() == [f"{base}/set/images/a.jpg"], "not looked for, but read later"
@@ -255,7 +253,7 @@ def test_a_manifest_behind_a_uri(tmp_path: Path) -> None:
         read_manifest(Location.of(f"{base}/set/labels.csv"))
 
 
-def test_options_of_a_uri_stay_behind_the_path() -> None:
+def test_options_of_a_uri_stay_after_the_path() -> None:
     place = Location.of("s3://bucket/set/labels.csv?region=eu-west-1&scheme=http")
     uris = absolute_uris(place, pa.chunked_array([["a/b.jpg", "/c.jpg"], ["gs://d/e.jpg"]]))
     assert uris.to_pylist() == ["s3://bucket/set/a/b.jpg?region=eu-west-1&scheme=http", "/c.jpg", "gs://d/e.jpg"]
@@ -265,18 +263,18 @@ def test_options_of_a_uri_stay_behind_the_path() -> None:
 @pytest.mark.parametrize(
     ("text", "how"),
     [
-        ("image,labels\na.jpg,dog;cat\nb.jpg,dog\nc.jpg,\n", "parted by ';'"),
-        ("image,labels\na.jpg, dog | cat|\nb.jpg,dog\nc.jpg,||\n", "parted by '|'"),
-        ('image,labels\na.jpg,"dog, cat"\nb.jpg,dog\nc.jpg,""\n', "parted by ','"),
-        ("image\tlabels\na.jpg\tdog,cat\nb.jpg\tdog\nc.jpg\t\n", "parted by ','"),
-        ("image;labels\na.jpg;dog,cat\nb.jpg;dog\nc.jpg;\n", "parted by ','"),
+        ("image,labels\na.jpg,dog;cat\nb.jpg,dog\nc.jpg,\n", "separated by ';'"),
+        ("image,labels\na.jpg, dog | cat|\nb.jpg,dog\nc.jpg,||\n", "separated by '|'"),
+        ('image,labels\na.jpg,"dog, cat"\nb.jpg,dog\nc.jpg,""\n', "separated by ','"),
+        ("image\tlabels\na.jpg\tdog,cat\nb.jpg\tdog\nc.jpg\t\n", "separated by ','"),
+        ("image;labels\na.jpg;dog,cat\nb.jpg;dog\nc.jpg;\n", "separated by ','"),
         ('image,labels\na.jpg,"[""dog"", ""cat""]"\nb.jpg,"[""dog""]"\nc.jpg,[]\n', "JSON lists"),
         ('image,labels\na.jpg,"[""dog"", ""cat""]"\nb.jpg,"[""dog""]"\nc.jpg,\n', "JSON lists"),
-        ('Image, LABELS ,\r\n"a.jpg",dog;cat,x\r\n\r\nb.jpg,dog,\r\nc.jpg,,', "parted by ';'"),
-        ("\ufeffimage,labels\na.jpg,dog;cat\nb.jpg,dog\nc.jpg,\n", "parted by ';'"),
-        ('\ufeff"image","labels"\r\n"a.jpg","dog;cat"\r\n"b.jpg","dog"\r\n"c.jpg",""\r\n', "parted by ';'"),
-        ("image,dog,cat\na.jpg,1,1\nb.jpg,1,0\nc.jpg,0,0\n", "a column for each label"),
-        (",image,dog,cat\n0,a.jpg,1.0,True\n1,b.jpg, 1,FALSE\n2,c.jpg,false,0.0\n", "a column for each label"),
+        ('Image, LABELS ,\r\n"a.jpg",dog;cat,x\r\n\r\nb.jpg,dog,\r\nc.jpg,,', "separated by ';'"),
+        ("\ufeffimage,labels\na.jpg,dog;cat\nb.jpg,dog\nc.jpg,\n", "separated by ';'"),
+        ('\ufeff"image","labels"\r\n"a.jpg","dog;cat"\r\n"b.jpg","dog"\r\n"c.jpg",""\r\n', "separated by ';'"),
+        ("image,dog,cat\na.jpg,1,1\nb.jpg,1,0\nc.jpg,0,0\n", "one column per label"),
+        (",image,dog,cat\n0,a.jpg,1.0,True\n1,b.jpg, 1,FALSE\n2,c.jpg,false,0.0\n", "one column per label"),
     ],
 )
 def test_ways_to_write_a_csv(tmp_path: Path, text: str, how: str) -> None:
@@ -287,7 +285,7 @@ def test_ways_to_write_a_csv(tmp_path: Path, text: str, how: str) -> None:
     assert how in samples.notes[0]
 
 
-def test_one_label_a_row_and_separators_of_ones_own(tmp_path: Path) -> None:
+def test_one_label_per_row_and_custom_separators(tmp_path: Path) -> None:
     place = make(tmp_path, "image,labels\na.jpg,hot dog\nb.jpg,cat\n")
     assert read_manifest(place).samples.label_names == ("cat", "hot dog")
     assert read_manifest(place, label_separator=" ").samples.label_names == ("cat", "dog", "hot")
@@ -341,7 +339,7 @@ def test_types_of_json_and_parquet(tmp_path: Path) -> None:
 def test_columns_by_name(tmp_path: Path) -> None:
     place = make(tmp_path, "url,file_name,class,tags,n\nu,a.jpg,dog,x,1\nv,b.jpg,cat,y,2\n")
     with pytest.raises(
-        UserError, match=r"image may be in 'url' or 'file_name'; say which \(--data\.image-column NAME\)"
+        UserError, match=r"image may be in 'url' or 'file_name'; choose one \(--data\.image-column NAME\)"
     ):
         read_manifest(place)
     samples = read_manifest(place, image_column="file_name", label_column="class").samples
@@ -373,24 +371,25 @@ def test_labels_from_a_file(tmp_path: Path) -> None:
         read_manifest(make(tmp_path, "image,dog\na.jpg,1\n"), label_names=names)
     for text, message in (
         ("", r"names\.txt: is empty; write"),
-        ("a\nb\na\n", r"names\.txt: names 'a' twice; write each"),
+        ("a\nb\na\n", r"names\.txt: names 'a' more than once; write each"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=message):
             read_label_names(Location.of(file))
-    with pytest.raises(UserError, match=r"none\.txt: no such file; write one label a line"):
+    with pytest.raises(UserError, match=r"none\.txt: no such file; write one label per line"):
         read_label_names(Location.of(tmp_path / "none.txt"))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r": is empty; write a row for each image"),
-        (" \r\n \n", r": is empty; write a row"),
-        ("image,labels\n", r": has names of columns but no row"),
-        ("photo,labels\na.jpg,dog\n", r"no column is named as columns of images are \(image, .*\), its columns are 'photo', 'labels'; say"),
-        ("image\na.jpg\n", r"no column holds labels, its columns are 'image'; add one named 'labels', or say"),
-        ("image,label,labels\na.jpg,x,y\n", r"the label may be in 'label' or 'labels'; say which \(--data\.label-column"),
+        ("", r": is empty; write one row per image"),
+        (" \r\n \n", r": is empty; write one row"),
+        ("image,labels\n", r": has a header but no row; write one row"),
+        ("photo,labels\na.jpg,dog\n",
+         r"no column has a usual name of an image column \(image, .*\), its columns are 'photo', 'labels'; name"),
+        ("image\na.jpg\n", r"no column holds labels, its columns are 'image'; add one named 'labels', or name"),
+        ("image,label,labels\na.jpg,x,y\n", r"the label may be in 'label' or 'labels'; choose one \(--data\.label-column"),
         ("image,labels,labels\na.jpg,x,y\n", r"two columns are named 'labels'; rename one of them"),
         ("image,labels\na.jpg,dog\nb.jpg,dog,cat\n", r", row 2: has 3 cells, but there are 2 columns \('b\.jpg,dog,cat'\); put"),
         ("image,labels\na.jpg,dog\n\nb.jpg\n", r", row 2: has 1 cells, but there are 2 columns"),
@@ -404,21 +403,21 @@ def test_labels_from_a_file(tmp_path: Path) -> None:
         ("image,labels,split\na.jpg,dog,train\nb.jpg,dog,tset\n", r"row 2: 'tset' in column 'split' is none of train, training, val"),
         ("image,labels,split\na.jpg,dog,train\nb.jpg,dog,\n", r"row 2: column 'split' is empty; fill it in"),
         ("image,labels\na.jpg,;\nb.jpg,\n", r"no row has a label in column 'labels'; name the column"),
-        ('image,labels\na.jpg,"dog;cat,x"\n', r"holds ';' and ','; say which one parts the labels \(--data\.label-separator ';'\)"),
+        ('image,labels\na.jpg,"dog;cat,x"\n', r"holds ';' and ','; choose the separator of the labels \(--data\.label-separator ';'\)"),
         ("image,labels\na.jpg,\"['dog']\"\n", r"row 1: \"\['dog'\]\" is not a JSON list; write it as \[\"dog\", \"person\"\]"),
         ('image,labels\na.jpg,"[""dog""]"\nb.jpg,[x\n', r"row 2: '\[x' is not a JSON list"),
         ('image,labels\na.jpg,"[""dog""]"\nb.jpg,cat\n', r"row 2: 'cat' in column 'labels' is no JSON list, but other rows hold one"),
-        ('image,labels\na.jpg,"[""dog""]"\nb.jpg,[1]\n', r"its JSON lists hold different kinds of things; write each label as a text"),
+        ('image,labels\na.jpg,"[""dog""]"\nb.jpg,[1]\n', r"its JSON lists hold values of different types; write each label as a text"),
         ('image,labels\na.jpg,"[""a""]} {""labels"":[""b""]"\n', r"row 1: .* is not a JSON list"),
         ("image,labels\na.jpg,[1.5]\n", r"column 'labels' holds double, but text is needed"),
-        ("image,dog\na.jpg,1\nb.jpg,yes\n", r"row 2: 'yes' in column 'dog' is not 1, 0, -1 or empty; correct it, or"),
+        ("image,dog\na.jpg,1\nb.jpg,yes\n", r"row 2: 'yes' in column 'dog' is not 1, 0, -1 or empty; correct it\. If"),
         ("image,labels\n../a.jpg,dog\n", r"row 1: '\.\./a\.jpg' may lead out of .*; write it without '\.\.'"),
         ("image,labels\na.jpg,dog\nx/../../b.jpg,dog\n", r"row 2: 'x/\.\./\.\./b\.jpg' may lead out"),
         ("image,labels\nx\\..\\..\\b.jpg,dog\n", r"row 1: 'x/\.\./\.\./b\.jpg' may lead out"),
         ("image,labels\na.jpg,dog\nx.jpg,dog\nno/y.jpg,cat\n", r"2 of its 3 images .*\(.*/x\.jpg, .*/no/y\.jpg\).*-images skip"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_csv(tmp_path: Path, text: str, message: str) -> None:
+def test_csv_faults_are_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         read_manifest(make(tmp_path, text))
     assert "labels.csv" in str(error.value)
@@ -437,10 +436,10 @@ def test_what_is_wrong_with_a_csv(tmp_path: Path, text: str, message: str) -> No
         ("labels.tsv", b"image,labels\na.jpg,dog\n", r"its columns are 'image,labels'"),
         ("labels.parquet", b"image,labels\na.jpg,dog\n", r"is not a whole Parquet file \(.*\); write or download it again"),
         ("labels.parquet", b"", r"is not a whole Parquet file"),
-        ("labels.jsonl", b"", r"is empty; write a row"),
-        ("labels.jsonl", b"image,labels\na.jpg,dog\n", r"line 1: is not JSON \(.*\); write one object a line"),
+        ("labels.jsonl", b"", r"is empty; write one row"),
+        ("labels.jsonl", b"image,labels\na.jpg,dog\n", r"line 1: is not JSON \(.*\); write one object per line"),
         ("labels.jsonl", b'{"image": "a.jpg", "labels": []}\n{"image":\n', r"line 2: is not JSON"),
-        ("labels.jsonl", b'[{"image": "a.jpg", "labels": []}]\n', r'line 1: is no JSON object; write one a line, such as \{"image"'),
+        ("labels.jsonl", b'[{"image": "a.jpg", "labels": []}]\n', r'line 1: is no JSON object; write one per line, such as \{"image"'),
         ("labels.jsonl", b'{"image": "a.jpg", "tags": "x"}\n\n{"image": "b.jpg", "tags": ["x"]}\n', r"line 3: 'tags' is a list, but a"),
         ("labels.jsonl", b'{"image": "a.jpg", "x": 1}\n{"image": "b.jpg", "x": true}\n', r"line 2: 'x' is true or false, but a number in"),
         ("labels.jsonl", b'{"image": "a.jpg", "labels": "\xe9"}\n', r"line 1: byte 0xe9 is not UTF-8"),
@@ -448,17 +447,17 @@ def test_what_is_wrong_with_a_csv(tmp_path: Path, text: str, message: str) -> No
         ("labels.jsonl", b'{"image": "a.jpg", "labels": {"dog": 1}}\n', r"column 'labels' holds struct<dog: int64>, but text is needed"),
         ("labels.jsonl", b'{"image": {"path": "a.jpg"}, "labels": "dog"}\n', r"column 'image' holds struct.*, but text is needed"),
         ("labels.jsonl", b'{"image": "a.jpg", "labels": "dog"}\n{"labels": "dog"}\n', r"row 2: column 'image' is empty"),
-        ("labels.xlsx", b"PK", r"is no manifest by its name; give a file that ends in \.csv, \.tsv"),
+        ("labels.xlsx", b"PK", r"has no suffix of a manifest; give a file that ends in \.csv, \.tsv"),
     ],
 )  # fmt: skip
-def test_what_is_no_manifest(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_other_files_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         read_manifest(make(tmp_path, content, name))
     assert name in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_damaged_parquet(tmp_path: Path) -> None:
+def test_damaged_parquet_is_refused(tmp_path: Path) -> None:
     rows = [{"image": f"s3://b/{row}.jpg", "labels": ["dog"]} for row in range(500)]
     path = write_parquet(tmp_path / "labels.parquet", rows)
     content = bytearray(path.read_bytes())
@@ -468,7 +467,7 @@ def test_a_damaged_parquet(tmp_path: Path) -> None:
         read_manifest(Location.of(path))
 
 
-def test_a_folder_or_nothing_given(tmp_path: Path) -> None:
+def test_folder_or_missing_file_is_refused(tmp_path: Path) -> None:
     place = make(tmp_path, "image,labels\na.jpg,dog\n")
     with pytest.raises(UserError, match=r"is a folder; give the manifest itself, .* \(did you mean .*/labels\.csv\?\)"):
         read_manifest(place.parent)
@@ -478,7 +477,7 @@ def test_a_folder_or_nothing_given(tmp_path: Path) -> None:
         read_manifest(place, image_column="photo")
 
 
-def test_images_that_are_not_there_may_be_left_out(tmp_path: Path) -> None:
+def test_missing_images_may_be_left_out(tmp_path: Path) -> None:
     place = make(
         tmp_path, "image,labels,split\na.jpg,dog,train\nx.jpg,cat,train\nb.jpg,cat,test\nhttp://y/z.jpg,dog,val\n"
     )
@@ -487,9 +486,9 @@ def test_images_that_are_not_there_may_be_left_out(tmp_path: Path) -> None:
     assert ids(samples) == ["a.jpg", "b.jpg", "http://y/z.jpg"]
     assert split.tolist() == [0, 2, 1]
     assert present(samples)["b.jpg"] == {"cat"}
-    assert samples.notes[-1] == "labels.csv: 1 of 4 listed images are not there, left out"
+    assert samples.notes[-1] == "labels.csv: 1 of 4 listed images are missing and left out"
     with pytest.raises(
-        UserError, match=r"2 of its 2 images are not there .*; finish the download or unpacking, or correct the paths$"
+        UserError, match=r"2 of its 2 images are missing .*; finish the download or unpacking, or correct the paths$"
     ):
         read_manifest(make(tmp_path, "image,labels\nx.jpg,dog\ny.jpg,cat\n"), missing_images="skip")
 
@@ -504,7 +503,7 @@ def hundred(folder: Path, splits: Sequence[str] = ()) -> Location:
     return make(folder, "\n".join(["image,labels" + (",split_name" if splits else ""), *lines]))
 
 
-def test_without_splits_test_and_val_are_drawn_by_seed(tmp_path: Path) -> None:
+def test_missing_splits_are_drawn_by_seed(tmp_path: Path) -> None:
     place = hundred(tmp_path)
     splits = splits_of(place, test_fraction=0.2, val_fraction=0.25, keep_unlabelled_train=True)
     parts = [splits.train, splits.val, splits.test]
@@ -513,7 +512,7 @@ def test_without_splits_test_and_val_are_drawn_by_seed(tmp_path: Path) -> None:
     assert splits.test is not None
     assert splits.test.targets.sum(0).tolist() == [5, 10], "a fifth of 25 cats and 50 dogs"
     assert splits.notes == (
-        "labels.csv: 100 images, 2 labels (one label a row)",
+        "labels.csv: 100 images, 2 labels (one label per row)",
         "no splits are named: test is drawn (data.test_fraction=0.2, data.split_seed=0)",
         "train: 80 images, 20 without a label kept",
         "test: 20 images, 5 without a label kept",
@@ -535,7 +534,7 @@ def test_named_splits_are_kept(tmp_path: Path) -> None:
     assert len(splits.named("train")) == 39, "13 of 52 have no label"
     assert (len(splits.named("val")), len(splits.named("test"))) == (24, 24)
     assert splits.notes == (
-        "labels.csv: 100 images, 2 labels (one label a row)",
+        "labels.csv: 100 images, 2 labels (one label per row)",
         "train: 39 of 52 images, 13 without a label dropped",
         "val: 24 images, 6 without a label kept",
         "test: 24 images, 6 without a label kept",
@@ -551,9 +550,9 @@ def test_named_splits_are_kept(tmp_path: Path) -> None:
     assert paper.notes[-1].startswith("protocol paper: the best epoch is chosen on the test split (test of labels.csv)")
 
 
-def test_splits_that_do_not_serve(tmp_path: Path) -> None:
+def test_unusable_splits_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"labels\.csv: no image is in the split train; name the images to learn from so"
+        UserError, match=r"labels\.csv: no image is in the split train; put the images to train on in it"
     ):
         splits_of(hundred(tmp_path, ("val", "test")))
     config = ExperimentConfig().with_overrides(
@@ -565,19 +564,21 @@ def test_splits_that_do_not_serve(tmp_path: Path) -> None:
     assert [len(everything.named(name)) for name in ("train", "val", "test")] == [81, 9, 10]
 
 
-def test_too_few_images_for_a_val_split(tmp_path: Path) -> None:
+def test_too_few_images_for_val_are_refused(tmp_path: Path) -> None:
     place = make(tmp_path, "image,labels\na.jpg,dog\nb.jpg,cat\nc.jpg,dog\n")
-    with pytest.raises(UserError, match=r"data\.val_fraction=0\.1 of its 3 train images is none; add images, raise"):
+    with pytest.raises(
+        UserError, match=r"data\.val_fraction=0\.1 of its 3 train images is no image; add images, raise"
+    ):
         splits_of(place)
     assert len(splits_of(place, val_fraction=0.4).val) == 1
 
 
-def test_the_file_is_asked_for() -> None:
+def test_root_is_required() -> None:
     with pytest.raises(UserError, match=r"data\.root is needed: the file of the manifest \(--data\.root FILE\)"):
         load_splits(ExperimentConfig().with_overrides({"data.dataset": "manifest"}))
 
 
-def test_many_rows_in_many_blocks(tmp_path: Path) -> None:
+def test_rows_keep_their_numbers_across_blocks(tmp_path: Path) -> None:
     """Rows keep their place over the blocks that a file is read in, and the row of an error is right in a later one."""
     n = 200_000
     lines = [
@@ -604,7 +605,7 @@ def test_many_rows_in_many_blocks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["image", "labels"])
-def test_parquet_with_text_that_is_none(tmp_path: Path, column: str) -> None:
+def test_parquet_with_invalid_text_is_refused(tmp_path: Path, column: str) -> None:
     place = make(tmp_path, b"", "labels.parquet")
     broken = pa.array([b"\xff.jpg", b"b.jpg"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"image": ["a.jpg", "b.jpg"], "labels": ["dog", "cat"]} | {column: broken}), place.text)
@@ -623,12 +624,12 @@ def test_parquet_with_text_that_is_none(tmp_path: Path, column: str) -> None:
         ("labels.csv", "image,labels\na.jpg,[]\nb.jpg," + "[" * 100_000, "row 2"),
     ],
 )
-def test_lists_within_lists_without_end(tmp_path: Path, name: str, text: str, where: str) -> None:
+def test_deeply_nested_lists_are_refused(tmp_path: Path, name: str, text: str, where: str) -> None:
     with pytest.raises(UserError, match=where):
         read_manifest(make(tmp_path, text, name))
 
 
-def test_too_few_images_for_a_test_split(tmp_path: Path) -> None:
+def test_too_few_images_for_test_are_refused(tmp_path: Path) -> None:
     place = make(tmp_path, "image,labels\na.jpg,dog\n")
-    with pytest.raises(UserError, match=r"data\.test_fraction=0\.9 of 1 images leaves none to learn from"):
+    with pytest.raises(UserError, match=r"data\.test_fraction=0\.9 of 1 images leaves none to train on"):
         splits_of(place, test_fraction=0.9)

@@ -41,7 +41,7 @@ def test_other_concepts_keep_the_order_of_their_file(tmp_path: Path) -> None:
     assert samples.notes == ("Train: 3 images, 1 without a label kept",)
 
 
-def test_the_81_concepts_take_the_order_of_the_authors(tmp_path: Path) -> None:
+def test_the_81_concepts_follow_the_authors_order(tmp_path: Path) -> None:
     concepts = tuple(sorted(NUSWIDE_LABELS))
     samples = read_nuswide(write(tmp_path, concepts), "Train")
     assert samples.label_names == NUSWIDE_LABELS != concepts
@@ -49,7 +49,7 @@ def test_the_81_concepts_take_the_order_of_the_authors(tmp_path: Path) -> None:
     assert samples.targets.sum() == 2
 
 
-def test_constant_is_the_authors_list(shared: Path) -> None:
+def test_labels_are_the_authors_list(shared: Path) -> None:
     assert list(NUSWIDE_LABELS) == np.load(shared / "word_vectors/nuswide.npz")["names"].tolist()
 
 
@@ -83,7 +83,7 @@ def test_concepts_with_positives(shared: Path) -> None:
     assert np.count_nonzero(seen[0] & seen[1]) == 20
 
 
-def test_unknown_split(tmp_path: Path) -> None:
+def test_unknown_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no split 'train'; choose from: Train, Test"):
         read_nuswide(write(tmp_path), "train")
 
@@ -101,13 +101,13 @@ def test_unknown_split(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_missing_file(tmp_path: Path, file: str, message: str) -> None:
+def test_missing_file_is_refused(tmp_path: Path, file: str, message: str) -> None:
     (write(tmp_path) / file).unlink()
     with pytest.raises(UserError, match=message):
         read_nuswide(tmp_path, "Train")
 
 
-def test_labels_of_train_alone(tmp_path: Path) -> None:
+def test_concept_without_test_labels_is_refused(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "ImageList/TrainImagelist.txt").rename(tmp_path / "ImageList/TestImagelist.txt")
     with pytest.raises(UserError, match=r"the concept 'sky' has no .*Labels_sky_Test\.txt"):
@@ -124,7 +124,7 @@ def test_any_subset_of_concepts(tmp_path: Path) -> None:
     (root / "Concepts81.txt").unlink()
     assert read_nuswide(root, "Train").label_names == ("tree", "sky"), "the only list"
     (root / "Concepts1.txt").write_text("sky\n")
-    with pytest.raises(UserError, match=r"has Concepts1\.txt and Concepts2\.txt; say which with --data\.concepts"):
+    with pytest.raises(UserError, match=r"has Concepts1\.txt and Concepts2\.txt; choose one with --data\.concepts"):
         read_nuswide(root, "Train")
     for name in ("Concepts1.txt", "Concepts2.txt"):
         (root / name).unlink()
@@ -133,7 +133,7 @@ def test_any_subset_of_concepts(tmp_path: Path) -> None:
         read_nuswide(root, "Train", concepts="Concepts9.txt")
 
 
-def test_unknown_concept(tmp_path: Path) -> None:
+def test_unknown_concept_gets_a_suggestion(tmp_path: Path) -> None:
     root = write(tmp_path)
     (root / "Concepts81.txt").write_text("sky\nanimals\n")
     with pytest.raises(UserError, match=r"Concepts81\.txt: the concept 'animals' has no .* \(did you mean animal\?\)"):
@@ -159,7 +159,7 @@ def test_byte_order_marks_and_line_ends(tmp_path: Path, ends: str) -> None:
         ("zoo\\2.jpg\n".encode("utf-16"), r"TrainImagelist\.txt: is UTF-16; save the whole file as UTF-8"),
     ],
 )
-def test_another_encoding(tmp_path: Path, data: bytes, message: str) -> None:
+def test_other_encodings_are_refused(tmp_path: Path, data: bytes, message: str) -> None:
     (write(tmp_path) / "ImageList/TrainImagelist.txt").write_bytes(data)
     with pytest.raises(UserError, match=message):
         read_nuswide(tmp_path, "Train")
@@ -167,7 +167,7 @@ def test_another_encoding(tmp_path: Path, data: bytes, message: str) -> None:
 
 @pytest.mark.parametrize("level", ["ImageList", "Flickr/zoo", ".."])
 @pytest.mark.parametrize("form", ["official", "csv"])
-def test_wrong_level_is_pointed_out(tmp_path: Path, level: str, form: str) -> None:
+def test_wrong_folder_level_gets_a_suggestion(tmp_path: Path, level: str, form: str) -> None:
     root = write(tmp_path / "set")
     if form == "csv":
         write_csv(root, CSV_ROWS)
@@ -241,14 +241,14 @@ def test_csv_of_other_concepts(tmp_path: Path) -> None:
         ("../../1.jpg,['sky'],train", r"file name 'Flickr/\.\./\.\./1\.jpg' leads out of"),
     ],
 )
-def test_damaged_csv(tmp_path: Path, row: str, message: str) -> None:
+def test_damaged_csv_is_refused(tmp_path: Path, row: str, message: str) -> None:
     root = write_csv(write(tmp_path), [CSV_ROWS[1], row])
     with pytest.raises(UserError, match=message) as error:
         read_nuswide(root, "Train", form="csv")
     assert "nus_wid_data.csv" in str(error.value)
 
 
-def test_csv_without_a_column_or_a_split(tmp_path: Path) -> None:
+def test_csv_without_a_column_or_split_is_refused(tmp_path: Path) -> None:
     root = write_csv(write(tmp_path), CSV_ROWS, "filepath,labels,split_name")
     with pytest.raises(UserError, match=r"with the columns filepath, label, split_name \(.*'label'"):
         read_nuswide(root, "Train", form="csv")
@@ -264,7 +264,7 @@ def test_csv_without_a_column_or_a_split(tmp_path: Path) -> None:
     ("file", "text", "message"),
     [
         ("Concepts81.txt", "", r"Concepts81\.txt: is empty; write each label once"),
-        ("Concepts81.txt", "sky\nsky\n", r"Concepts81\.txt: names 'sky' twice; write each"),
+        ("Concepts81.txt", "sky\nsky\n", r"Concepts81\.txt: names 'sky' more than once; write each"),
         ("ImageList/TrainImagelist.txt", "", r"TrainImagelist\.txt: is empty; download"),
         (
             "ImageList/TrainImagelist.txt",
@@ -289,16 +289,16 @@ def test_csv_without_a_column_or_a_split(tmp_path: Path) -> None:
         ("Groundtruth/TrainTestLabels/Labels_sky_Train.txt", "0\n1\n-1\n", r"line 3: '-1' is not 0 or 1"),
     ],
 )
-def test_damaged_file(tmp_path: Path, file: str, text: str, message: str) -> None:
+def test_damaged_file_is_refused(tmp_path: Path, file: str, text: str, message: str) -> None:
     (write(tmp_path) / file).write_text(text)
     with pytest.raises(UserError, match=message):
         read_nuswide(tmp_path, "Train")
 
 
-def test_images_not_on_disk(tmp_path: Path) -> None:
+def test_missing_images_are_refused(tmp_path: Path) -> None:
     (write(tmp_path) / "Flickr/art/1.jpg").unlink()
-    with pytest.raises(UserError, match=r"1 of its 3 images are not there \(\S*Flickr/art/1\.jpg\); finish"):
+    with pytest.raises(UserError, match=r"1 of its 3 images are missing \(\S*Flickr/art/1\.jpg\); finish"):
         read_nuswide(tmp_path, "Train")
     (tmp_path / "Flickr/art").rmdir()
-    with pytest.raises(UserError, match=r"1 of its 3 images are not there \(\S*Flickr/art/1\.jpg\); finish"):
+    with pytest.raises(UserError, match=r"1 of its 3 images are missing \(\S*Flickr/art/1\.jpg\); finish"):
         read_nuswide(tmp_path, "Train")

@@ -18,7 +18,7 @@ from msrn_ray.datasets.protocol import fingerprint, load_splits
 from msrn_ray.datasets.registry import default_scenes_root
 from msrn_ray.errors import UserError
 from msrn_ray.labels.graph import LabelCounts, count_labels, save_counts
-from msrn_ray.training.inputs import describe, gather_inputs
+from msrn_ray.training.inputs import describe_inputs, gather_inputs
 from msrn_ray.types import SampleTable
 from tests.tiny import CATEGORIES, make_coco, make_photo
 
@@ -68,7 +68,7 @@ def test_honest_with_two_published_splits(two: Path) -> None:
             assert [label for label in range(3) if target[label] == 1] == TRAIN[row]
 
 
-def test_unlabelled_images_as_asked(two: Path) -> None:
+def test_unlabelled_images_are_kept_on_request(two: Path) -> None:
     splits = load_splits(config(two, data__keep_unlabelled_train=True, data__keep_unlabelled_eval=False))
     assert len(splits.train) + len(splits.val) == 40
     assert ids(splits.test) == ["2000", "2001", "2003"]
@@ -123,7 +123,7 @@ def test_a_benchmark_needs_its_folder(tmp_path: Path, dataset: str) -> None:
         load_splits(config(tmp_path / "nowhere", data__dataset=dataset))
 
 
-def test_the_embedded_data_set_lives_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_scenes_are_stored_in_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert default_scenes_root() == tmp_path / "cache" / "msrn_ray" / "scenes"
     for unset in ("", None):
@@ -139,7 +139,7 @@ def table(targets: npt.ArrayLike, names: tuple[str, ...] = ("a", "b"), uri: str 
     return SampleTable.from_columns([str(n) for n in numbers], [f"{uri}/{n}.jpg" for n in numbers], values, names, "s")
 
 
-def test_fingerprint_is_of_content_not_of_place() -> None:
+def test_fingerprint_ignores_the_location() -> None:
     original = fingerprint(table([[1, 0], [0, -1]]))
     assert original == fingerprint(table([[1, 0], [0, -1]], uri="s3://elsewhere"))
     assert len(original) == 64
@@ -174,7 +174,7 @@ def test_apparel_is_split_by_seed(shared: Path) -> None:
     assert (len(paper.train), len(paper.val)) == (391, 130)
 
 
-def test_voc_and_its_difficult_objects(shared: Path) -> None:
+def test_voc_difficult_objects_follow_the_policy(shared: Path) -> None:
     root = shared / "data/voc_mini"
     splits = load_splits(config(root, data__dataset="voc", protocol="paper"))
     assert (len(splits.train), len(splits.val), splits.test) == (137, 87, None)
@@ -189,7 +189,7 @@ def test_voc_and_its_difficult_objects(shared: Path) -> None:
     assert [len(part) for part in (honest.train, honest.val, honest.test) if part is not None] == [123, 14, 87]
 
 
-def test_voc_with_the_references_policy(shared: Path) -> None:
+def test_voc_reference_policy_differs_between_splits(shared: Path) -> None:
     root = shared / "data/voc_mini"
     reference = load_splits(config(root, data__dataset="voc", protocol="paper", data__voc_difficult="reference"))
     positive = load_splits(config(root, data__dataset="voc", protocol="paper", data__voc_difficult="positive"))
@@ -207,7 +207,7 @@ def test_voc2012_holds_val_out(shared: Path, tmp_path: Path) -> None:
     assert (len(splits.train), len(splits.val)) == (69, 68)
 
 
-def test_crowds_as_asked(two: Path) -> None:
+def test_crowds_are_left_out_on_request(two: Path) -> None:
     path = two / "annotations/instances_val2014.json"
     content = json.loads(path.read_text())
     content["annotations"][0]["iscrowd"] = 1
@@ -229,12 +229,13 @@ def test_years_are_not_mixed(tmp_path: Path) -> None:
     assert load_splits(config(root)).train.source == "instances_train2017.json"
 
 
-def test_splits_of_other_labels_are_refused(tmp_path: Path) -> None:
+def test_splits_with_different_labels_are_refused(tmp_path: Path) -> None:
     root = make_coco(tmp_path / "set", {"train": TRAIN})
     make_coco(tmp_path / "other", {"val": HELD_OUT}, ("apple", "bench", "dog"))
     shutil.copytree(tmp_path / "other", root, dirs_exist_ok=True)
     with pytest.raises(
-        UserError, match=r"instances_val2014\.json\): its labels are not those of train .*: only one has cat, dog;"
+        UserError,
+        match=r"instances_val2014\.json\): its labels differ from those of train .*: only one of them has cat, dog;",
     ):
         load_splits(config(root, protocol="paper"))
 
@@ -246,13 +247,13 @@ def test_scenes_are_generated_on_this_machine() -> None:
         load_splits(config(None, data__dataset="scenes", data__root="memory://bucket/scenes"))
 
 
-def test_half_of_apparel_is_test_when_asked(shared: Path) -> None:
+def test_apparel_test_fraction_can_be_set(shared: Path) -> None:
     options = {"data__dataset": "apparel", "data__apparel_test_fraction": 0.5, "protocol": "paper"}
     splits = load_splits(config(shared / "data/apparel_mini", **options))
     assert (len(splits.train), len(splits.val)) == (261, 260)
 
 
-def test_single_labels_of_apparel_when_asked(tmp_path: Path) -> None:
+def test_apparel_single_labels_can_be_set(tmp_path: Path) -> None:
     for folder in ("hat", "red_dress"):
         for number in range(8):
             make_photo(tmp_path / folder / f"{number}.jpg", number)
@@ -273,13 +274,13 @@ def test_nuswide_and_its_unlabelled_images(shared: Path) -> None:
     assert (len(kept.train), len(kept.val)) == (178, 114 - 13)
 
 
-def test_nuswide_says_what_became_of_unlabelled_images(shared: Path) -> None:
+def test_nuswide_notes_count_unlabelled_images(shared: Path) -> None:
     notes = load_splits(config(shared / "data/nuswide_mini", data__dataset="nuswide")).notes
     assert "Train: 149 of 178 images, 29 without a label dropped" in notes
     assert "Test: 114 images, 13 without a label kept" in notes
 
 
-def test_the_graph_is_counted_on_train_alone(two: Path) -> None:
+def test_label_graph_is_counted_on_train_only(two: Path) -> None:
     settings = config(two, data__val_fraction=0.25)
     inputs = gather_inputs(settings)
     assert inputs.label_names == CATEGORIES
@@ -296,7 +297,7 @@ def test_the_graph_is_counted_on_train_alone(two: Path) -> None:
     assert inputs.word_vectors.dtype == torch.float32
 
 
-def test_frequency_leaves_unknown_out(shared: Path) -> None:
+def test_frequency_ignores_unknown_labels(shared: Path) -> None:
     inputs = gather_inputs(config(shared / "data/voc_mini", data__dataset="voc", protocol="paper"))
     targets = inputs.splits.train.targets
     expected = [(np.count_nonzero(column == 1) + 1) / (np.count_nonzero(column != -1) + 2) for column in targets.T]
@@ -310,7 +311,7 @@ def test_frequency_leaves_unknown_out(shared: Path) -> None:
     np.testing.assert_array_equal(inputs.counts.count, (targets == 1).sum(0))
 
 
-def test_what_is_wrong_is_found_before_training(two: Path, tmp_path: Path) -> None:
+def test_faults_are_found_before_training(two: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"resnet11.*resnet10"):
         gather_inputs(config(two, model__backbone="resnet11"))
     with pytest.raises(UserError, match=r"none\.pth: no such file"):
@@ -319,25 +320,25 @@ def test_what_is_wrong_is_found_before_training(two: Path, tmp_path: Path) -> No
         gather_inputs(config(two, data__word_vectors=str(tmp_path / "none.npz")))
 
 
-def test_describe_says_what_is_about_to_happen(tmp_path: Path) -> None:
+def test_description_names_splits_graph_and_empty_labels(tmp_path: Path) -> None:
     rows = [[0, 1], [0, 1], [0], [1]] * 3
     root = make_coco(tmp_path / "set", {"train": rows, "val": [[0], [2]], "test": [[1], [2]]})
     settings = config(root, model__tau=0.6)
-    lines = list(describe(gather_inputs(settings), settings))
+    lines = list(describe_inputs(gather_inputs(settings), settings))
     assert "train2014: 12 of 12 images, 0 without a label dropped" in lines
     assert "coco: 3 labels, images: train 12, val 2, test 2" in lines
     assert "label graph at tau 0.6: 2 edges" in lines
-    assert "train: no image with cat; cannot be learnt" in lines
+    assert "train: no image with cat; training cannot learn them" in lines
     assert "val: no image with bench; AP is nan and left out of mAP" in lines
     assert "test: no image with apple; AP is nan and left out of mAP" in lines
     settings = config(root, model__tau=0.7, protocol="paper")
-    lines = list(describe(gather_inputs(settings), settings))
+    lines = list(describe_inputs(gather_inputs(settings), settings))
     assert "coco: 3 labels, images: train 12, val 2" in lines
     assert any("0 edges (labels only see themselves; a lower model.tau, or auto, adds edges)" in line for line in lines)
     assert not any(line.startswith("test:") for line in lines)
 
 
-def test_counts_from_a_file_take_the_place_of_those_of_train(two: Path, tmp_path: Path) -> None:
+def test_counts_from_a_file_replace_those_of_train(two: Path, tmp_path: Path) -> None:
     settings = config(two)
     own = gather_inputs(settings)
     assert own.counts.provenance is not None
@@ -352,37 +353,37 @@ def test_counts_from_a_file_take_the_place_of_those_of_train(two: Path, tmp_path
     inputs = gather_inputs(settings)
     assert inputs.counts.names == CATEGORIES
     assert inputs.counts.count.tolist() == [1, 9, 4]
-    lines = list(describe(inputs, settings))
-    assert f"label graph from {tmp_path / 'counts.npz'}: no source is given in it" in lines
+    lines = list(describe_inputs(inputs, settings))
+    assert f"label graph from {tmp_path / 'counts.npz'}: the file names no source" in lines
     assert "label graph at tau 0.4: 1 edges" in lines
     save_counts(tmp_path / "counts.npz", LabelCounts(("a",), np.zeros((1, 1), np.int64), np.ones(1, np.int64)))
     with pytest.raises(UserError, match=r"counts\.npz: .*lacking: apple, bench, cat"):
         gather_inputs(settings)
 
 
-def test_describe_says_what_auto_chose_and_which_labels_have_no_words(tmp_path: Path) -> None:
+def test_description_names_automatic_tau_and_missing_words(tmp_path: Path) -> None:
     rows = [[0, 1], [0, 1], [0], [1], [2]] * 3
     root = make_coco(tmp_path / "set", {"train": rows, "val": rows}, ["apple", "bench", "qzxv"])
     settings = config(root, model__tau="auto", model__tau_degree=0.5, data__missing_words="zero", protocol="paper")
-    lines = list(describe(gather_inputs(settings), settings))
+    lines = list(describe_inputs(gather_inputs(settings), settings))
     assert "label graph at tau 0.6667 (auto): 2 edges" in lines
     assert "word vectors: zero for 1 labels not found: qzxv" in lines
     settings = settings.with_overrides({"data.word_vectors": "learned"})
-    lines = list(describe(gather_inputs(settings), settings))
-    assert "word vectors: 50 numbers a label, learnt from a random start" in lines
+    lines = list(describe_inputs(gather_inputs(settings), settings))
+    assert "word vectors: 50 numbers per label, learned from a random start" in lines
     assert not any("not found" in line for line in lines)
 
 
-def test_describe_names_eight_empty_labels_and_counts_the_rest(shared: Path) -> None:
+def test_description_names_at_most_eight_empty_labels(shared: Path) -> None:
     settings = config(shared / "data/nuswide_mini", data__dataset="nuswide", protocol="paper")
     inputs = gather_inputs(settings)
     empty = np.count_nonzero(~(inputs.splits.train.targets == 1).any(0))
-    (line,) = [line for line in describe(inputs, settings) if line.startswith("train: ")]
-    assert f" and {empty - 8} more; cannot be learnt" in line
+    (line,) = [line for line in describe_inputs(inputs, settings) if line.startswith("train: ")]
+    assert f" and {empty - 8} more; training cannot learn them" in line
     assert line.count(", ") == 7
 
 
-def test_the_fingerprint_does_not_depend_on_how_the_table_is_stored() -> None:
+def test_fingerprint_ignores_the_chunks_of_a_table() -> None:
     ids = [f"image {row}" for row in range(70_000)]
     targets = np.ones((len(ids), 1), np.int8)
     whole = SampleTable.from_columns(ids, ids, targets, ("dog",), "x")

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from msrn_ray.config import Dataset, DataSettings
-from msrn_ray.datasets.registry import READERS, Published
+from msrn_ray.datasets.registry import READERS, PublishedSplits
 from msrn_ray.datasets.transforms import decode
 from msrn_ray.errors import UserError
 from msrn_ray.io.byte_ranges import read_bytes
@@ -32,22 +32,22 @@ from tests.tiny import make_coco, make_photo
 
 ROOTS = ("path", "file", "memory", pytest.param("s3", marks=pytest.mark.slow))
 KEPT = {"keep_unlabelled_train": True, "keep_unlabelled_eval": True}
-OWN = ("cat", "dog", "owl")
-# name -> folder of the fixtures or of `make_own`, settings, labels
+CUSTOM = ("cat", "dog", "owl")
+# name -> folder of the fixtures or of `make_custom`, settings, labels
 CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
-    "coco": ("coco_mini", {"dataset": "coco"} | KEPT, LABEL_NAMES["coco2014"]),
-    "voc": ("voc_mini", {"dataset": "voc"}, LABEL_NAMES["voc2007"]),
+    "coco": ("coco_mini", {"dataset": "coco"} | KEPT, LABEL_NAMES["coco"]),
+    "voc": ("voc_mini", {"dataset": "voc"}, LABEL_NAMES["voc"]),
     "nuswide": ("nuswide_mini", {"dataset": "nuswide"} | KEPT, LABEL_NAMES["nuswide"]),
     "nuswide csv": ("nuswide_mini", {"dataset": "nuswide", "nuswide_form": "csv"} | KEPT, LABEL_NAMES["nuswide"]),
     "apparel": ("apparel_mini", {"dataset": "apparel"}, LABEL_NAMES["apparel"]),
-    "manifest": ("manifest/labels.csv", {"dataset": "manifest"}, OWN),
-    "folders": ("folders", {"dataset": "folders"}, OWN),
-    "huggingface": ("arrow", {"dataset": "huggingface"}, OWN),
-    "huggingface parquet": ("parquet", {"dataset": "huggingface"}, OWN),
-    "webdataset": ("tars", {"dataset": "webdataset"}, OWN),
+    "manifest": ("manifest/labels.csv", {"dataset": "manifest"}, CUSTOM),
+    "folders": ("folders", {"dataset": "folders"}, CUSTOM),
+    "huggingface": ("arrow", {"dataset": "huggingface"}, CUSTOM),
+    "huggingface parquet": ("parquet", {"dataset": "huggingface"}, CUSTOM),
+    "webdataset": ("tars", {"dataset": "webdataset"}, CUSTOM),
 }
 Place = Callable[[str, str], str]
-Reader = Callable[[str, str], Published]
+Reader = Callable[[str, str], PublishedSplits]
 
 
 def copy_thinned(source: Path, target: Path) -> None:
@@ -60,10 +60,10 @@ def copy_thinned(source: Path, target: Path) -> None:
     shutil.copytree(source, target, ignore=left_out)
 
 
-def make_own(photos: Path, root: Path) -> None:
+def make_custom(photos: Path, root: Path) -> None:
     """The same photographs in each form of one's own data, in three named splits."""
     paths = sorted(photos.glob("*/*.jpg"))[::24]
-    labels = [[OWN[row % 3], *(["owl"] if row % 3 == 0 else [])] for row in range(len(paths))]
+    labels = [[CUSTOM[row % 3], *(["owl"] if row % 3 == 0 else [])] for row in range(len(paths))]
     lines = ["image,labels,split"]
     for number, split in enumerate(("train", "val", "test")):
         members: dict[str, bytes] = {}
@@ -96,16 +96,16 @@ def reference(kind: str) -> str:
 def place(shared: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A folder of `CASES` on a kind of root; each copy is made once."""
     own = tmp_path_factory.mktemp("own")
-    make_own(shared / "data/apparel_mini", own)
+    make_custom(shared / "data/apparel_mini", own)
 
     @lru_cache
     def place(folder: str, kind: str) -> str:
-        is_own = (own / folder).is_dir()
-        local = (own if is_own else shared / "data") / folder
+        is_custom = (own / folder).is_dir()
+        local = (own if is_custom else shared / "data") / folder
         if kind in ("path", "file"):
             return str(local) if kind == "path" else local.as_uri()
         if kind == "thinned":
-            if is_own:
+            if is_custom:
                 return str(local)
             thinned = tmp_path_factory.mktemp("thinned") / folder
             copy_thinned(local, thinned)
@@ -120,7 +120,7 @@ def place(shared: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest
     return place
 
 
-def read_case(place: Place, case: str, kind: str) -> Published:
+def read_case(place: Place, case: str, kind: str) -> PublishedSplits:
     name, settings, _ = CASES[case]
     folder, _, file = name.partition("/")
     root = Location.of(place(folder, kind))
@@ -135,7 +135,7 @@ def read(place: Place) -> Reader:
     return lru_cache(partial(read_case, place))
 
 
-def parts(published: Published) -> list[SampleTable]:
+def parts(published: PublishedSplits) -> list[SampleTable]:
     return [part for part in (published.train, published.val, published.held_out) if part is not None]
 
 
@@ -157,7 +157,7 @@ class TestConformance:
             assert set(np.unique(part.targets)) <= {-1, 0, 1}
             assert (part.targets == 1).any()
 
-    def test_labels_are_in_the_order_of_the_authors(self, read: Reader, case: str, kind: str) -> None:
+    def test_label_order_matches_the_authors(self, read: Reader, case: str, kind: str) -> None:
         for part in parts(read(case, kind)):
             assert part.label_names == CASES[case][2]
 
@@ -174,12 +174,12 @@ class TestConformance:
                 assert image == read_bytes(path)
                 assert decode(image, max_pixels=10_000_000).shape[0] == 3
 
-    def test_uris_are_of_the_roots_kind(self, read: Reader, case: str, kind: str) -> None:
+    def test_uris_begin_with_the_root(self, read: Reader, case: str, kind: str) -> None:
         start = {"path": "/", "file": "/", "memory": "memory://fixtures/", "s3": "s3://fixtures/"}[kind]
         for part in parts(read(case, kind)):
             assert all(uri.startswith(start) for uri in part.table["uri"].to_pylist())
 
-    def test_the_same_from_everywhere(self, read: Reader, case: str, kind: str) -> None:
+    def test_every_kind_of_root_gives_equal_tables(self, read: Reader, case: str, kind: str) -> None:
         for there, here in zip(parts(read(case, kind)), parts(read(case, reference(kind))), strict=True):
             assert len(there) > 5
             assert there.table.drop("uri").equals(here.table.drop("uri"))
@@ -194,7 +194,7 @@ class TestConformance:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_deterministic(place: Place, read: Reader, case: str) -> None:
+def test_reading_again_gives_an_equal_table(place: Place, read: Reader, case: str) -> None:
     again = read_case(place, case, "path")
     for first, second in zip(parts(read(case, "path")), parts(again), strict=True):
         assert first.table.equals(second.table)
@@ -241,7 +241,7 @@ def test_voc_agrees_with_coco(shared: Path, read: Reader) -> None:
     assert set(voc) == set(source)
     for image_id, labels in voc.items():
         named = {VOC_NAMES.get(name, name) for name in coco[source[image_id]]}
-        assert labels == named & set(LABEL_NAMES["voc2007"])
+        assert labels == named & set(LABEL_NAMES["voc"])
 
 
 @pytest.mark.parametrize("case", ["nuswide", "nuswide csv"])
@@ -268,7 +268,7 @@ def lose_one_image(case: str, folder: Path) -> tuple[Path, str]:
         lists = folder / "VOC2007/ImageSets/Main"
         lists.mkdir(parents=True)
         for split, ids in (("trainval", "abc"), ("test", "d")):
-            for label in LABEL_NAMES["voc2007"]:
+            for label in LABEL_NAMES["voc"]:
                 (lists / f"{label}_{split}.txt").write_text("".join(f"{image_id} 1\n" for image_id in ids))
             for image_id in ids:
                 make_photo(folder / f"VOC2007/JPEGImages/{image_id}.jpg")
@@ -290,19 +290,19 @@ def lose_one_image(case: str, folder: Path) -> tuple[Path, str]:
 
 
 @pytest.mark.parametrize("case", ["coco", "voc", "nuswide", "nuswide csv"])
-def test_images_that_are_not_there(tmp_path: Path, case: str) -> None:
+def test_missing_images_are_refused_or_skipped(tmp_path: Path, case: str) -> None:
     path, dataset = lose_one_image(case, tmp_path / "set")
     settings = DataSettings.model_validate({"dataset": dataset, "root": str(tmp_path / "set")})
     assert len(READERS[settings.dataset](settings).train) == 3
     path.unlink()
-    with pytest.raises(UserError, match=r"1 of its \d images are not there .*--data\.missing-images skip") as error:
+    with pytest.raises(UserError, match=r"1 of its \d images are missing .*--data\.missing-images skip") as error:
         READERS[settings.dataset](settings)
     assert path.name in str(error.value)
     settings = settings.model_copy(update={"missing_images": "skip"})
     train = READERS[settings.dataset](settings).train
     assert len(train) == 2
     assert all(Path(uri).is_file() for uri in train.table["uri"].to_pylist())
-    assert any("1 of 3 listed images are not there, left out" in note for note in train.notes)
+    assert any("1 of 3 listed images are missing and left out" in note for note in train.notes)
 
 
 def test_skipping_every_image_is_an_error(tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ def refused() -> Callable[[str], dict[str, str]]:
     return messages
 
 
-def test_a_bucket_that_does_not_answer(s3_keys: None, refused: Callable[[str], dict[str, str]]) -> None:
+def test_unreachable_bucket_is_refused(s3_keys: None, refused: Callable[[str], dict[str, str]]) -> None:
     said = refused("s3://bucket/a?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1")
     assert set(said) == set(READERS) - {"scenes"}
     for dataset, message in said.items():
@@ -342,7 +342,7 @@ def test_a_bucket_that_does_not_answer(s3_keys: None, refused: Callable[[str], d
         assert "\n" not in message
 
 
-def test_a_bucket_that_is_not_there(s3_bucket: Location, refused: Callable[[str], dict[str, str]]) -> None:
+def test_missing_bucket_is_refused(s3_bucket: Location, refused: Callable[[str], dict[str, str]]) -> None:
     for dataset, message in refused(str(s3_bucket).replace("fixtures", "nowhere/a")).items():
         wanted = r"no such file; give the manifest" if dataset == "manifest" else r"give the folder"
         assert re.search(rf"s3://nowhere/a.*{wanted}", message), (dataset, message)
@@ -351,7 +351,7 @@ def test_a_bucket_that_is_not_there(s3_bucket: Location, refused: Callable[[str]
 
 @pytest.mark.parametrize(("dataset", "inner"), [("coco", "annotations"), ("coco", "val2014"), ("apparel", "red_dress")])
 @pytest.mark.parametrize("kind", ["file", "memory", "s3"])
-def test_wrong_level_of_a_uri(
+def test_wrong_level_of_a_uri_gets_a_suggestion(
     tmp_path: Path, request: pytest.FixtureRequest, dataset: str, inner: str, kind: str
 ) -> None:
     root = {"file": f"file://{tmp_path}/set", "memory": f"memory://{tmp_path.name}"}.get(kind)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from msrn_ray.config import DataSettings
 from msrn_ray.datasets.protocol import fingerprint
-from msrn_ray.datasets.registry import Published, read_published
+from msrn_ray.datasets.registry import PublishedSplits, read_published
 from msrn_ray.io.filesystems import filesystem_of
 from msrn_ray.io.storage import Location
 from msrn_ray.ray_data.pipeline import decode_rows
@@ -39,7 +39,7 @@ def copy_some(source: Path, target: Path) -> Path:
     return target
 
 
-def write_manifest(published: Published, folder: Path) -> DataSettings:
+def write_manifest(published: PublishedSplits, folder: Path) -> DataSettings:
     """A CSV with the images of both splits, and the file of all labels in their order."""
     names = published.train.label_names
     (folder / "names.txt").write_text("\n".join(names), encoding="utf-8")
@@ -61,7 +61,7 @@ def content_of(place: Location) -> dict[str, bytes]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_raw_manifest_prepared_and_s3_give_the_same_tensors_and_targets(
+def test_all_forms_give_equal_tensors_and_targets(
     local_ray: None, s3_bucket: Location, shared: Path, tmp_path: Path
 ) -> None:
     local = copy_some(shared / "data/coco_mini", tmp_path / "coco")

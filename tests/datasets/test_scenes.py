@@ -24,8 +24,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from msrn_ray.datasets.scenes import generate as scenes
-from msrn_ray.datasets.scenes.generate import CATEGORIES, IMPLICATIONS, SPLITS, draw_labels, generate_scenes
+from msrn_ray.datasets.scenes.generate import CATEGORIES, IMPLICATIONS, draw_labels, generate_scenes
 from msrn_ray.datasets.scenes.painter import paint
+from msrn_ray.datasets.split_names import SPLITS
 from msrn_ray.errors import UserError
 
 SMALL = {"num_train": 3, "num_val": 2, "num_test": 1}
@@ -58,7 +59,7 @@ def digests(root: Path) -> dict[str, str]:
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def in_a_process(root: Path, **arguments: int) -> list[str]:
+def generate_command(root: Path, **arguments: int) -> list[str]:
     """The command that generates in a process of its own."""
     call = f"generate_scenes(Path({str(root)!r}), **{arguments})"
     return [sys.executable, "-c", f"from pathlib import Path; from msrn_ray.datasets.scenes.generate import *; {call}"]
@@ -89,7 +90,7 @@ def is_allowed(labels: set[str] | frozenset[str]) -> bool:
     )
 
 
-def test_pycocotools_reads_every_split_and_the_files_are_as_described(sample: Path) -> None:
+def test_pycocotools_reads_the_files_of_every_split(sample: Path) -> None:
     image_ids: list[int] = []
     annotation_ids: list[int] = []
     for split, number in (("train", 300), ("val", 150), ("test", 1)):
@@ -110,7 +111,7 @@ def test_pycocotools_reads_every_split_and_the_files_are_as_described(sample: Pa
     assert shapes == {True, False}
 
 
-def test_a_reader_that_takes_ids_for_positions_is_caught() -> None:
+def test_category_ids_differ_from_positions() -> None:
     by_id = sorted(CATEGORIES, key=lambda label: CATEGORIES[label][0])
     ids = sorted(number for number, _ in CATEGORIES.values())
     assert by_id != sorted(CATEGORIES)
@@ -118,7 +119,7 @@ def test_a_reader_that_takes_ids_for_positions_is_caught() -> None:
     assert len(set(ids)) == len(ids) == 16
 
 
-def test_boxes_lie_inside_and_hold_what_they_name(sample: Path) -> None:
+def test_boxes_lie_inside_the_picture(sample: Path) -> None:
     for split in SPLITS:
         size = {image["id"]: (image["width"], image["height"]) for image in read_split(sample, split)["images"]}
         for annotation in read_split(sample, split)["annotations"]:
@@ -130,7 +131,7 @@ def test_boxes_lie_inside_and_hold_what_they_name(sample: Path) -> None:
             assert annotation["iscrowd"] == 0
 
 
-def test_boxes_are_those_of_the_visible_pixels() -> None:
+def test_boxes_match_the_visible_pixels() -> None:
     """The moon is the brightest thing in a night sky: bright pixels reach to the sides of its box and no further."""
     tight = 0
     for number in range(60):
@@ -162,7 +163,7 @@ def test_the_docstring_states_the_rules() -> None:
         assert f"{label} -> {needed}" in text
 
 
-def test_every_label_is_common_enough_and_none_too_common(sample: Path) -> None:
+def test_label_frequencies_are_balanced(sample: Path) -> None:
     for split, low, high in (("train", 0.06, 0.5), ("val", 0.04, 0.55)):
         rows = labels_per_image(sample, split)
         share = {label: sum(label in labels for labels in rows) / len(rows) for label in CATEGORIES}
@@ -171,7 +172,7 @@ def test_every_label_is_common_enough_and_none_too_common(sample: Path) -> None:
         assert 3 <= sum(map(len, rows)) / len(rows) <= 4.3
 
 
-def test_sizes_and_counts_are_those_of_the_docstring(sample: Path) -> None:
+def test_sizes_and_counts_match_the_docstring(sample: Path) -> None:
     content = read_split(sample, "train")
     area_of = {image["id"]: image["width"] * image["height"] for image in content["images"]}
     table = documented()
@@ -197,9 +198,7 @@ def test_label_names_have_word_vectors() -> None:
     assert {word for label in CATEGORIES for word in label.split()} - words == set()
 
 
-def test_bytes_depend_on_the_seed_and_not_on_the_number_of_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bytes_depend_only_on_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scenes, "IMAGES_PER_PROCESS", 2)
     results = {}
     for name, cpus, seed in (("one", 1, 0), ("two", 2, 0), ("other seed", 2, 1)):
@@ -215,7 +214,7 @@ def test_no_two_pictures_are_the_same(sample: Path) -> None:
     assert len(set(digests(sample).values())) == len(digests(sample)) == 451 + 3
 
 
-def test_a_picture_depends_on_its_place_in_the_split_only(tmp_path: Path) -> None:
+def test_a_picture_depends_only_on_its_number(tmp_path: Path) -> None:
     few = generate_scenes(tmp_path / "few", num_train=1, num_val=2, num_test=1)
     more = generate_scenes(tmp_path / "more", num_train=2, num_val=3, num_test=1)
     for split, in_few, in_more in (("train", 1, 1), ("val", 2, 3), ("val", 3, 4), ("test", 4, 6)):
@@ -247,7 +246,7 @@ def test_other_scenes_in_the_folder_are_replaced(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("content", ["a photograph", "the real annotations", "a file"])
-def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path, content: str) -> None:
+def test_a_foreign_folder_is_left_alone(tmp_path: Path, content: str) -> None:
     root = tmp_path / "coco"
     kept = root / "annotations" / "instances_train2014.json"
     if content == "a file":
@@ -271,19 +270,19 @@ def test_an_empty_folder_and_a_link_are_filled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stale", [False, True])
-def test_two_callers_at_once_both_succeed(tmp_path: Path, stale: bool) -> None:
+def test_concurrent_callers_all_succeed(tmp_path: Path, stale: bool) -> None:
     root = tmp_path / "scenes"
     if stale:
         generate_scenes(root, **SMALL, seed=9)
     with ThreadPoolExecutor() as threads:
-        ends = list(threads.map(lambda _: subprocess.run(in_a_process(root, **SMALL)).returncode, range(3)))
+        ends = list(threads.map(lambda _: subprocess.run(generate_command(root, **SMALL)).returncode, range(3)))
     assert ends == [0, 0, 0]
     assert digests(root) == digests(generate_scenes(tmp_path / "alone", **SMALL))
 
 
-def test_a_kill_leaves_nothing_half_written(tmp_path: Path) -> None:
+def test_a_kill_leaves_no_partial_data_set(tmp_path: Path) -> None:
     root = tmp_path / "scenes"
-    with subprocess.Popen(in_a_process(root)) as process:
+    with subprocess.Popen(generate_command(root)) as process:
         while not list(tmp_path.glob(".scenes.building-*/new/train2014/*.jpg")):
             assert process.poll() is None
             time.sleep(0.02)

@@ -153,7 +153,7 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     assert image[0].tolist() == [[0, 0, 1, 1, 4], [128, 156, 254, 255, 255]]
 
 
-def test_transparent_pixels_are_laid_on_white() -> None:
+def test_transparent_pixels_are_blended_with_white() -> None:
     layers = np.zeros((1, 4, 4), np.uint8)
     layers[0] = [[10, 20, 30, 0], [10, 20, 30, 255], [10, 20, 30, 128], [255, 0, 0, 51]]
     expected = layers[..., :3] * (layers[..., 3:] / 255) + 255 * (1 - layers[..., 3:] / 255)
@@ -198,7 +198,7 @@ def test_from_pil_agrees_with_decode() -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_cut_off(kind: str) -> None:
+def test_truncated_images_are_refused(kind: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     data = encoded(Image.fromarray(noise), kind)
     for part in (0.5, 0.9):
@@ -206,7 +206,7 @@ def test_cut_off(kind: str) -> None:
             decode(data[: int(len(data) * part)], max_pixels=PLENTY)
 
 
-def test_not_an_image() -> None:
+def test_other_files_are_refused() -> None:
     with pytest.raises(UserError, match="the file is empty"):
         decode(b"", max_pixels=PLENTY)
     for data in (b"plain text", b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00", bytes(1000)):
@@ -214,7 +214,7 @@ def test_not_an_image() -> None:
             decode(data, max_pixels=PLENTY)
 
 
-def test_formats_that_are_no_photographs_are_not_opened() -> None:
+def test_formats_other_than_photographs_are_refused() -> None:
     for kind in ("EPS", "ICO", "PCX", "TGA"):  # Pillow has Ghostscript, a program of its own, read the first of them
         with pytest.raises(UserError, match="not an image of a known format"):
             decode(encoded(Image.fromarray(photo()), kind), max_pixels=PLENTY)
@@ -223,7 +223,7 @@ def test_formats_that_are_no_photographs_are_not_opened() -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_too_large_is_refused_from_the_header(kind: str) -> None:
+def test_too_large_images_are_refused_by_their_header(kind: str) -> None:
     data = encoded(Image.fromarray(photo(200, 200)), kind)
     with pytest.raises(UserError, match=r"200 x 200 pixels are more than data\.max_pixels=100$"):
         decode(data, max_pixels=100)
@@ -234,7 +234,7 @@ def test_too_large_is_refused_from_the_header(kind: str) -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize(("short_side", "factor"), [(801, 1), (201, 1), (200, 4), (101, 4), (100, 8), (64, 8)])
-def test_large_photographs_are_decoded_as_small_as_they_may_be(mode: str, short_side: int, factor: int) -> None:
+def test_large_jpegs_are_decoded_at_reduced_size(mode: str, short_side: int, factor: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
     data = encoded(Image.fromarray(photo(800, 1000)).convert(mode), "JPEG", quality=95, exif=exif)
@@ -247,13 +247,13 @@ def test_large_photographs_are_decoded_as_small_as_they_may_be(mode: str, short_
     assert difference.mean() < 1, "the same picture"
 
 
-def test_other_formats_are_decoded_in_full_size() -> None:
+def test_other_formats_are_decoded_at_full_size() -> None:
     data = encoded(Image.fromarray(photo(800, 1000)), "PNG")
     assert torch.equal(decode(data, max_pixels=PLENTY, short_side=64), decode(data, max_pixels=PLENTY))
 
 
 @pytest.mark.parametrize("size", [64, 448])
-def test_the_smallest_crop_of_a_scaled_photograph_is_not_enlarged(size: int) -> None:
+def test_smallest_crop_is_not_enlarged(size: int) -> None:
     assert smallest_side(size, ()) == size
     side = smallest_side(size, SCALES)
     assert round(side * min(SCALES)) >= size > round((side - 2) * min(SCALES))
@@ -310,7 +310,7 @@ def allowed_boxes() -> dict[tuple[int, int, int, int], int]:
     return boxes
 
 
-def test_every_crop_is_allowed_and_every_allowed_crop_appears() -> None:
+def test_crops_are_exactly_the_allowed_ones() -> None:
     boxes = allowed_boxes()
     table = np.array(list(boxes))
     assert sum(boxes.values()) == 19 * 13
@@ -345,7 +345,7 @@ def test_without_scales_the_whole_picture_is_resized() -> None:
         assert torch.equal(multi_scale_crop(GRID, SIDE, (), rng, flip=False), resize(GRID, SIDE))
 
 
-def test_the_rng_decides() -> None:
+def test_only_the_rng_decides_the_crop() -> None:
     def views(seed: int) -> Tensor:
         rng = np.random.default_rng(seed)
         return torch.stack([multi_scale_crop(GRID, SIDE, SCALES, rng, flip=True) for _ in range(5)])
@@ -360,7 +360,7 @@ def test_the_rng_decides() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 300), (7, 3), (500, 20)])
-def test_crop_shape_whatever_the_picture(height: int, width: int) -> None:
+def test_crop_shape_for_any_image_size(height: int, width: int) -> None:
     image = torch.full((3, height, width), 77, dtype=torch.uint8)
     rng = np.random.default_rng(3)
     for _ in range(30):
@@ -370,7 +370,7 @@ def test_crop_shape_whatever_the_picture(height: int, width: int) -> None:
         assert (view == 77).all(), "a crop left the picture"
 
 
-def test_sides_are_parts_of_the_short_side() -> None:
+def test_crop_sides_are_fractions_of_the_short_side() -> None:
     rng = np.random.default_rng(4)
     for image in (GRID, GRID[:, :60]):
         short = min(image.shape[1:])

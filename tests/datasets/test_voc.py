@@ -35,7 +35,9 @@ def write(root: Path) -> Path:
 
 
 @pytest.mark.parametrize(("difficult", "value"), [("ignore", UNKNOWN), ("positive", PRESENT), ("negative", ABSENT)])
-def test_values(tmp_path: Path, difficult: Literal["ignore", "positive", "negative"], value: int) -> None:
+def test_difficult_objects_follow_the_policy(
+    tmp_path: Path, difficult: Literal["ignore", "positive", "negative"], value: int
+) -> None:
     base = write(tmp_path)
     samples = read_voc(tmp_path, "train", difficult=difficult)
     expected = np.zeros((3, 20), np.int8)
@@ -44,7 +46,7 @@ def test_values(tmp_path: Path, difficult: Literal["ignore", "positive", "negati
     np.testing.assert_array_equal(samples.targets, expected)
     assert samples.table["image_id"].to_pylist() == ["000002", "000005", "000009"]
     assert samples.table["uri"].to_pylist()[1] == str(base / "JPEGImages/000005.jpg")
-    assert samples.notes[-1].startswith("train: 3 images, 1 labels seen only in difficult objects taken as ")
+    assert samples.notes[-1].startswith("train: 3 images, 1 labels seen only in difficult objects are taken as ")
 
 
 def test_unknown_is_the_default(tmp_path: Path) -> None:
@@ -59,7 +61,7 @@ def test_root_may_be_any_of_three_levels(tmp_path: Path, level: str) -> None:
 
 
 @pytest.mark.parametrize(("split", "images", "positives"), [("trainval", 137, TRAINVAL), ("test", 87, TEST)])
-def test_counts(shared: Path, split: str, images: int, positives: tuple[int, ...]) -> None:
+def test_positives_match_the_photographs(shared: Path, split: str, images: int, positives: tuple[int, ...]) -> None:
     samples = read_voc(shared / "data/voc_mini", split)
     assert len(samples) == images
     assert samples.label_names == VOC_LABELS == tuple(sorted(VOC_LABELS))
@@ -86,11 +88,11 @@ def test_agrees_with_the_annotations(shared: Path) -> None:
         assert Path(row["uri"]).is_file()
 
 
-def test_label_order_is_that_of_the_authors(shared: Path) -> None:
+def test_label_order_matches_the_authors(shared: Path) -> None:
     assert list(VOC_LABELS) == np.load(shared / "word_vectors/voc.npz")["names"].tolist()
 
 
-def test_not_voc(tmp_path: Path) -> None:
+def test_folder_without_voc_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
         match=r"no ImageSets/Main in it, in VOC2007/, .* or in VOCdevkit/VOC2012/; give the folder of VOC2007$",
@@ -98,7 +100,7 @@ def test_not_voc(tmp_path: Path) -> None:
         read_voc(tmp_path, "train")
 
 
-def test_no_such_split(tmp_path: Path) -> None:
+def test_missing_split_is_refused(tmp_path: Path) -> None:
     write(tmp_path)
     with pytest.raises(UserError, match=r"aeroplane_test\.txt: no such file; unpack .* or choose from: train$"):
         read_voc(tmp_path, "test")
@@ -121,7 +123,7 @@ def test_no_such_split(tmp_path: Path) -> None:
         ("000005 -1\n000002 -1\n000009 -1\n", r"cat_train\.txt: lists other images, or in another order"),
     ],
 )
-def test_damaged_list(tmp_path: Path, text: str, message: str) -> None:
+def test_damaged_list_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (write(tmp_path) / "ImageSets/Main/cat_train.txt").write_text(text)
     with pytest.raises(UserError, match=message):
         read_voc(tmp_path, "train")
@@ -135,7 +137,7 @@ def test_byte_order_mark_and_line_ends(tmp_path: Path, data: bytes) -> None:
     assert read_voc(tmp_path, "train").targets[:, VOC_LABELS.index("cat")].tolist() == [0, 1, 0]
 
 
-def test_another_encoding(tmp_path: Path) -> None:
+def test_other_encodings_are_refused(tmp_path: Path) -> None:
     (write(tmp_path) / "ImageSets/Main/cat_train.txt").write_bytes("000002 -1\n".encode("utf-16"))
     with pytest.raises(UserError, match=r"cat_train\.txt: is UTF-16; save the whole file as UTF-8"):
         read_voc(tmp_path, "train")
@@ -158,7 +160,7 @@ def write_agreeing(base: Path) -> Path:
     return base
 
 
-def test_xml_that_agrees_is_not_mentioned(tmp_path: Path) -> None:
+def test_agreeing_xml_adds_no_note(tmp_path: Path) -> None:
     base = write(tmp_path)
     samples = read_voc(tmp_path, "train")
     (note, _) = samples.notes
@@ -191,14 +193,16 @@ def test_xml_that_agrees_is_not_mentioned(tmp_path: Path) -> None:
         ("000009", [("cat", "yes")], r"000009\.xml: has an object with difficult='yes', not 0 or 1; correct it"),
     ],
 )
-def test_xml_that_contradicts(tmp_path: Path, image_id: str, objects: list[tuple[str, str]], message: str) -> None:
+def test_contradicting_xml_is_refused(
+    tmp_path: Path, image_id: str, objects: list[tuple[str, str]], message: str
+) -> None:
     base = write_agreeing(write(tmp_path))
     write_xml(base, image_id, *objects)
     with pytest.raises(UserError, match=message):
         read_voc(tmp_path, "train")
 
 
-def test_xml_that_differs_on_what_is_difficult(tmp_path: Path) -> None:
+def test_a_note_counts_differences_on_difficult(tmp_path: Path) -> None:
     base = write(tmp_path)
     samples = read_voc(tmp_path, "train")
     write_agreeing(base)
@@ -207,12 +211,12 @@ def test_xml_that_differs_on_what_is_difficult(tmp_path: Path) -> None:
     compared = read_voc(tmp_path, "train")
     assert compared.table.equals(samples.table), "the class files count"
     assert compared.notes[0] == (
-        "train: class files and XML differ in 3 labels on what is difficult, the class files count (1 absent / difficult,"
+        "train: class files and XML differ in 3 labels on what is difficult; the class files are used (1 absent / difficult,"
         " 1 difficult / present, 1 present / difficult; 000002 cat, 000002 dog, 000009 sheep)"
     )
 
 
-def test_damaged_xml(tmp_path: Path) -> None:
+def test_damaged_xml_is_refused(tmp_path: Path) -> None:
     base = write_agreeing(write(tmp_path))
     (base / "Annotations/000005.xml").write_text("<annotation><object>")
     with pytest.raises(UserError, match=r"000005\.xml: not an XML file \(.*\); unpack it again"):
@@ -220,7 +224,7 @@ def test_damaged_xml(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["gb2312", "nothing-known"])
-def test_xml_of_an_unknown_encoding(tmp_path: Path, encoding: str) -> None:
+def test_xml_with_unknown_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
     base = write_agreeing(write(tmp_path))
     path = base / "Annotations/000005.xml"
     path.write_text(f'<?xml version="1.0" encoding="{encoding}"?><annotation/>')
@@ -228,7 +232,7 @@ def test_xml_of_an_unknown_encoding(tmp_path: Path, encoding: str) -> None:
         read_voc(tmp_path, "train")
 
 
-def test_xml_that_grows_and_xml_that_reads_other_files(tmp_path: Path) -> None:
+def test_malicious_xml_is_refused(tmp_path: Path) -> None:
     base = write_agreeing(write(tmp_path))
     tens = "".join(f'<!ENTITY a{n} "{f"&a{n - 1};" * 10}">' for n in range(1, 10))
     for entities, name in ((f'<!ENTITY a0 "0123456789">{tens}', "a9"), ('<!ENTITY e SYSTEM "/etc/passwd">', "e")):
@@ -248,14 +252,14 @@ def test_years(tmp_path: Path) -> None:
         UserError, match=r"VOC2007: no ImageSets/Main in .*; give the folder of VOC2012 \(did you mean .*kit\?\)"
     ):
         read_voc(base, "train", year=2012)
-    with pytest.raises(UserError, match=r"data\.year 2014: VOC is read for 2007 and 2012"):
+    with pytest.raises(UserError, match=r"data\.year 2014: VOC has 2007 and 2012; choose one"):
         read_voc(base, "train", year=2014)
     shutil.rmtree(base)
     assert read_voc(tmp_path, "train").source == "VOC2012 train"
 
 
 @pytest.mark.parametrize("level", ["JPEGImages", "ImageSets", "ImageSets/Main"])
-def test_wrong_level_is_pointed_out(tmp_path: Path, level: str) -> None:
+def test_wrong_folder_level_gets_a_suggestion(tmp_path: Path, level: str) -> None:
     base = write(tmp_path / "set")
     with pytest.raises(UserError, match=rf"did you mean {base}\?"):
         read_voc(base / level, "train")
@@ -263,7 +267,7 @@ def test_wrong_level_is_pointed_out(tmp_path: Path, level: str) -> None:
         read_voc(tmp_path, "train")
 
 
-def test_image_ids_that_lead_out_of_the_folder(tmp_path: Path) -> None:
+def test_image_ids_cannot_leave_the_folder(tmp_path: Path) -> None:
     base = write(tmp_path)
     for path in (base / "ImageSets/Main").iterdir():
         path.write_text(path.read_text().replace("000005", "../../x"))
@@ -271,11 +275,11 @@ def test_image_ids_that_lead_out_of_the_folder(tmp_path: Path) -> None:
         read_voc(tmp_path, "train")
 
 
-def test_images_not_on_disk(tmp_path: Path) -> None:
+def test_missing_images_are_refused(tmp_path: Path) -> None:
     base = write(tmp_path)
     (base / "JPEGImages/000005.jpg").unlink()
     with pytest.raises(
-        UserError, match=r"aeroplane_train\.txt: 1 of its 3 images are not there \(\S*JPEGImages/000005\.jpg\); finish"
+        UserError, match=r"aeroplane_train\.txt: 1 of its 3 images are missing \(\S*JPEGImages/000005\.jpg\); finish"
     ):
         read_voc(tmp_path, "train")
     shutil.rmtree(base / "JPEGImages")

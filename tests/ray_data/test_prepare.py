@@ -24,7 +24,7 @@ from rich.console import Console
 
 from msrn_ray.cli.data import Prepare
 from msrn_ray.config import DataSettings, ExperimentConfig
-from msrn_ray.datasets.prepared import PreparedInfo, index_place, read_info, shard_place
+from msrn_ray.datasets.prepared import PreparedInfo, index_file, read_info, shard_file
 from msrn_ray.datasets.protocol import load_splits
 from msrn_ray.datasets.registry import read_published
 from msrn_ray.datasets.shard_writer import ShardWriter
@@ -94,7 +94,7 @@ def test_a_shard_gives_each_image_back_to_the_byte(samples: SampleTable, tmp_pat
     for number, size in enumerate((3, 2)):
         record = writer(root).finish(samples.table, number)
         assert record.rows == tuple(range(3 * number, 3 * number + size))
-        shard = shard_place(Location.of(root), "train", number)
+        shard = shard_file(Location.of(root), "train", number)
         assert record.size == len(shard.read_bytes())
         for row, offset, length in zip(record.rows, record.offsets, record.lengths, strict=True):
             original = Path(samples.table["uri"][row].as_py()).read_bytes()
@@ -517,8 +517,8 @@ def test_damage_is_named_with_its_mend(copy: Path, info: PreparedInfo) -> None:
 
     root = Location.of(copy)
     for place, match in (
-        (shard_place(root, "train", 1), r"train-00001\.parquet: .*run the same `msrn prepare` again"),
-        (index_place(root, "test"), r"test\.index\.parquet: damaged.*run the same `msrn prepare` again"),
+        (shard_file(root, "train", 1), r"train-00001\.parquet: .*run the same `msrn prepare` again"),
+        (index_file(root, "test"), r"test\.index\.parquet: damaged.*run the same `msrn prepare` again"),
     ):
         path = Path(str(place))
         whole = path.read_bytes()

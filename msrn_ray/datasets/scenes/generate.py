@@ -1,8 +1,8 @@
 """The embedded data set `scenes`: pictures of landscapes, written as JPEG files in the layout of COCO 2014.
 
-It needs no download and is small enough to train on from scratch, yet has what multi-label work lives on: objects of
-very different sizes, several labels to a picture, and labels that imply or exclude each other. "size" is the area of
-one box in per cent of the picture (nine boxes in ten), "boxes" how many stand in a picture with that label.
+It needs no download and is small enough to train on from scratch. Yet it has the traits of multi-label data: objects of
+very different sizes, several labels per picture, and labels that imply or exclude each other. "size" is the area of
+one box in per cent of the picture (for nine boxes in ten), "boxes" the number of boxes in a picture with that label.
 
     id  label          category  size, %      boxes  where
      2  sun            sky        3.0 - 7.0   1      sky, day
@@ -29,8 +29,8 @@ The rules of co-occurrence, which hold without exception:
                sea, boat, fish        with road, car, traffic light, house, tree, flower
                mountain               with road, car, traffic light
 
-Balloons, kites, rocks, crates, signs and bushes are drawn too and are no labels: they share colours and shapes with
-what is one.
+Balloons, kites, rocks, crates, signs and bushes are drawn too but are no labels: they share colours and shapes with
+objects that are.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
+from ..split_names import SPLITS
 from .painter import Box, paint
 
 GENERATOR = "msrn_ray scenes"
-VERSION = "1"  # part of the cache key: raise it with every change that alters a pixel or a label
-SPLITS = ("train", "val", "test")
-IMAGES_PER_PROCESS = 100  # fewer are not worth the start of a process
+VERSION = "1"  # part of the cache key: increase it with every change of a pixel or a label
+IMAGES_PER_PROCESS = 100  # for fewer images, starting a process does not pay
 JPEG_QUALITY = 90
 CATEGORIES = {  # label -> (category id, supercategory); as in COCO ids have gaps and do not follow the names' order
     "sun": (2, "sky"),
@@ -91,7 +91,7 @@ Record = tuple[int, int, list[tuple[str, Box]]]  # width, height, (label, visibl
 
 
 def draw_labels(rng: np.random.Generator) -> tuple[frozenset[str], str, str]:
-    """Returns at least one label, the place and the sky that hold them."""
+    """Draw at least one label, and the place and sky that contain the labels."""
     while True:
         place = str(rng.choice(list(PLACE_ODDS), p=list(PLACE_ODDS.values())))
         sky = "day" if rng.random() < DAY_ODDS else "night"
@@ -103,7 +103,7 @@ def draw_labels(rng: np.random.Generator) -> tuple[frozenset[str], str, str]:
 
 
 def _write_image(path: str, key: tuple[int, int, int]) -> Record:
-    """key: seed, number of the split, number in the split: all that the picture depends on."""
+    """Write one picture. It depends on `key` only: seed, number of the split, number in the split."""
     rng = np.random.default_rng(key)
     image, objects = paint(*draw_labels(rng), rng)
     image.save(path, quality=JPEG_QUALITY)
@@ -111,7 +111,7 @@ def _write_image(path: str, key: tuple[int, int, int]) -> Record:
 
 
 def _end_with_parent() -> None:
-    """Ends this process as soon as its parent is gone, even killed; a pool's process would wait for work for ever."""
+    """End this process as soon as its parent ends, even by SIGKILL. A pool's process would otherwise wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -145,7 +145,7 @@ def _annotation_file(root: Path, split: str) -> Path:
 
 
 def _build(root: Path, num_images: dict[str, int], seed: int) -> None:
-    """Writes the whole data set into the new folder `root`; image and annotation ids are unique over the splits."""
+    """Write the whole data set into the new folder `root`; image and annotation ids are unique over the splits."""
     names: dict[str, list[str]] = {}
     first_id = 1
     for split, number in num_images.items():
@@ -190,7 +190,7 @@ def _build(root: Path, num_images: dict[str, int], seed: int) -> None:
 
 
 def _written_info(root: Path) -> Any:
-    """The info of the data set at `root`, or None; the folder was moved in whole, so that one file tells of all."""
+    """Return the info of the data set at `root`, or None. The folder is moved in complete, so one file proves all of them."""
     try:
         return json.loads(_annotation_file(root, "train").read_text())["info"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -200,14 +200,14 @@ def _written_info(root: Path) -> Any:
 def generate_scenes(
     root: Path, *, num_train: int = 2000, num_val: int = 500, num_test: int = 500, seed: int = 0
 ) -> Path:
-    """Writes the data set to `root` unless it lies there already; the same arguments give the same bytes.
+    """Write the data set to `root` unless it exists there; the same arguments give the same bytes.
 
-    It is built beside `root` and moved in at the end: whoever finds the folder finds it complete. Two callers at once
-    take turns. Several processes draw: a script that calls this needs the usual `if __name__ == "__main__":`.
+    The data set is built beside `root` and moved in at the end, so an existing folder is complete. Concurrent callers take turns.
+    Several processes draw, so a script that calls this function needs `if __name__ == "__main__":`.
 
     Args:
-        root: the folder to hold `train2014/`, `val2014/`, `test2014/` and `annotations/`; scenes of another version
-            or of other arguments found there are replaced.
+        root: the folder to hold `train2014/`, `val2014/`, `test2014/` and `annotations/`. Scenes of another version
+            or of other arguments in it are replaced.
         num_train, num_val, num_test: images per split, 1 or more.
         seed: 0 or more.
 
@@ -215,33 +215,33 @@ def generate_scenes(
         root, as an absolute path.
 
     Raises:
-        UserError: if an argument is out of range, or `root` holds something that is not this data set.
+        UserError: if an argument is out of range, or `root` holds anything but this data set.
     """
     num_images = {"train": num_train, "val": num_val, "test": num_test}
     for split, number in num_images.items():
         if number < 1:
-            raise UserError(f"scenes: num_{split} is {number}, it must be 1 or more")
+            raise UserError(f"scenes: num_{split} is {number}; give 1 or more")
     if seed < 0:
-        raise UserError(f"scenes: seed is {seed}, it must be 0 or more")
+        raise UserError(f"scenes: seed is {seed}; give 0 or more")
     root = root.resolve()
     info = _info(num_images, seed)
     if _written_info(root) == info:
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
     with (root.parent / f".{root.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the system frees it when this process ends, however it ends
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it when this process ends, even by SIGKILL
         found = _written_info(root)
         if found == info:
             return root
-        is_ours = isinstance(found, dict) and found.get("description") == GENERATOR
-        if root.exists() and not is_ours and not (root.is_dir() and not any(root.iterdir())):
-            raise UserError(f"scenes: {root} exists and is not this data set; name another folder or remove it")
+        is_scenes = isinstance(found, dict) and found.get("description") == GENERATOR
+        if root.exists() and not is_scenes and not (root.is_dir() and not any(root.iterdir())):
+            raise UserError(f"scenes: {root} exists and is not this data set; give another folder or remove it")
         for left_over in root.parent.glob(f".{root.name}.building-*"):
-            shutil.rmtree(left_over, ignore_errors=True)  # of a killed caller, whose workers may still be ending
+            shutil.rmtree(left_over, ignore_errors=True)  # a killed caller left it; its workers may still be ending
         with tempfile.TemporaryDirectory(prefix=f".{root.name}.building-", dir=root.parent) as work:
             new, old = Path(work, "new"), Path(work, "old")
             _build(new, num_images, seed)
-            if is_ours:
+            if is_scenes:
                 os.replace(root, old)
             os.replace(new, root)
     return root

@@ -1,8 +1,6 @@
-"""The drawing side of `scenes`: one sprite per object, and a painter that sets sprites into a landscape.
+"""The sprites of `scenes`: one drawing per kind of object.
 
-A sprite is drawn with a `Pen` in the unit square (x to the right, y down), larger than needed, then turned, mirrored
-and reduced, which smooths its edges. The painter keeps for every pixel the number of the object seen there, so that the
-boxes it reports are those of the visible pixels.
+A sprite is drawn enlarged in the unit square (x to the right, y down), then turned, mirrored and reduced, which smooths its edges.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ class Pen:
         return [number * (self.size[i % 2] - 1) for i, number in enumerate(numbers)]
 
     def polygon(self, fill: tuple[int, ...], *xy: float) -> None:
-        """xy: x0, y0, x1, y1, ..."""
+        """Fill the polygon with the corners xy: x0, y0, x1, y1, ..."""
         self.draw.polygon(self._pixels(xy), fill=fill)
 
     def box(self, fill: tuple[int, ...], *xyxy: float) -> None:
@@ -49,12 +47,12 @@ class Pen:
         self.oval(fill, x - radius, y - radius, x + radius, y + radius)
 
     def line(self, fill: tuple[int, ...], width: float, *xy: float) -> None:
-        """width: as a share of the canvas's shorter side."""
+        """Draw a line; width: as a fraction of the canvas's shorter side."""
         self.draw.line(self._pixels(xy), fill=fill, width=max(1, round(width * min(self.size))))
 
 
 def vary(rng: Rng, *colours: Colour, by: int = 16) -> Colour:
-    """One of `colours`, each channel moved by at most `by`."""
+    """Return a random one of `colours`, each channel changed by at most `by`."""
     colour = colours[rng.integers(len(colours))]
     moves = rng.integers(-by, by + 1, 3).tolist()
     red, green, blue = (min(max(channel + move, 0), 255) for channel, move in zip(colour, moves, strict=True))
@@ -62,13 +60,13 @@ def vary(rng: Rng, *colours: Colour, by: int = 16) -> Colour:
 
 
 def darker(colour: Colour, factor: float = 0.7) -> Colour:
-    """The colour with each channel times `factor`."""
+    """Return the colour with each channel times `factor`."""
     red, green, blue = (int(channel * factor) for channel in colour)
     return red, green, blue
 
 
 def ring(num_points: int, radius: float, start: float = 0.0) -> list[tuple[float, float]]:
-    """Points evenly spaced on a circle about the middle of the unit square; start: angle in radians."""
+    """Return points evenly spaced on a circle around the middle of the unit square; start: angle in radians."""
     angles = start + np.arange(num_points) * 2 * np.pi / num_points
     return [(0.5 + radius * float(np.cos(a)), 0.5 + radius * float(np.sin(a))) for a in angles]
 
@@ -242,15 +240,15 @@ def draw_bush(pen: Pen, rng: Rng) -> None:
 
 
 class Sprite(NamedTuple):
-    """How one kind of object is drawn.
+    """The drawing of one kind of object.
 
     Attributes:
-        draw: puts it on a pen.
+        draw: draws it with a pen.
         aspect: width over height.
-        heights: smallest and largest height, as a share of the picture's shorter side.
-        counts: fewest and most in one picture.
-        turn: largest rotation either way, in degrees.
-        glows: whether night leaves its colours as they are.
+        heights: smallest and largest height, as a fraction of the picture's shorter side.
+        counts: smallest and largest number in one picture.
+        turn: largest rotation in both directions, degrees.
+        glows: whether its colours stay the same at night.
     """
 
     draw: Callable[[Pen, Rng], None]
@@ -261,7 +259,7 @@ class Sprite(NamedTuple):
     glows: bool = False
 
     def render(self, rng: Rng, short_side: int) -> Pixels:
-        """Returns [h, w, 4] float32: colours in [0, 255], opacity in [0, 1]."""
+        """Return [h, w, 4] float32: colours in [0, 255], opacity in [0, 1]."""
         height = short_side * rng.uniform(*self.heights)
         width = height * self.aspect * rng.uniform(0.9, 1.12)
         pen = Pen(max(4, round(width)), max(4, round(height)))
@@ -277,7 +275,7 @@ class Sprite(NamedTuple):
         return pixels
 
 
-SPRITES = {  # large first: the painter sets them in this order, so that a small object is never hidden by a large one
+SPRITES = {  # large first: the painter keeps this order, so a large object never hides a small one
     "house": Sprite(draw_house, 1.15, (0.26, 0.42), (1, 2)),
     "cloud": Sprite(draw_cloud, 1.9, (0.13, 0.22), (1, 3)),
     "tree": Sprite(draw_tree, 0.7, (0.26, 0.42), (1, 4)),
