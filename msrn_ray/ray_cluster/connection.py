@@ -1,4 +1,4 @@
-"""Connects to a Ray cluster, or starts one on this machine, and checks that its nodes share a folder."""
+"""Connects to a Ray cluster, or starts one on this machine. Checks its shared folder, and drains its nodes."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import ray.autoscaler.sdk
+import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ..config import ResourceSettings
 from ..errors import UserError
+from ..settings import ResourceSettings
 from .private_api import request_drain
 
-OWN_ADDRESS = "127.0.0.1"  # of a cluster that `connect` starts: no other machine can reach it
+LOCAL_ADDRESS = "127.0.0.1"  # of a cluster that `connect` starts: no other machine can reach it
 
 
 def connect(settings: ResourceSettings, *, runs: int = 1) -> None:
-    """Joins the cluster that RAY_ADDRESS names, or starts one on this machine; does nothing where Ray is already up.
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine. Do nothing if Ray is up already.
 
-    A machine's own cluster has more logical CPUs than cores, since workers reserve some that decode tasks must not lack: a core for each
-    decode task where workers train on the CPU too, two where GPUs train and decode tasks wait for files half of the time.
+    A cluster on this machine has more logical CPUs than cores, because train workers reserve CPUs that decode tasks need too. Each core
+    counts once for decode tasks if workers train on the CPU. It counts twice if GPUs train, because decode tasks wait for files half of
+    the time.
 
     Args:
         settings: what one training run takes.
         runs: training runs at the same time.
 
     Raises:
-        UserError: if the cluster cannot be joined, or the machine has fewer cores than the workers need.
+        UserError: if Ray cannot join the cluster, or the machine has fewer cores than the workers need.
     """
     if ray.is_initialized():
         return
@@ -42,55 +43,55 @@ def connect(settings: ResourceSettings, *, runs: int = 1) -> None:
         try:
             ray.init(**quiet)
         except (ConnectionError, ray.exceptions.AuthenticationError) as error:
-            raise UserError(_why_not_joined(address, error)) from None
+            raise UserError(_describe_refusal(address, error)) from None
         return
     cores = usable_cores()
     gpus = 0 if settings.use_gpu is False else torch.cuda.device_count()
     fewest, most = settings.worker_range or (default_workers(gpus),) * 2
     if runs * fewest * settings.cpus_per_worker > cores:
-        at_once = f" in {runs} trials at a time" if runs > 1 else ""
+        at_a_time = f" in {runs} trials at a time" if runs > 1 else ""
         raise UserError(
-            f"resources.num_workers={settings.num_workers or fewest} x {settings.cpus_per_worker} CPUs{at_once} are more than this"
+            f"resources.num_workers={settings.num_workers or fewest} x {settings.cpus_per_worker} CPUs{at_a_time} are more than this"
             f" machine's {cores} cores; lower them, or join a cluster (RAY_ADDRESS)"
         )
     workers = min(most, cores // (runs * settings.cpus_per_worker))
-    # Ray warns of more than four times as many processes; a run has about ten, most of which wait
+    # Ray warns of more than four times as many processes. A run has about ten, and most of them wait
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(cores, 8 * runs)))
     ray.init(
         address="local",
         num_cpus=(2 if gpus else 1) * cores + runs * workers * settings.cpus_per_worker,
         include_dashboard=settings.dashboard,
-        _node_ip_address=OWN_ADDRESS,
+        _node_ip_address=LOCAL_ADDRESS,
         **quiet,
     )
 
 
-def is_own_cluster() -> bool:
-    """Whether `connect` started the cluster on this machine, where no other can join it."""
-    return all(node["NodeManagerAddress"] == OWN_ADDRESS for node in ray.nodes())
+def is_local_cluster() -> bool:
+    """Return whether `connect` started the cluster on this machine, where no other machine can join it."""
+    return all(node["NodeManagerAddress"] == LOCAL_ADDRESS for node in ray.nodes())
 
 
-def _why_not_joined(address: str, error: Exception) -> str:
-    mend = "set RAY_AUTH_MODE=token, with the token that it was started with in ~/.ray/auth_token or RAY_AUTH_TOKEN"
+def _describe_refusal(address: str, error: Exception) -> str:
+    fix = "set RAY_AUTH_MODE=token, with the token that it was started with in ~/.ray/auth_token or RAY_AUTH_TOKEN"
     if isinstance(error, ray.exceptions.AuthenticationError):
-        return f"RAY_ADDRESS {address}: there is no token for the cluster on this machine (it would answer 401); {mend}"
-    if "InvalidAuthToken" in str(error.__cause__):  # Ray has put it into words
-        return f"RAY_ADDRESS {address}: the cluster refuses this machine's token (401); {mend}"
+        return f"RAY_ADDRESS {address}: there is no token for the cluster on this machine (it would answer 401); {fix}"
+    if "InvalidAuthToken" in str(error.__cause__):  # Ray gives the cluster's answer as text only
+        return f"RAY_ADDRESS {address}: the cluster refuses this machine's token (401); {fix}"
     return f"RAY_ADDRESS {address}: no cluster answers there ({error})"
 
 
 def usable_cores() -> int:
-    """Cores that this process may use; where the system does not say (macOS), the machine's."""
+    """Return the cores that this process may use. macOS does not say, so there it is all cores of the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_workers(num_gpus: int) -> int:
-    """Every GPU of the cluster; without one 2 workers on a machine with two cores or more, else 1."""
+    """Return one worker per GPU of the cluster. Without a GPU, return 2 on a machine with two cores or more, else 1."""
     return num_gpus or (2 if usable_cores() >= 2 else 1)
 
 
 def check_shared(storage: Path) -> None:
-    """Refuses a folder for runs that some node of the cluster does not see: the driver leaves a file in it, and every node looks for that.
+    """Refuse a folder for runs that some node does not see. The driver writes a file into it, and every node looks for that file.
 
     Raises:
         UserError: with the nodes that do not see it.
@@ -103,8 +104,8 @@ def check_shared(storage: Path) -> None:
     probe = storage / f".probe_{secrets.token_hex(8)}"
     probe.touch()
     try:
-        looks = {node: _look(node, str(probe)) for node in nodes}  # all at once
-        blind = [address for node, address in nodes.items() if not _is_seen(looks[node])]
+        answers = {node: _start_look(node, str(probe)) for node in nodes}  # all nodes at once
+        blind = [address for node, address in nodes.items() if not _is_seen(answers[node])]
     finally:
         probe.unlink()
     if blind:
@@ -114,14 +115,14 @@ def check_shared(storage: Path) -> None:
         )
 
 
-def _look(node: str, path: str) -> ray.ObjectRef[bool]:
+def _start_look(node: str, path: str) -> ray.ObjectRef[bool]:
     return _exists.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(path)
 
 
-def _is_seen(look: ray.ObjectRef[bool]) -> bool:
+def _is_seen(answer: ray.ObjectRef[bool]) -> bool:
     try:
-        return bool(ray.get(look, timeout=120))
-    except ray.exceptions.RayError:  # the node was lost meanwhile, or it does not answer; no storage will mend that
+        return bool(ray.get(answer, timeout=120))
+    except ray.exceptions.RayError:  # Ray has lost the node, or the node does not answer: another folder would not help
         return True
 
 
@@ -130,24 +131,24 @@ def _exists(path: str) -> bool:
     return os.path.exists(path)
 
 
-def drain_node(node: str, why: str, others: Collection[str] = ()) -> bool:
-    """Tells Ray to start nothing new on a machine; what runs there stays. That lasts until Ray on it is started again.
+def drain_node(node: str, reason: str, drained_before: Collection[str] = ()) -> bool:
+    """Tell Ray to start nothing new on a node, until Ray on that node starts again. What runs there continues.
 
     Args:
         node: its id in Ray.
-        why: for Ray's own log.
-        others: ids of those that were set aside before.
+        reason: for Ray's log.
+        drained_before: ids of the nodes that were drained before.
 
     Returns:
-        False where no machine would be left to go on with, and nothing was done.
+        False if no other node would be left to continue on. Then nothing is done.
 
     Raises:
         UserError: if Ray refuses.
     """
-    left = {each["NodeID"] for each in ray.nodes() if each["Alive"] and each["Resources"].get("CPU")} - {node, *others}
-    if not left:
+    usable = {other["NodeID"] for other in ray.nodes() if other["Alive"] and other["Resources"].get("CPU")}
+    if not usable - {node, *drained_before}:
         return False
-    accepted, refusal = request_drain(node, why)
+    accepted, refusal = request_drain(node, reason)
     if not accepted:
-        raise UserError(f"{why}, and Ray does not take it out of use ({refusal}); stop Ray there")
+        raise UserError(f"{reason}, and Ray does not take it out of use ({refusal}); stop Ray there")
     return True

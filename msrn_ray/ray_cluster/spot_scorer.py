@@ -1,6 +1,6 @@
-"""Which kind of machine Ray's autoscaler asks for: a spot one, and where AWS has none left, the same machine on demand.
+"""Makes Ray's autoscaler request spot instances, and where AWS has none left, the same instances on demand.
 
-Ray's own choice ignores that a kind could not be had and asks for it for ever. Its older autoscaler takes another rule from the
+Ray's own score ignores that AWS refused a node type, and requests it for ever. Ray's older autoscaler takes another score from the
 environment of the head: `RAY_AUTOSCALER_UTILIZATION_SCORER=msrn_ray.ray_cluster.spot_scorer.score RAY_enable_autoscaler_v2=0`.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from .private_api import NodeAvailabilitySummary, default_utilization_scorer
 
-SPOT = "_spot"  # ends the name of a kind of machine
+SPOT = "_spot"  # ends the name of a spot node type
 
 
 def score(
@@ -21,16 +21,16 @@ def score(
     *,
     node_availability_summary: NodeAvailabilitySummary,
 ) -> tuple[Any, ...] | None:
-    """How well a machine suits what is asked for, the best one highest; None: not at all.
+    """Return how well a node type suits a request: the highest is the best, None does not fit at all.
 
-    Ray's own score decides first. Of machines that are alike, one whose kind was refused within the last half hour comes last, a spot one
-    first.
+    Ray's own score decides first. Among equal node types, one that AWS refused within the last half hour comes last, and a spot node type
+    comes first.
 
     Args:
-        node_resources: of one such machine.
-        resources: what is asked for, a mapping for each worker or task.
+        node_resources: resources of one such node.
+        resources: the request, a mapping per worker or task.
         node_type: its name in `available_node_types`.
-        node_availability_summary: which kinds AWS gave, or refused, lately.
+        node_availability_summary: which node types AWS gave, or refused, recently.
     """
     fits = default_utilization_scorer(
         node_resources, resources, node_type, node_availability_summary=node_availability_summary

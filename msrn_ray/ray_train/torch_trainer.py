@@ -13,7 +13,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from ..ray_cluster.allocation import Allocation
-from ..ray_cluster.connection import is_own_cluster
+from ..ray_cluster.connection import is_local_cluster
 from .checkpoints import SCORE
 from .elastic_fit import ROOM_SECONDS
 from .failures import FailureCallback
@@ -40,7 +40,7 @@ def build_trainer(
     # after the loss of a node Ray Train requests as many workers as before once more, for 60 s by default
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{ROOM_SECONDS:g}")
     # this process listens for preemption notices; a cluster that was started for this run gets none
-    if is_own_cluster():
+    if is_local_cluster():
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # The whole run may search for room without limit, because the watchdog limits each wait. Outside the main thread the watchdog cannot
     # interrupt Ray Train, so its own count limits each wait

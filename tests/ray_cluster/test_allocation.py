@@ -120,7 +120,7 @@ def test_a_cluster_that_grows_is_waited_for(
     assert allocate(ResourceSettings(num_workers=3)) == Allocation(3, True, 1)
     assert growing.asked == [[{"CPU": 1, "GPU": 1}] * 3 + [{"CPU": 1}], []]
     assert growing.clock == 3
-    assert capsys.readouterr().out == "waiting for machines for 3 workers; the cluster has 0 CPUs and 0 GPUs now\n"
+    assert capsys.readouterr().out == "waiting for nodes for 3 workers; the cluster has 0 CPUs and 0 GPUs now\n"
     assert allocate(ResourceSettings(num_workers="2..4")) == Allocation(3, True, 1, (2, 4))
     assert len(growing.asked) == 2, "there are enough already"
 

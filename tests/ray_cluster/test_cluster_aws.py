@@ -183,7 +183,7 @@ def test_a_run_gets_its_machine_on_demand_where_there_is_no_spot_one(cloud: Clou
         f" --resources.use-gpu False --train.storage {SHARED}/runs --train.run-name first"
     )
     told = cloud.hosts[2].run(f"cd ~/msrn_ray; RAY_AUTH_MODE=token RAY_ADDRESS=auto {run}", timeout=PATIENCE).stdout
-    assert "waiting for machines for 1 workers; the cluster has 0 CPUs and 0 GPUs now" in told
+    assert "waiting for nodes for 1 workers; the cluster has 0 CPUs and 0 GPUs now" in told
     assert "training on 1 x cpu" in told
     assert json.loads((cloud.hosts.shared / "runs/first/state.json").read_text())["state"] == "finished"
 
