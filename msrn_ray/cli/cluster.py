@@ -86,7 +86,7 @@ class Plan:
 
     def run(self) -> None:
         """Print the plan."""
-        from ..ray_cluster.estimate import Request, describe_plan
+        from ..ray_cluster.estimate import Hardware, Request, describe_plan
 
         for option in (
             "gpus",
@@ -107,9 +107,7 @@ class Plan:
         config = PRESETS[self.preset].config
         if self.batch_size is not None:
             config = config.with_overrides({"train.batch_size": self.batch_size})
-        request = Request(
-            config, self.gpus, self.gpu_tflops, self.network_gbps, self.memory_gbs, self.efficiency, self.decode_rate,
-            self.images, self.labels, self.dollars,
-        )  # fmt: skip
+        hardware = Hardware(self.gpus, self.gpu_tflops, self.network_gbps, self.memory_gbs, self.efficiency)
+        request = Request(config, hardware, self.decode_rate, self.images, self.labels, self.dollars)
         for line in describe_plan(request):
             print(line)

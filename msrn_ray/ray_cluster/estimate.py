@@ -1,9 +1,9 @@
-"""How long a run will take on GPUs that one does not have yet: arithmetic on counted operations and stated assumptions; no Ray.
+"""Estimates how long a run takes on GPUs that you do not have yet: arithmetic on counted operations and stated assumptions, no Ray.
 
-A step is the computing of a GPU's images, the update of the weights, and what of the exchange of gradients (ring all-reduce) does not
-hide behind the backward pass. `python -m tests.benchmarks.plan` compares the same formula with 1, 2 and 4 workers on CPUs. What it cannot
-know: which part of its peak a GPU reaches (`efficiency` is an assumption, not a measurement), how well the exchange really hides, and
-waiting for images where decoding is short of CPUs.
+A step computes the GPU's images, updates the weights, and waits for the part of the gradient exchange (a ring all-reduce) that does not
+hide behind the backward pass. `python -m tests.benchmarks.plan` compares the same formula with 1, 2 and 4 workers on CPUs. The formula
+cannot know three things: which part of its peak a GPU reaches (`efficiency` is an assumption, not a measurement), how well the exchange
+really hides, and how long a step waits for images if too few CPUs decode.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import ExperimentConfig
 from ..errors import UserError
 from ..model import build_model
 
-# labels and images of train, as published; only scenes has a val beside it, of the others the protocol takes some for val
+# Labels and train images, as published. Only scenes has a val split beside train; the protocol takes val from train for the others
 SIZES = {
     "scenes": (16, 2_000),
     "voc2007": (20, 5_011),
@@ -26,9 +25,9 @@ SIZES = {
     "nuswide": (81, 161_789),
 }
 ATTENTION = 0.1  # of the backbone's time: measured on CPUs with the elementwise head
-BACKWARD = 2 / 3  # of a step's computing: gradients that are ready are exchanged meanwhile
+BACKWARD = 2 / 3  # of a step's computing: workers exchange the gradients that are ready during the backward pass
 UPDATE_BYTES = (
-    28  # moved in memory for each weight and step: clipping reads the gradient twice; SGD reads 3 numbers and writes 2
+    28  # memory traffic per weight and step: clipping reads the gradient twice; SGD reads 3 numbers and writes 2
 )
 
 
@@ -37,8 +36,8 @@ class Cost:
     """What a network costs.
 
     Attributes:
-        weights: that are trained.
-        flops: floating-point operations of the forward pass of one image, additions and multiplications counted apart.
+        weights: trained weights.
+        flops: floating-point operations of the forward pass of one image; an addition and a multiplication count as two.
     """
 
     weights: int
@@ -50,10 +49,10 @@ class Machine:
     """What the network runs on.
 
     Attributes:
-        workers: data-parallel ones.
-        flops: operations a second that a worker really does.
-        link: bytes a second of the slowest link between two workers.
-        memory: bytes a second of a worker's memory.
+        workers: data-parallel workers.
+        flops: operations per second that a worker really does.
+        link: bytes per second of the slowest link between two workers.
+        memory: bytes per second of a worker's memory.
         overlap: part of a step's computing behind which the exchange can hide.
     """
 
@@ -75,24 +74,31 @@ class Step:
 
     @property
     def total(self) -> float:
-        """All of it; the exchange counts where it is waited for."""
+        """Seconds of the whole step. Of the exchange, only the waiting counts."""
         return self.compute + self.update + self.waiting
 
 
 def count(config: ExperimentConfig, num_labels: int) -> Cost:
-    """Builds the network without memory for its weights, and counts."""
-    with FakeTensorMode():
+    """Return the cost of a network. It is built without memory for its weights."""
+    with torch.device("meta"):
         network = build_model(config.model, torch.randn(num_labels, 50), torch.eye(num_labels).bool(), pretrained=False)
         side = config.data.image_size
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             network.backbone(torch.zeros(1, 3, side, side))
-    trained = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
-    behind = trained - sum(weight.numel() for weight in network.backbone.parameters() if weight.requires_grad)
-    return Cost(trained, counter.get_total_flops() * (1 + ATTENTION) + 2.0 * behind)
+    weights = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
+    head_weights = weights - sum(weight.numel() for weight in network.backbone.parameters() if weight.requires_grad)
+    return Cost(weights, counter.get_total_flops() * (1 + ATTENTION) + 2.0 * head_weights)
 
 
 def predict_step(cost: Cost, machine: Machine, images: float, gradient_bytes: int = 4) -> Step:
-    """A step with so many images for each worker; `gradient_bytes` a weight are exchanged."""
+    """Return the time of a step.
+
+    Args:
+        cost: of the network.
+        machine: what it runs on.
+        images: images per worker.
+        gradient_bytes: bytes per weight that workers exchange.
+    """
     compute = 3 * images * cost.flops / machine.flops  # the backward pass costs twice the forward pass
     update = UPDATE_BYTES * cost.weights / machine.memory
     sent = 2 * (machine.workers - 1) / machine.workers * gradient_bytes * cost.weights
@@ -101,15 +107,44 @@ def predict_step(cost: Cost, machine: Machine, images: float, gradient_bytes: in
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is planned; see `msrn plan --help`."""
+class Hardware:
+    """The GPUs of a plan, one per worker.
 
-    config: ExperimentConfig
+    Attributes:
+        gpus: their number.
+        tflops: peak of one GPU, 10^12 operations per second.
+        network_gbps: slowest link between two GPUs, Gbit per second.
+        memory_gbs: memory of one GPU, GB per second.
+        efficiency: part of the peak that a GPU reaches, in (0, 1].
+    """
+
     gpus: int
-    gpu_tflops: float
+    tflops: float
     network_gbps: float
     memory_gbs: float
     efficiency: float
+
+    @property
+    def machine(self) -> Machine:
+        """The same in the units of the formula."""
+        flops = self.tflops * 1e12 * self.efficiency
+        return Machine(self.gpus, flops, self.network_gbps / 8 * 1e9, self.memory_gbs * 1e9)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to plan; see `msrn plan --help`.
+
+    Attributes:
+        config: the experiment.
+        hardware: the GPUs.
+        decode_rate: images per second that a CPU decodes.
+        images, labels: size of the data set, or None for that of the benchmark.
+        dollars: price of a GPU per hour, or None.
+    """
+
+    config: ExperimentConfig
+    hardware: Hardware
     decode_rate: float
     images: int | None
     labels: int | None
@@ -117,71 +152,60 @@ class Request:
 
 
 def describe_plan(request: Request) -> list[str]:
-    """The plan as lines for a person: both heads side by side, then the preset's own.
+    """Return the plan as lines for a person: both heads side by side, then the preset's head.
 
     Raises:
         UserError: if the size of the data set is not known, or the batch leaves GPUs without an image.
     """
-    config, gpus = request.config, request.gpus
-    known = SIZES.get(config.preset)
-    labels = request.labels or (known[0] if known else None)
-    images = request.images or (_train_images(config, known[1]) if known else None)
-    if labels is None or images is None:
-        raise UserError(f"{config.preset}: how large the data set is depends on yours; say --images and --labels")
-    batch = config.train.batch_size
+    config, hardware = request.config, request.hardware
+    images, labels = _data_size(request)
+    batch, gpus = config.train.batch_size, hardware.gpus
     if gpus > batch:
         raise UserError(f"train.batch_size={batch} leaves some of {gpus} GPUs without an image; raise it")
-    machine = Machine(
-        gpus, request.gpu_tflops * 1e12 * request.efficiency, request.network_gbps / 8 * 1e9, request.memory_gbs * 1e9
-    )
-    sent = 2 if config.optim.compress_gradients else 4
+    gradient_bytes = 2 if config.optim.compress_gradients else 4
     lines = [
-        f"{config.preset}: {gpus} GPUs, batch {batch} ({batch / gpus:g} images a GPU), {config.data.image_size} pixels, {labels} labels",
+        f"{config.preset}: {gpus} GPUs, batch {batch} ({batch / gpus:g} images per GPU), {config.data.image_size} pixels, {labels} labels",
         f"{'head':<13}{'weights':>9}{'computing':>11}{'update':>9}{'exchange':>10}{'waited for':>12}{'step':>9}{'images/s':>10}",
     ]
-    costs, steps = {}, {}
-    for head in ("mlp", "elementwise"):
-        cost = costs[head] = count(config.with_overrides({"model.head": head}), labels)
-        step = steps[head] = predict_step(cost, machine, batch / gpus, sent)
-        numbers = "".join(
-            f"{1e3 * seconds:>{width}.0f} ms"
-            for seconds, width in (
-                (step.compute, 8),
-                (step.update, 6),
-                (step.exchange, 7),
-                (step.waiting, 9),
-                (step.total, 6),
-            )
-        )
-        lines.append(f"{head:<13}{cost.weights / 1e6:>7.1f} M{numbers}{batch / step.total:>10.0f}")
-    step = steps[config.model.head]
-    rate = batch / step.total
-    epoch = images / rate
-    hours = config.train.epochs * epoch / 3600
-    price = (
-        ""
-        if request.dollars is None
-        else f", {hours * gpus * request.dollars:,.0f} dollars at {request.dollars:g} a GPU and hour"
-    )
-    lines.append(
-        f"{config.model.head} head: {step.waiting / step.total:.0%} of a step waits for gradients of other GPUs"
-    )
+    costs = {head: count(config.with_overrides({"model.head": head}), labels) for head in ("mlp", "elementwise")}
+    steps = {head: predict_step(cost, hardware.machine, batch / gpus, gradient_bytes) for head, cost in costs.items()}
+    lines += [_describe_step(head, costs[head], step, batch) for head, step in steps.items()]
+    head = config.model.head
+    step, rate = steps[head], batch / steps[head].total
+    lines.append(f"{head} head: {step.waiting / step.total:.0%} of a step waits for gradients of other GPUs")
     if gpus > 1:
-        alone = batch / predict_step(costs[config.model.head], replace(machine, workers=1), batch, sent).total
+        alone = batch / predict_step(costs[head], replace(hardware.machine, workers=1), batch, gradient_bytes).total
         lines.append(f"one GPU alone would do {alone:.0f} images/s{_advice(rate / alone)}")
-    lines += [
-        f"decoding: {rate / gpus / request.decode_rate:.2f} CPUs a GPU beside the one of its worker, {request.decode_rate:g} images/s each",
-        f"an epoch of {images:,} images: {_time(epoch)}; {config.train.epochs} epochs: {_time(3600 * hours)}{price}",
-        f"assumed: {request.efficiency:.0%} of the GPUs' peak is reached; attention takes {ATTENTION:.0%} of the backbone's time;",
-        f"the exchange hides behind the backward pass; {request.memory_gbs:g} GB/s of GPU memory; not counted: scoring, the cluster's head",
+    epoch = images / rate
+    run = config.train.epochs * epoch
+    price = ""
+    if request.dollars is not None:
+        price = f", {run / 3600 * gpus * request.dollars:,.0f} dollars at {request.dollars:g} per GPU and hour"
+    return [
+        *lines,
+        f"decoding: {rate / gpus / request.decode_rate:.2f} CPUs per GPU besides its worker's, {request.decode_rate:g} images/s each",
+        f"an epoch of {images:,} images: {_time(epoch)}; {config.train.epochs} epochs: {_time(run)}{price}",
+        f"assumed: a GPU reaches {hardware.efficiency:.0%} of its peak; attention takes {ATTENTION:.0%} of the backbone's time;",
+        f"the exchange hides behind the backward pass; {hardware.memory_gbs:g} GB/s of GPU memory; not counted: scoring, the head node",
     ]
-    return lines
 
 
-def _train_images(config: ExperimentConfig, published: int) -> int:
-    if config.preset == "scenes" or config.protocol == "paper":
-        return published
-    return round(published * (1 - config.data.val_fraction))
+def _data_size(request: Request) -> tuple[int, int]:
+    """Return the number of train images and of labels."""
+    config = request.config
+    labels, images = SIZES.get(config.preset, (None, None))
+    if images is not None and config.preset != "scenes" and config.protocol != "paper":
+        images = round(images * (1 - config.data.val_fraction))
+    images, labels = request.images or images, request.labels or labels
+    if images is None or labels is None:
+        raise UserError(f"{config.preset}: the size of the data set depends on yours; say --images and --labels")
+    return images, labels
+
+
+def _describe_step(head: str, cost: Cost, step: Step, batch: int) -> str:
+    columns = ((step.compute, 8), (step.update, 6), (step.exchange, 7), (step.waiting, 9), (step.total, 6))
+    numbers = "".join(f"{1e3 * seconds:>{width}.0f} ms" for seconds, width in columns)
+    return f"{head:<13}{cost.weights / 1e6:>7.1f} M{numbers}{batch / step.total:>10.0f}"
 
 
 def _advice(gain: float) -> str:
@@ -191,10 +215,6 @@ def _advice(gain: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    return (
-        f"{seconds / 3600:.1f} h"
-        if seconds >= 7200
-        else f"{seconds / 60:.1f} min"
-        if seconds >= 120
-        else f"{seconds:.0f} s"
-    )
+    if seconds >= 7200:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 120 else f"{seconds:.0f} s"

@@ -305,7 +305,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert f"{GPU_YAML}: metadata.image: still says ami-{PLACEHOLDER}" in capsys.readouterr().out
     good = filled_in(GPU_YAML, tmp_path)
     assert run(good, "coco2014", "--num-workers", "2") == 0
-    assert capsys.readouterr().out.splitlines()[0] == f"{good}: nothing wrong is seen"
+    assert capsys.readouterr().out.splitlines()[0] == f"{good}: no problem found"
     assert run(good, "coco2014", "--num-workers", "7") == 2
     assert "at its largest has 4" in capsys.readouterr().err
 

@@ -86,9 +86,9 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     config = PRESETS["manifest"].config
     rate = float(re.findall(rf"^{config.model.head} .*?([\d.]+)$", told, re.MULTILINE)[0])
     epochs = config.train.epochs
-    assert float(re.findall(r"decoding: ([\d.]+) CPUs a GPU", told)[0]) == pytest.approx(rate / 4 / 10, rel=0.1)
+    assert float(re.findall(r"decoding: ([\d.]+) CPUs per GPU", told)[0]) == pytest.approx(rate / 4 / 10, rel=0.1)
     assert float(re.findall(r"an epoch of 1,000 images: (\d+) s", told)[0]) == pytest.approx(1000 / rate, rel=0.1)
-    price = float(re.findall(r"([\d,]+) dollars at 2 a GPU", told)[0])
+    price = float(re.findall(r"([\d,]+) dollars at 2 per GPU", told)[0])
     assert price == pytest.approx(epochs * 1000 / rate / 3600 * 4 * 2, rel=0.1, abs=0.5)
     assert "an epoch of 73,873 images" in out, "a tenth of train is val"
     assert "one GPU alone would do 64 images/s, so more do not pay off (0.2 times)" in out
