@@ -25,12 +25,7 @@ MAX_SHOWN = 12  # images and names that a finding shows
 
 @dataclass(frozen=True)
 class ShownImage:
-    """An image that a finding shows.
-
-    Attributes:
-        caption: `split: file`, or `split: id` for an image that is a part of a file.
-        uri: where the image is.
-    """
+    """An image that a finding shows; the caption is `split: file`, or `split: id` for an image that is a part of a file."""
 
     caption: str
     uri: str
@@ -60,8 +55,7 @@ class SplitSummary:
     """One split in numbers.
 
     Attributes:
-        name: `train`, `val` or `test`.
-        source: what was read.
+        name, source: `train`, `val` or `test`, and what was read.
         num_images, num_unlabelled, num_unreadable, num_bytes: of its images.
         present, unknown: [C] int64, images where the label is present, and images where it is unknown.
         labels_per_image: [K] int64, images with 0, 1, ..., K - 1 labels.
@@ -79,7 +73,7 @@ class SplitSummary:
 
     @property
     def mean_labels(self) -> float:
-        """Mean number of labels per image."""
+        """Return the mean number of labels per image."""
         return float(self.present.sum() / self.num_images)
 
 
@@ -100,10 +94,9 @@ class LabelFacts:
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """Labels and images of all splits.
+    """Labels and images of all splits; `config` is the experiment that they are checked for.
 
     Attributes:
-        config: the experiment that the data set is checked for.
         split_names, tables, summaries: one for each split.
         first_rows: [S] int64, where each split starts in `samples`.
         samples: [n] rows of `image_id`, `uri`, `target`.
@@ -122,7 +115,7 @@ class DatasetFacts:
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """C names."""
+        """Return the C label names."""
         return self.tables[0].label_names
 
     def split_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -29,16 +29,13 @@ def unreadable_images(dataset: DatasetFacts) -> Iterator[Finding]:
         details = [f"{image.uri} ({reason})" for image, reason in zip(shown, reasons, strict=True)]
         limit = dataset.config.data.max_bad_fraction
         stops = summary.num_unreadable > limit * summary.num_images
+        too_many = f"more than data.max_bad_fraction={limit} allows, training would stop"
+        outcome = too_many if stops else "training leaves them out"
         yield Finding(
             "error" if stops else "warning",
             f"{plural(summary.num_unreadable, 'image')} of {summary.name} cannot be read"
             f" ({summary.num_unreadable / summary.num_images:.2%})",
-            "download or convert them again, or take them out of the list; "
-            + (
-                f"more than data.max_bad_fraction={limit} allows, training would stop"
-                if stops
-                else "training leaves them out"
-            ),
+            f"download or convert them again, or take them out of the list; {outcome}",
             shorten(details, len(rows)),
             shown,
         )

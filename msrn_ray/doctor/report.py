@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+import itertools
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -170,10 +170,7 @@ def _origin(diagnosis: Diagnosis) -> str:
 
 
 def _label_rows(diagnosis: Diagnosis) -> list[dict[str, Any]]:
-    """Return one row per label, the most frequent in train first.
-
-    Each has `name`, `numbers` of each split, `unknown` in all splits, `share` of the most frequent label, `example`.
-    """
+    """Return a row per label, most frequent in train first; `numbers` by split, `unknown` in all splits, `share` of the first row."""
     train = diagnosis.splits[0].present
     return [
         {
@@ -188,17 +185,10 @@ def _label_rows(diagnosis: Diagnosis) -> list[dict[str, Any]]:
 
 
 def _per_image_rows(diagnosis: Diagnosis) -> list[dict[str, Any]]:
-    """Return one row for each number of labels that an image has: `number`, `counts` of each split, `share` of the largest in train."""
-    per_split = [split.labels_per_image for split in diagnosis.splits]
-    counts = [[_at(values, number) for values in per_split] for number in range(max(map(len, per_split)))]
-    largest = int(per_split[0].max())
-    return [
-        {"number": number, "counts": row, "share": row[0] / largest} for number, row in enumerate(counts) if any(row)
-    ]
-
-
-def _at(values: Sequence[int] | np.ndarray[Any, Any], index: int) -> int:
-    return int(values[index]) if index < len(values) else 0
+    """Return a row for each number of labels that an image has: `number`, `counts` by split, `share` of the largest in train."""
+    per_split = [split.labels_per_image.tolist() for split in diagnosis.splits]
+    rows = enumerate(itertools.zip_longest(*per_split, fillvalue=0))
+    return [{"number": number, "counts": row, "share": row[0] / max(per_split[0])} for number, row in rows if any(row)]
 
 
 def _heat_map(diagnosis: Diagnosis) -> list[tuple[int, int, float, str]]:

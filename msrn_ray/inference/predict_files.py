@@ -32,13 +32,12 @@ class Prediction:
 
 
 def expand_images(inputs: Sequence[str]) -> list[str]:
-    """Return the images that the inputs stand for, in the order of the inputs, each image once.
+    """Return files and URIs as given, the images at all levels of folders, and the matches of patterns.
 
-    Files and URIs stand for themselves, folders for the images at all levels below them, patterns for the files that match.
-    The images of one folder or pattern are sorted.
+    The images keep the order of the inputs, are sorted within each input, and occur once.
 
     Raises:
-        UserError: for an input that stands for no image.
+        UserError: for an input without an image.
     """
     found: dict[str, None] = {}
     for item in inputs:
@@ -51,9 +50,7 @@ def expand_images(inputs: Sequence[str]) -> list[str]:
             images = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
         if not images:
             problem = "holds no image" if path.is_dir() else "no such file, and no file matches it as a pattern"
-            raise UserError(
-                f"{item}: {problem}. Give images, folders of images ({' '.join(sorted(IMAGE_SUFFIXES))}), patterns or URIs"
-            )
+            raise UserError(f"{item}: {problem}; give images ({' '.join(sorted(IMAGE_SUFFIXES))}), folders or patterns")
         found.update(dict.fromkeys(images))
     return list(found)
 
@@ -76,10 +73,7 @@ def predict_images(predictor: Predictor, uris: Sequence[str], batch_size: int = 
 def write_predictions(path: Path, predictions: Sequence[Prediction], label_names: Sequence[str]) -> None:
     """Write one row per image: `image`, one column of probabilities per label, `error`.
 
-    Args:
-        path: its suffix selects the format: .csv, .json (a list of rows) or .parquet.
-        predictions: n images.
-        label_names: C names.
+    The suffix selects the format: .csv, .json (a list of rows) or .parquet.
 
     Raises:
         UserError: for another suffix, or if the file cannot be written.
@@ -87,12 +81,10 @@ def write_predictions(path: Path, predictions: Sequence[Prediction], label_names
     check_output(path, OUTPUTS)
     # a label may have the name of one of our columns
     image, reason = (name + "_" * (name in label_names) for name in ("image", "error"))
-    columns: dict[str, list[str] | list[float | None]] = {image: [prediction.uri for prediction in predictions]}
+    columns: dict[str, list[str] | list[float | None]] = {image: [row.uri for row in predictions]}
     for index, label in enumerate(label_names):
-        columns[label] = [
-            prediction.probabilities[index] if prediction.probabilities else None for prediction in predictions
-        ]
-    columns[reason] = [prediction.error for prediction in predictions]
+        columns[label] = [row.probabilities[index] if row.probabilities else None for row in predictions]
+    columns[reason] = [row.error for row in predictions]
     table = pa.table(columns)
     try:
         with atomic_write(path) as partial:

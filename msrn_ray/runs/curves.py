@@ -10,15 +10,7 @@ from .history import best_index
 
 
 def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
-    """Plot loss, mAP and F1 by epoch into a PNG.
-
-    Args:
-        history: the lines of metrics.jsonl, at least one.
-        path: the PNG.
-
-    Raises:
-        OSError: if the file cannot be written.
-    """
+    """Plot loss, mAP and F1 by epoch into a PNG; `history` holds the lines of metrics.jsonl, at least one."""
     from matplotlib.figure import Figure  # pyplot would start a window system
 
     figure = Figure(figsize=(11, 4), dpi=110, layout="constrained")

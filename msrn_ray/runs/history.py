@@ -20,11 +20,7 @@ def to_json(values: Mapping[str, Any], indent: int | None = None) -> str:
 
 
 def write_history(path: Path, history: list[dict[str, Any]]) -> None:
-    """Write one line per epoch.
-
-    Raises:
-        OSError: if the file cannot be written.
-    """
+    """Write metrics.jsonl, one line per epoch."""
     with atomic_write(path) as partial:
         partial.write_text("".join(to_json(line) + "\n" for line in history), encoding="utf-8")
 

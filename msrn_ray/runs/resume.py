@@ -88,11 +88,7 @@ def describe_data(splits: Splits, config: ExperimentConfig) -> dict[str, str]:
 
 
 def check_data(folder: Path, data: Mapping[str, str]) -> None:
-    """Refuse to resume a run on other images or labels.
-
-    Args:
-        folder: the run folder.
-        data: what `describe_data` returns for the current data.
+    """Refuse to resume a run on other images or labels; `data` describes the current data, see `describe_data`.
 
     Raises:
         UserError: if the fingerprints differ, with a description of both data sets.

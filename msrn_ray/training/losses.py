@@ -73,9 +73,8 @@ def asymmetric_loss(
     known = target >= 0
     probability = torch.sigmoid(logits)
     shifted = (probability - clip).clamp(min=0)
-    log_absent = (
-        torch.log1p(-shifted) if clip else F.logsigmoid(-logits)
-    )  # logsigmoid is finite even where p rounds to 1
+    # logsigmoid is finite even where p rounds to 1
+    log_absent = torch.log1p(-shifted) if clip else F.logsigmoid(-logits)
     loss = -torch.where(
         target > 0,
         (1 - probability).clamp(min=_TINY) ** gamma_positive * F.logsigmoid(logits),

@@ -10,10 +10,7 @@ from torch import nn
 from ..config import OptimSettings
 
 _BACKBONE = ("backbone.", "buffer_convs.")  # the release trains the buffer convolutions at the backbone's rate
-_ONECYCLE_RISE, _ONECYCLE_START = (
-    0.3,
-    1 / 25,
-)  # share of the run with a rising rate, first rate / peak (Smith & Topin, 2018)
+_ONECYCLE_RISE, _ONECYCLE_START = 0.3, 1 / 25  # share of the run that rises, first rate / peak (Smith & Topin, 2018)
 
 
 def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
