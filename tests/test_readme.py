@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from msrn_ray.cli.app import _COMMANDS, _parse
+from msrn_ray.cli.app import COMMANDS, parse
 from msrn_ray.config import ExperimentConfig
 from msrn_ray.presets import PRESETS
+from tests.test_architecture import RAY_ROOMS, RINGS
 from tests.tiny import make_photo, make_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +64,7 @@ def test_readme_takes_two_minutes() -> None:
 
 
 def test_readme_shows_every_command() -> None:
-    assert {shlex.split(command)[1] for command in commands(README)} >= set(_COMMANDS)
+    assert {shlex.split(command)[1] for command in commands(README)} >= set(COMMANDS)
 
 
 def test_test_command_is_one_marked_line() -> None:
@@ -78,10 +79,10 @@ def test_command_parses(page: str, command: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("msrn_ray.cli.app.starting_config", lambda argv: PRESETS["scenes"].config)
     if "--help" in argv:
         with pytest.raises(SystemExit) as stop:
-            _parse(argv)
+            parse(argv)
         assert stop.value.code == 0
     else:
-        assert type(_parse(argv)) is _COMMANDS[argv[0]]
+        assert type(parse(argv)) is COMMANDS[argv[0]]
 
 
 def test_config_options_exist() -> None:
@@ -92,7 +93,7 @@ def test_config_options_exist() -> None:
 
 
 def test_other_options_in_running_text_exist() -> None:
-    known = {field.name.replace("_", "-") for command in _COMMANDS.values() for field in fields(command)}
+    known = {field.name.replace("_", "-") for command in COMMANDS.values() for field in fields(command)}
     known |= set(ExperimentConfig.model_fields) | {"help"}
     named = set(re.findall(r"`--([a-z-]+)[ `=]", ALL))
     assert {"efficiency", "short-side", "protocol", "space"} <= named
@@ -107,7 +108,7 @@ def test_defaults_that_are_named_are_true() -> None:
     for group, name, value in [*named, *rows]:
         default = default_of(group, name)
         assert default == (type(default)(value) if type(default) in (int, float) else value) or str(default) == value
-    plan = {field.name: field.default for field in fields(_COMMANDS["plan"])}
+    plan = {field.name: field.default for field in fields(COMMANDS["plan"])}
     for name, value in re.findall(r"`--([a-z-]+)` \(default ([\d.]+)\)", PAGES["cluster/README.md"]):
         assert plan[name.replace("-", "_")] == float(value), name
 
@@ -140,6 +141,18 @@ def test_files_of_the_project_exist(page: str) -> None:
     for name in re.findall(r"(?<![\w/.])((?:msrn_ray|tuning|tests|cluster)/[\w/.-]*)", PAGES[page]):
         if "NAME" not in name and "ROOM" not in name:
             assert (ROOT / name.rstrip(".")).exists(), name
+
+
+def test_rooms_in_the_table_are_those_of_the_tests() -> None:
+    rooms, uses_ray = {}, set()
+    for ring, cell, ray in re.findall(r"^\| (\d+) \| (.*?) \| .* \| (yes|no) \|$", WORKING, re.M):
+        for name in re.findall(r"`(?:msrn_ray/)?(\w+)(?:/|\.py)`", cell):
+            rooms[name] = int(ring)
+            uses_ray |= {name} if ray == "yes" else set()
+    *rings, above = RINGS
+    assert rooms == {name: number for number, names in enumerate(rings, 1) for name in names}
+    assert all(f"{name}.py`" in WORKING for name in above)
+    assert uses_ray == RAY_ROOMS - above
 
 
 def test_every_room_is_in_the_table() -> None:
