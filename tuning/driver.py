@@ -34,11 +34,11 @@ from .report import CSV, write_results
 from .search_folder import (
     SearchFolder,
     change_study,
-    create,
     make_search_folder,
     name_folder,
+    new_study,
     plan_search,
-    reopen,
+    reopen_study,
     single_driver,
 )
 from .study import SearchStudy
@@ -65,7 +65,7 @@ def search(options: SearchOptions) -> Path:
     with ExitStack() as stack:
         if options.resume is not None:
             stack.enter_context(single_driver(folder))
-            study = reopen(folder, options, config)
+            study = reopen_study(folder, options, config)
         else:
             plan = plan_search(options, config, folder)
         inputs, data = _gather(config)
@@ -81,7 +81,7 @@ def search(options: SearchOptions) -> Path:
             make_search_folder(folder, config)
             stack.enter_context(single_driver(folder))
             plan = plan.model_copy(update={"data": data["fingerprint"], "source": data["data"]})
-            study = create(folder, plan, options)
+            study = new_study(folder, plan, options)
         stopper = SearchStopper(None if options.time_budget is None else 60 * options.time_budget)
         trial_config = config.with_overrides({"train.storage": str(folder.path)})
         trial_inputs = TrialInputs(trial_config, store_inputs(inputs, data), allocation)
@@ -176,20 +176,16 @@ def _conclude(study: SearchStudy, stopped_because: str | None, stopper: SearchSt
 def _announce(console: Console, study: SearchStudy, folder: SearchFolder, inputs: TrialInputs) -> None:
     """Print what the search is going to do."""
     plan, allocation = study.plan, inputs.allocation
-    console.print(f"{plan.source}", markup=False)
     paths = ", ".join(parameter.path for parameter in study.space.parameters)
-    console.print(f"searching {paths} with {plan.sampler}", markup=False)
+    lines = [plan.source, f"searching {paths} with {plan.sampler}"]
     _, outside = study.space.point_of(plan.config)
     if outside and plan.sampler != "grid":
-        console.print(
-            f"the first trial is the preset, except for {', '.join(outside)}: the space lacks the preset's value, so it"
-            " is drawn",
-            markup=False,
+        lines.append(
+            f"the first trial is the preset, but draws {', '.join(outside)}: the space lacks the preset's value"
         )
     early = "stopped early where they are behind (ASHA)" if plan.prunes else "no early stopping"
-    console.print(
+    lines.append(
         f"{study.num_unfinished} of {study.num_trials} trials to run, {allocation.runs} at a time x"
-        f" {allocation.num_workers} workers, {study.epochs} epochs, {early}",
-        markup=False,
+        f" {allocation.num_workers} workers, {study.epochs} epochs, {early}"
     )
-    console.print(f"folder {folder.path}", markup=False)
+    console.print("\n".join([*lines, f"folder {folder.path}"]))

@@ -115,7 +115,7 @@ def make_search_folder(folder: SearchFolder, config: ExperimentConfig) -> None:
         raise UserError(f"train.storage {folder.path}: cannot be written ({error.strerror})") from None
 
 
-def create(folder: SearchFolder, plan: SearchPlan, options: SearchOptions) -> SearchStudy:
+def new_study(folder: SearchFolder, plan: SearchPlan, options: SearchOptions) -> SearchStudy:
     """Create the study of a new search, or delete its folder, which is of no use without one.
 
     Raises:
@@ -129,7 +129,7 @@ def create(folder: SearchFolder, plan: SearchPlan, options: SearchOptions) -> Se
         raise
 
 
-def reopen(folder: SearchFolder, options: SearchOptions, config: ExperimentConfig) -> SearchStudy:
+def reopen_study(folder: SearchFolder, options: SearchOptions, config: ExperimentConfig) -> SearchStudy:
     """Open the study of an earlier search.
 
     Raises:

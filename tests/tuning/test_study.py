@@ -68,7 +68,7 @@ def test_grid_has_no_more_trials_than_points(url: str) -> None:
         study.set_num_trials(4)
 
 
-def test_three_same_failures_in_a_row_stop_the_search(url: str) -> None:
+def test_three_failures_in_a_row_stop_the_search(url: str) -> None:
     study = create_study(url, "s", plan_of(early_stopping=False), 20)
     beside = next_point(study)
     kinds = ["OutOfMemoryError", "NonFiniteLossError", "OutOfMemoryError", "OutOfMemoryError"]
