@@ -1,4 +1,4 @@
-"""`msrn import-official`: an authors' file becomes a checkpoint that scores as the authors' release does."""
+"""`msrn import-official`: an authors' file becomes a checkpoint that scores like the authors' release."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import torch
 
 from msrn_ray.cli.app import main
 from msrn_ray.datasets.apparel import APPAREL_LABELS
+from msrn_ray.datasets.voc import VOC_LABELS
 from msrn_ray.errors import UserError
 from msrn_ray.inference.predictor import Predictor
-from msrn_ray.official import VOC_LABELS, import_official
+from msrn_ray.official import import_official
 from tests.golden import golden_images, load_golden, official_shapes, official_state_dict
 
 
@@ -27,7 +28,7 @@ def golden(shared: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def file(golden: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """As the authors' training writes it, from several GPUs."""
+    """Yield a file as the authors' training writes it on several GPUs."""
     path = tmp_path_factory.mktemp("official") / "voc_checkpoint.pth.tar"
     state = {f"module.{name}": tensor for name, tensor in official_state_dict(int(golden["salt"])).items()}
     torch.save({"epoch": 12, "arch": "resnet101", "state_dict": state, "best_score": torch.tensor(96.04)}, path)
@@ -37,7 +38,7 @@ def file(golden: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def blank(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with all the right names and shapes, in which each tensor is one number repeated: 1 MB on disk."""
+    """Return a file with the right names and shapes, in which every tensor repeats a number: 1 MB on disk."""
     path = tmp_path_factory.mktemp("blank") / "voc_checkpoint.pth.tar"
     save(path, blank_state())
     return path
@@ -91,7 +92,7 @@ def test_imported_model_scores_like_the_release(
 
 
 def refused(message: str, file: Path, preset: str, out: Path, **sources: Any) -> None:
-    """Asserts the error, and that nothing was written."""
+    """Assert the error, and that nothing was written."""
     before = sorted(out.parent.rglob("*"))
     with pytest.raises(UserError, match=message):
         import_official(file, preset, out=out, **sources)

@@ -31,13 +31,13 @@ def official(golden: dict[str, np.ndarray]) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def run(golden: dict[str, np.ndarray], official: dict[str, Tensor]) -> tuple[MSRN, MSRNOutput, Tensor, Tensor]:
-    """One forward and backward of our model on the golden weights and image."""
+    """Run our model forward and backward on the golden weights and images."""
     settings = ModelSettings(group_ratio=float(golden["group_ratio"]), pretrained=None)
     vectors, mask = torch.from_numpy(golden["word_vectors"]), torch.from_numpy(golden["attend_mask"]).bool()
     model = build_model(settings, vectors, mask)
     assert isinstance(model, MSRN)
     buffers = {"label_semantics.word_vectors": vectors, "label_semantics.attend_mask": mask}
-    model.load_state_dict(convert_state_dict(official) | buffers)  # strict: nothing missing, nothing left over
+    model.load_state_dict(convert_state_dict(official) | buffers)  # strict: no entry missing or left over
     model.eval()
     images = golden_images(int(golden["salt"]), int(golden["batch"]), int(golden["image_size"]))
     output = model(images)

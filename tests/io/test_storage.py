@@ -1,4 +1,4 @@
-"""Locations: local paths and URIs are joined, listed and read alike."""
+"""Locations: local paths and URIs are joined, listed, read and written in the same way."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from msrn_ray.io.storage import Location, filesystem_of
 
 @pytest.fixture(params=["path", "file", "memory"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
-    """A folder of three files, one of them hidden, behind each kind of file system."""
+    """Return a folder of three files, one of them hidden, behind each kind of file system."""
     base = {"path": str(tmp_path), "file": f"file://{tmp_path}", "memory": f"memory://{tmp_path.name}"}[request.param]
     for name in ("a.txt", "inner/b c.txt", ".hidden"):
         with fsspec.open(f"{base}/{name}", "wb", auto_mkdir=True) as file:
@@ -74,8 +74,8 @@ def test_read_value_of_a_parquet_file(folder: Location) -> None:
     place.write_bytes(sink.getvalue())
     first, second = (parquet_uris(place, group, 2, "image.bytes").to_pylist() for group in (0, 1))
     assert [read_bytes(uri) for uri in (*first, second[0])] == [b"one", b"two", b"three"]
-    there, empty = parquet_uris(place, 1, 2, "plain").to_pylist()
-    assert read_bytes(there) == b"z"
+    present, empty = parquet_uris(place, 1, 2, "plain").to_pylist()
+    assert read_bytes(present) == b"z"
     with pytest.raises(OSError, match=r"parquet=1,1,plain: holds no bytes"):
         read_bytes(empty)
 
@@ -166,7 +166,7 @@ def test_silent_bucket_is_an_error_soon(monkeypatch: pytest.MonkeyPatch, place: 
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[str]:
-    """A web server of two files; the one under /closed answers 403."""
+    """Yield the address of a web server with a file; everything under /closed answers 403."""
 
     class Handler(SimpleHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -37,10 +37,10 @@ def test_counts_agree_with_a_slow_loop(targets: npt.NDArray[np.int8]) -> None:
     single = np.zeros(num_classes, np.int64)
     for row in targets.tolist():
         present = {label for label, value in enumerate(row) if value == 1}
-        for one in present:
-            single[one] += 1
-            for other in present - {one}:
-                pairs[one, other] += 1
+        for label in present:
+            single[label] += 1
+            for companion in present - {label}:
+                pairs[label, companion] += 1
     assert counts.cooccurrence.dtype == counts.count.dtype == np.int64
     np.testing.assert_array_equal(counts.cooccurrence, pairs)
     np.testing.assert_array_equal(counts.count, single)
@@ -67,7 +67,7 @@ def test_unknown_counts_as_not_present() -> None:
 
 
 def dog_and_leash() -> LabelCounts:
-    """10 photos of dogs, 2 leashes, both with a dog; no photo of a cat."""
+    """Return counts of 10 photos of dogs and 2 of leashes, both with a dog; no photo of a cat."""
     return LabelCounts(("dog", "leash", "cat"), np.array([[0, 2, 0], [2, 0, 0], [0, 0, 0]]), np.array([10, 2, 0]))
 
 

@@ -15,7 +15,7 @@ from msrn_ray.labels.graph_plot import _circle_order, describe_graph, draw_graph
 
 
 def hand_made() -> LabelCounts:
-    """100 persons, 10 ties, all of them on persons; 20 dogs, 12 with a person, 5 with a tie; 3 maps alone."""
+    """Return counts of 100 persons; 10 ties, all on persons; 20 dogs, 12 with a person, 5 with a tie; 3 maps alone."""
     names = ("person", "tie", "dog", "map")
     pairs = np.zeros((4, 4), np.int64)
     for row, column, together in ((0, 1, 10), (0, 2, 12), (1, 2, 5)):
@@ -144,16 +144,16 @@ def test_areas_show_frequency_and_colours_probability(tmp_path: Path, monkeypatc
 
 
 def test_frequent_pairs_stand_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two circles of friends, named in turn, stand apart from each other."""
+    """Labels of two groups alternate in the list, but not on the circle."""
     pairs = np.zeros((8, 8), np.int64)
-    for one in range(8):
-        for other in range(8):
-            pairs[one, other] = (one != other) * (9 if one % 2 == other % 2 else 1)
+    for row in range(8):
+        for column in range(8):
+            pairs[row, column] = (row != column) * (9 if row % 2 == column % 2 else 1)
     counts = LabelCounts(tuple("abcdefgh"), pairs, np.full(8, 20, np.int64))
     drawn = drawing(counts, 0.4, tmp_path / "graph.png", monkeypatch)
     round_the_circle = sorted(counts.names, key=lambda name: np.arctan2(*drawn.place[name][::-1]) % (2 * np.pi))
     sides = [counts.names.index(name) % 2 for name in round_the_circle]
-    assert sum(one != other for one, other in zip(sides, sides[1:] + sides[:1], strict=True)) == 2
+    assert sum(side != following for side, following in zip(sides, sides[1:] + sides[:1], strict=True)) == 2
 
 
 def test_picture_is_reproducible(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_failed_picture_is_a_user_error(tmp_path: Path) -> None:
 
 
 def test_linked_labels_stand_together() -> None:
-    """Three groups without a link between them, their labels mixed in the list."""
+    """Labels of three groups that are not linked are mixed in the list."""
     group = np.array([0, 1, 2, 0, 1, 0, 1])
     targets = np.eye(3, dtype=np.int8)[:, group].repeat(4, 0)
     order = _circle_order(conditional_probability(count_labels(targets, list("abcdefg"))))

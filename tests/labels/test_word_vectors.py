@@ -1,4 +1,4 @@
-"""Word vectors from the bundled package, .npz and text, and what becomes of names that are not there."""
+"""Word vectors from the package, .npz and text, and what missing names get."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from msrn_ray.labels import word_vectors
 
 
 def load_word_vectors(*args: Any, **options: Any) -> torch.Tensor:
-    """The vectors alone, which most tests ask for."""
+    """Return only the vectors, which is what most tests need."""
     return word_vectors.load_word_vectors(*args, **options).vectors
 
 
@@ -136,8 +136,8 @@ def test_random_vector_depends_on_name_and_seed(glove: Path) -> None:
     assert torch.equal(first, second.flip(0))
     assert first[0].tolist() == [1, 2, 3]
     assert not torch.equal(first[1], first[3])
-    other = load_word_vectors(["dog", "yak", "table", "gnu"], str(glove), missing="random", seed=2)
-    assert not torch.equal(first[1], other[1])
+    reseeded = load_word_vectors(["dog", "yak", "table", "gnu"], str(glove), missing="random", seed=2)
+    assert not torch.equal(first[1], reseeded[1])
 
 
 def test_random_vectors_have_the_spread_of_others() -> None:

@@ -47,7 +47,7 @@ def direct(features: Tensor, semantics: Tensor) -> Tensor:
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
-    """Return normal numbers that depend on the seed alone."""
+    """Return normal numbers that depend only on the seed."""
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)) * scale
 
 

@@ -18,7 +18,7 @@ MASK[0, 1] = MASK[2, 0] = MASK[1, 3] = MASK[3, 1] = True  # label 4 stands alone
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return normal numbers that depend on the seed alone."""
+    """Return normal numbers that depend only on the seed."""
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 

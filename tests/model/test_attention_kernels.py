@@ -84,7 +84,7 @@ def run_python(*command: str, **environment: str) -> str:
 
 
 def test_without_a_compiler(tmp_path: Path) -> None:
-    """`auto` says why and computes tile by tile; `on` is an error that says why."""
+    """`auto` runs tile by tile and gives the reason; `on` raises an error with the reason."""
     script = """
 import torch
 from msrn_ray.errors import UserError
@@ -109,7 +109,7 @@ except UserError as error:
 
 
 def test_gpu_kernels_under_tritons_interpreter() -> None:
-    """One generated kernel a pass, for both sizes, that agrees with the tiles."""
+    """A generated kernel per pass serves both sizes and agrees with the tiles."""
     pytest.importorskip("triton", reason="torch was built without Triton")
     found = json.loads(run_python("-m", "tests.interpreted_kernels", TRITON_INTERPRET="1").splitlines()[-1])
     assert found["launches"] == [2, 2]

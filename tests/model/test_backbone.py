@@ -52,7 +52,7 @@ def test_unknown_backbone_lists_the_known_names(name: str) -> None:
 
 
 def step(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The backbone's entries before and after one optimizer step in train mode."""
+    """Return the backbone's entries before and after an optimizer step in train mode."""
     model.eval()
     model.train()  # as after an evaluation: what is frozen must stay so
     before = copy.deepcopy(model.backbone.state_dict())
@@ -103,7 +103,7 @@ def test_freezing_all_stages_leaves_the_head() -> None:
 
 
 def half_state() -> dict[str, Tensor]:
-    """A whole torchvision state dict in half precision, `fc` and all stages included."""
+    """Return a complete torchvision state dict in half precision, with `fc` and all stages."""
     torch.manual_seed(5)
     state = build_resnet("resnet10").state_dict()
     for name, value in state.items():
@@ -154,7 +154,7 @@ def test_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 class Code:
-    """Pickles as a call that makes a file."""
+    """Pickles as a call that creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -206,7 +206,7 @@ def test_unknown_weight_name_lists_the_known_names() -> None:
 
 @torch.no_grad()
 def test_real_weights_load(shared: Path) -> None:
-    """A file as others wrote it: half precision, all stages, `fc`."""
+    """A real file: half precision, all stages, `fc`."""
     path = shared / "weights/resnet18_imagenet_fp16.pth"
     model = build_model(
         small_settings(backbone="resnet18", pretrained=str(path), levels=("layer4",)), random(NUM_LABELS, VECTOR), MASK

@@ -15,7 +15,7 @@ from .networks import MASK, NUM_LABELS, VECTOR, WIDTH, random, small_network, sm
 
 
 def graph_attention(layer: GraphAttention, nodes: Tensor, mask: Tensor) -> Tensor:
-    """The layer's equations, label by label."""
+    """Return the layer's equations, label by label."""
     hidden = nodes @ layer.weight
     rows = []
     for i in range(len(nodes)):
@@ -72,7 +72,7 @@ def test_label_embedding_depends_on_graph_neighbours() -> None:
 
 
 def test_learned_word_vectors_get_gradients() -> None:
-    """The same network and state dict either way; learnt ones are a weight with a gradient of its loaded."""
+    """Learned vectors are a weight with a gradient; network and state dict are otherwise the same."""
     start = random(NUM_LABELS, VECTOR)
     before = start.clone()
     torch.manual_seed(0)

@@ -45,7 +45,7 @@ def test_equals_the_definition(
 def test_single_precision_is_as_good_as_rounding(
     attention: Attention, batch: int, positions: int, vectors: int, width: int, magnitude: float, seed: int
 ) -> None:
-    """The output is as good as the input's own rounding allows; the bounds hold to one rounding."""
+    """The error is that of rounding the inputs; the output exceeds the feature range by at most one rounding."""
     features = random(batch, positions, width, seed=seed, dtype=torch.float32)
     semantics = random(vectors, width, seed=seed + 1, dtype=torch.float32).clamp(-1, 1) * magnitude
     weight = random(batch, vectors, width, seed=seed + 2, dtype=torch.float32)
@@ -205,7 +205,7 @@ def test_inputs_need_not_be_contiguous(attention: Attention) -> None:
     ("batch", "positions", "vectors", "width"), [(2, 49, 24, 64), (2, 196, 24, 64), (2, 49, 96, 64)]
 )
 def test_memory_kept_for_backward(attention: Attention, batch: int, positions: int, vectors: int, width: int) -> None:
-    """BND + 3 BQD + QD + 2 BD numbers at most: neither [B,N,Q,D] nor a part of it."""
+    """At most BND + 3 BQD + QD + 2 BD numbers: neither [B,N,Q,D] nor a part of it."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
