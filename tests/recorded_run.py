@@ -30,7 +30,7 @@ def recording(folder: Path, kill: Kill | None = None) -> Callable[[dict[str, Any
     def loop(loop_config: dict[str, Any]) -> None:
         from msrn_ray.ray_train import worker
         from msrn_ray.training import distributed
-        from msrn_ray.training.engine import Progress
+        from msrn_ray.training.epoch import Progress
         from msrn_ray.training.row_ledger import Account, Ledger
         from msrn_ray.training.sampling import Rows, TrainPlan
 

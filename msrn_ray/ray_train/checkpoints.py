@@ -23,7 +23,7 @@ from ..runs.history import best_index
 from ..runs.resume import CHECKPOINT_NAME, LIST_FILE, NO_LIST, keep_list
 from ..runs.snapshot import capture, restore
 from ..training import distributed
-from ..training.engine import EpochStats
+from ..training.epoch import EpochStats
 from ..training.learner import Learner
 from ..training.row_ledger import Account
 from ..training.sampling import TrainPlan

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from ray.util.metrics import Gauge
 
-from ..training.engine import Progress
+from ..training.epoch import Progress
 
 GAUGES = {  # metric of a run -> name and description of its gauge
     "loss": ("msrn_train_loss", "Training loss since the last report, mean over ranks"),

@@ -27,7 +27,8 @@ from ..training import distributed
 from ..training.bad_images import BadImages, check_bad_images
 from ..training.build import build_learner, build_network
 from ..training.ema import copy_buffers
-from ..training.engine import EpochSchedule, EpochStats, Progress, train_one_epoch
+from ..training.engine import train_one_epoch
+from ..training.epoch import EpochSchedule, EpochStats, Progress
 from ..training.evaluate import split_metrics
 from ..training.learner import Learner
 from ..training.row_ledger import Account, Ledger
@@ -52,7 +53,7 @@ BLOCK_ROWS = 64  # rows of a train decode task: larger blocks start later, small
 
 
 class Worker:
-    """One rank of a training run, and the hooks of its epochs (`engine.EpochHooks`). Rank 0 sends the events.
+    """One rank of a training run, and the hooks of its epochs (`epoch.EpochHooks`). Rank 0 sends the events.
 
     Args:
         worker_input: the run.

@@ -25,7 +25,7 @@ from msrn_ray.runs.events import BadImagesFound, Event
 from msrn_ray.runs.snapshot import get_rng
 from msrn_ray.training.bad_images import RECALLED, BadImage, BadImages
 from msrn_ray.training.build import amp_dtype
-from msrn_ray.training.engine import EpochStats
+from msrn_ray.training.epoch import EpochStats
 from msrn_ray.training.learner import Learner
 from msrn_ray.training.row_ledger import Account
 from msrn_ray.training.sampling import TrainPlan

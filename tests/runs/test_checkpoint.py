@@ -23,7 +23,7 @@ from msrn_ray.runs.checkpoint import (
     save_checkpoint,
     save_train_state,
 )
-from msrn_ray.training.engine import EpochStats
+from msrn_ray.training.epoch import EpochStats
 from msrn_ray.training.row_ledger import Account
 from tests.runs.checkpoint_example import example
 from tests.tiny import make_tiny_checkpoint
