@@ -29,7 +29,7 @@ from .text_files import read_label_names
 from .voc import Difficult, find_voc, read_voc
 from .webdataset import read_webdataset
 
-# Settings of tensors, word vectors, protocol and seed. A prepared data set stores label names, so the path of their list is one too.
+# Settings of tensors, word vectors, protocol and seed; and `labels`: a prepared data set stores the names, not the path of their list.
 _NOT_READER_SETTINGS = {
     *("dataset", "root", "image_size", "crop_scales", "flip", "max_pixels", "max_bad_fraction"),
     *("word_vectors", "missing_words", "label_counts", "val_fraction", "split_seed", "labels"),

@@ -19,7 +19,7 @@ Json = dict[str, Any]
 
 
 def small_json() -> Json:
-    """Four images; ids and names of categories in opposite orders; image 7 has only a crowd, image 9 nothing."""
+    """Return four images; category ids and names have opposite orders; image 7 has only a crowd, image 9 no label."""
     return {
         "images": [{"id": number, "file_name": f"{number:03}.jpg"} for number in (20, 3, 9, 7)],
         "categories": [{"id": 1, "name": "zebra"}, {"id": 5, "name": "apple"}, {"id": 90, "name": "kite"}],
@@ -286,6 +286,12 @@ def test_damaged_json_names_entry_and_field(tmp_path: Path, content: Json, messa
     with pytest.raises(UserError, match=message) as error:
         read_coco(root, "train", keep_unlabelled=True, crowd=crowd)
     assert "instances_train2014.json" in str(error.value)
+
+
+def test_file_without_categories_is_refused(tmp_path: Path) -> None:
+    root = write(tmp_path, small_json() | {"categories": [], "annotations": []})
+    with pytest.raises(UserError, match=r'instances_train2014\.json: "categories" is empty; give an "instances" file'):
+        read_coco(root, "train", keep_unlabelled=True)
 
 
 def test_file_without_any_label_is_refused(tmp_path: Path) -> None:

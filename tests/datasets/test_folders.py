@@ -1,4 +1,4 @@
-"""Folders of images, one a label, with and without folders of splits around them."""
+"""Folders of images, one per label, with and without folders of splits around them."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_missing_folder_is_refused(tmp_path: Path) -> None:
         load_splits(ExperimentConfig().with_overrides({"data.dataset": "folders"}))
 
 
-@settings(max_examples=40, deadline=None)  # files take their time
+@settings(max_examples=40, deadline=None)  # writing files is slow
 @given(
     st.dictionaries(
         st.text("abcü _", min_size=1, max_size=5).filter(lambda name: name == name.strip()),
@@ -167,7 +167,7 @@ def test_written_folders_are_read_back(images: dict[str, set[int]]) -> None:
         f"{label}/{n}.jpg" for label in labels for n in sorted(images[label])
     ]
     np.testing.assert_array_equal(
-        samples.targets, np.repeat(np.eye(len(labels)), [len(images[one]) for one in labels], 0)
+        samples.targets, np.repeat(np.eye(len(labels)), [len(images[label]) for label in labels], 0)
     )
 
 
@@ -180,8 +180,12 @@ def test_links_are_followed_without_loops(tmp_path: Path) -> None:
     (tmp_path / "set/cat/gone").symlink_to(tmp_path / "nothing")
     samples, _ = read_folders(root)
     ids = samples.table["image_id"].to_pylist()
-    assert [one for one in ids if one.startswith("cat")] == ["cat/b.jpg", "cat/more/c.jpg", "cat/more/deep/d.jpg"]
-    assert not [one for one in ids if "loop" in one]
+    assert [image_id for image_id in ids if image_id.startswith("cat")] == [
+        "cat/b.jpg",
+        "cat/more/c.jpg",
+        "cat/more/deep/d.jpg",
+    ]
+    assert not [image_id for image_id in ids if "loop" in image_id]
     assert len(ids) < 10
 
 

@@ -1,4 +1,4 @@
-"""The NUS-WIDE reader: official lists with backslashes, a file of labels per concept."""
+"""The NUS-WIDE reader: official lists with backslashes and a file of labels per concept, and the csv."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from msrn_ray.errors import UserError
 
 
 def write(root: Path, concepts: tuple[str, ...] = ("sky", "animal", "tree")) -> Path:
-    """Three Train images; image k has concept k, the last one none."""
+    """Write three Train images; image k has concept k, the last image has none."""
     names = ("zoo\\2.jpg", "art\\1.jpg", "zoo\\3.jpg")
     (root / "ImageList").mkdir(parents=True)
     (root / "Groundtruth/TrainTestLabels").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Which images are train, val and test under each protocol, and what is gathered from them."""
+"""The splits under each protocol."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
-import torch
 
 from msrn_ray.config import ExperimentConfig
 from msrn_ray.datasets.protocol import fingerprint, load_splits
 from msrn_ray.datasets.registry import default_scenes_root
 from msrn_ray.errors import UserError
-from msrn_ray.labels.graph import LabelCounts, count_labels, save_counts
-from msrn_ray.training.inputs import describe_inputs, gather_inputs
 from msrn_ray.types import SampleTable
-from tests.tiny import CATEGORIES, make_coco, make_photo
+from tests.tiny import make_coco, make_photo
 
-TRAIN = [[0], [0, 1], [1], [0, 1], [2], [], [0], [0, 2], [1], [0]] * 4  # 40 images, 4 of them without a label
+TRAIN = [[0], [0, 1], [1], [0, 1], [2], [], [0], [0, 2], [1], [0]] * 4  # 40 images, 4 without a label
+
+
 HELD_OUT = [[2], [1, 2], [], [0]]
+
+
 THIRD = [[0, 1, 2], [2]]
 
 
@@ -39,18 +40,18 @@ def ids(table: SampleTable | None) -> list[str]:
 
 
 @pytest.fixture
-def two(tmp_path: Path) -> Path:
+def two_splits(tmp_path: Path) -> Path:
     """A data set with the splits that COCO publishes."""
     return make_coco(tmp_path / "two", {"train": TRAIN, "val": HELD_OUT})
 
 
 @pytest.fixture
-def three(tmp_path: Path) -> Path:
+def three_splits(tmp_path: Path) -> Path:
     return make_coco(tmp_path / "three", {"train": TRAIN, "val": HELD_OUT, "test": THIRD})
 
 
-def test_honest_with_two_published_splits(two: Path) -> None:
-    splits = load_splits(config(two, data__val_fraction=0.25))
+def test_honest_with_two_published_splits(two_splits: Path) -> None:
+    splits = load_splits(config(two_splits, data__val_fraction=0.25))
     labelled = [str(1000 + row) for row, labels in enumerate(TRAIN) if labels]
     assert len(splits.train) == 27
     assert len(splits.val) == 9, "round(0.25 * 36)"
@@ -59,50 +60,50 @@ def test_honest_with_two_published_splits(two: Path) -> None:
     assert (splits.val.targets == 1).sum(0).tolist() == [6, 4, 2], "a quarter of 24, 16 and 8"
     assert any("9 of 36 train images are val (data.val_fraction=0.25)" in note for note in splits.notes)
     assert any("instances_val2014.json is test" in note for note in splits.notes)
-    for table in (splits.train, splits.val):  # rows keep their own image and labels
+    for table in (splits.train, splits.val):  # rows keep their image and labels
         for image, uri, target in zip(
             *(table.table[name].to_pylist() for name in table.table.column_names), strict=True
         ):
             row = int(image) - 1000
-            assert uri == str(two / f"train2014/train_{row:03}.jpg")
+            assert uri == str(two_splits / f"train2014/train_{row:03}.jpg")
             assert [label for label in range(3) if target[label] == 1] == TRAIN[row]
 
 
-def test_unlabelled_images_are_kept_on_request(two: Path) -> None:
-    splits = load_splits(config(two, data__keep_unlabelled_train=True, data__keep_unlabelled_eval=False))
+def test_unlabelled_images_are_kept_on_request(two_splits: Path) -> None:
+    splits = load_splits(config(two_splits, data__keep_unlabelled_train=True, data__keep_unlabelled_eval=False))
     assert len(splits.train) + len(splits.val) == 40
     assert ids(splits.test) == ["2000", "2001", "2003"]
-    paper = load_splits(config(two, protocol="paper"))
+    paper = load_splits(config(two_splits, protocol="paper"))
     assert (len(paper.train), len(paper.val)) == (36, 4)
 
 
-def test_the_seed_decides_the_split(two: Path) -> None:
-    first, again = load_splits(config(two)), load_splits(config(two))
+def test_the_seed_decides_the_split(two_splits: Path) -> None:
+    first, again = load_splits(config(two_splits)), load_splits(config(two_splits))
     assert ids(first.val) == ids(again.val)
     assert ids(first.train) == ids(again.train)
-    other = load_splits(config(two, data__split_seed=1))
+    other = load_splits(config(two_splits, data__split_seed=1))
     assert ids(first.val) != ids(other.val)
     assert len(first.val) == len(other.val)
     assert ids(first.test) == ids(other.test)
 
 
-def test_honest_with_three_published_splits(three: Path) -> None:
-    splits = load_splits(config(three))
+def test_honest_with_three_published_splits(three_splits: Path) -> None:
+    splits = load_splits(config(three_splits))
     assert len(splits.train) == 36
     assert ids(splits.val) == ["2000", "2001", "2002", "2003"]
     assert ids(splits.test) == ["3000", "3001"]
     assert [splits.named(name) for name in ("train", "val", "test")] == [splits.train, splits.val, splits.test]
 
 
-def test_paper_protocol_chooses_on_the_test_split(two: Path, three: Path) -> None:
-    splits = load_splits(config(two, protocol="paper"))
-    assert len(splits.train) == 36, "all of train is learnt from"
+def test_paper_protocol_chooses_on_the_test_split(two_splits: Path, three_splits: Path) -> None:
+    splits = load_splits(config(two_splits, protocol="paper"))
+    assert len(splits.train) == 36, "all train images are trained on"
     assert ids(splits.val) == ["2000", "2001", "2002", "2003"]
     assert splits.test is None
     assert any("chosen on the test split (instances_val2014.json)" in note for note in splits.notes)
     with pytest.raises(UserError, match="protocol=paper val is the published test split"):
         splits.named("test")
-    splits = load_splits(config(three, protocol="paper"))
+    splits = load_splits(config(three_splits, protocol="paper"))
     assert ids(splits.val) == ["3000", "3001"]
     assert splits.test is None
 
@@ -207,12 +208,14 @@ def test_voc2012_holds_val_out(shared: Path, tmp_path: Path) -> None:
     assert (len(splits.train), len(splits.val)) == (69, 68)
 
 
-def test_crowds_are_left_out_on_request(two: Path) -> None:
-    path = two / "annotations/instances_val2014.json"
+def test_crowds_are_left_out_on_request(two_splits: Path) -> None:
+    path = two_splits / "annotations/instances_val2014.json"
     content = json.loads(path.read_text())
     content["annotations"][0]["iscrowd"] = 1
     path.write_text(json.dumps(content))
-    with_crowds, without = (load_splits(config(two, data__crowd=crowd, protocol="paper")) for crowd in (True, False))
+    with_crowds, without = (
+        load_splits(config(two_splits, data__crowd=crowd, protocol="paper")) for crowd in (True, False)
+    )
     assert np.argwhere(with_crowds.val.targets != without.val.targets).tolist() == [[0, 2]]
 
 
@@ -278,109 +281,6 @@ def test_nuswide_notes_count_unlabelled_images(shared: Path) -> None:
     notes = load_splits(config(shared / "data/nuswide_mini", data__dataset="nuswide")).notes
     assert "Train: 149 of 178 images, 29 without a label dropped" in notes
     assert "Test: 114 images, 13 without a label kept" in notes
-
-
-def test_label_graph_is_counted_on_train_only(two: Path) -> None:
-    settings = config(two, data__val_fraction=0.25)
-    inputs = gather_inputs(settings)
-    assert inputs.label_names == CATEGORIES
-    assert inputs.splits.test is not None
-    train = inputs.splits.train.targets == 1
-    np.testing.assert_array_equal(inputs.counts.count, train.sum(0))
-    pairs = train.T.astype(int) @ train.astype(int)
-    np.fill_diagonal(pairs, 0)
-    np.testing.assert_array_equal(inputs.counts.cooccurrence, pairs)
-    whole = count_labels(load_splits(config(two, protocol="paper")).train.targets, CATEGORIES)
-    assert (inputs.counts.count < whole.count).all(), "val must not leak into the graph"
-    assert inputs.counts.cooccurrence[1, 2] == 0, "bench and cat meet only in the test split"
-    assert inputs.word_vectors.shape == (3, 50)
-    assert inputs.word_vectors.dtype == torch.float32
-
-
-def test_frequency_ignores_unknown_labels(shared: Path) -> None:
-    inputs = gather_inputs(config(shared / "data/voc_mini", data__dataset="voc", protocol="paper"))
-    targets = inputs.splits.train.targets
-    expected = [(np.count_nonzero(column == 1) + 1) / (np.count_nonzero(column != -1) + 2) for column in targets.T]
-    assert inputs.frequency.dtype == torch.float32
-    np.testing.assert_allclose(inputs.frequency.numpy(), expected, rtol=1e-6)
-    sheep = inputs.label_names.index("sheep")
-    assert (targets[:, sheep] == 1).sum() == 0
-    assert 0 < inputs.frequency[sheep] < 0.01
-    unknown = (targets == -1).sum(0)
-    assert unknown.max() > 0
-    np.testing.assert_array_equal(inputs.counts.count, (targets == 1).sum(0))
-
-
-def test_faults_are_found_before_training(two: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"resnet11.*resnet10"):
-        gather_inputs(config(two, model__backbone="resnet11"))
-    with pytest.raises(UserError, match=r"none\.pth: no such file"):
-        gather_inputs(config(two, model__pretrained=str(tmp_path / "none.pth")))
-    with pytest.raises(UserError, match=r"none\.npz: no such file"):
-        gather_inputs(config(two, data__word_vectors=str(tmp_path / "none.npz")))
-
-
-def test_description_names_splits_graph_and_empty_labels(tmp_path: Path) -> None:
-    rows = [[0, 1], [0, 1], [0], [1]] * 3
-    root = make_coco(tmp_path / "set", {"train": rows, "val": [[0], [2]], "test": [[1], [2]]})
-    settings = config(root, model__tau=0.6)
-    lines = list(describe_inputs(gather_inputs(settings), settings))
-    assert "train2014: 12 of 12 images, 0 without a label dropped" in lines
-    assert "coco: 3 labels, images: train 12, val 2, test 2" in lines
-    assert "label graph at tau 0.6: 2 edges" in lines
-    assert "train: no image with cat; training cannot learn them" in lines
-    assert "val: no image with bench; AP is nan and left out of mAP" in lines
-    assert "test: no image with apple; AP is nan and left out of mAP" in lines
-    settings = config(root, model__tau=0.7, protocol="paper")
-    lines = list(describe_inputs(gather_inputs(settings), settings))
-    assert "coco: 3 labels, images: train 12, val 2" in lines
-    assert any("0 edges (labels only see themselves; a lower model.tau, or auto, adds edges)" in line for line in lines)
-    assert not any(line.startswith("test:") for line in lines)
-
-
-def test_counts_from_a_file_replace_those_of_train(two: Path, tmp_path: Path) -> None:
-    settings = config(two)
-    own = gather_inputs(settings)
-    assert own.counts.provenance is not None
-    assert (own.counts.provenance.source, own.counts.provenance.num_images) == (
-        own.splits.train.source,
-        len(own.splits.train),
-    )
-    assert own.counts.provenance.fingerprint == fingerprint(own.splits.train)
-    given = LabelCounts(CATEGORIES[::-1], np.array([[0, 3, 0], [3, 0, 0], [0, 0, 0]]), np.array([4, 9, 1]))
-    save_counts(tmp_path / "counts.npz", given)
-    settings = config(two, data__label_counts=str(tmp_path / "counts.npz"))
-    inputs = gather_inputs(settings)
-    assert inputs.counts.names == CATEGORIES
-    assert inputs.counts.count.tolist() == [1, 9, 4]
-    lines = list(describe_inputs(inputs, settings))
-    assert f"label graph from {tmp_path / 'counts.npz'}: the file names no source" in lines
-    assert "label graph at tau 0.4: 1 edges" in lines
-    save_counts(tmp_path / "counts.npz", LabelCounts(("a",), np.zeros((1, 1), np.int64), np.ones(1, np.int64)))
-    with pytest.raises(UserError, match=r"counts\.npz: .*lacking: apple, bench, cat"):
-        gather_inputs(settings)
-
-
-def test_description_names_automatic_tau_and_missing_words(tmp_path: Path) -> None:
-    rows = [[0, 1], [0, 1], [0], [1], [2]] * 3
-    root = make_coco(tmp_path / "set", {"train": rows, "val": rows}, ["apple", "bench", "qzxv"])
-    settings = config(root, model__tau="auto", model__tau_degree=0.5, data__missing_words="zero", protocol="paper")
-    lines = list(describe_inputs(gather_inputs(settings), settings))
-    assert "label graph at tau 0.6667 (auto): 2 edges" in lines
-    assert "word vectors: zero for 1 labels not found: qzxv" in lines
-    settings = settings.with_overrides({"data.word_vectors": "learned"})
-    lines = list(describe_inputs(gather_inputs(settings), settings))
-    assert "word vectors: 50 numbers per label, learned from a random start" in lines
-    assert not any("not found" in line for line in lines)
-
-
-def test_description_names_at_most_eight_empty_labels(shared: Path) -> None:
-    settings = config(shared / "data/nuswide_mini", data__dataset="nuswide", protocol="paper")
-    inputs = gather_inputs(settings)
-    empty = np.count_nonzero(~(inputs.splits.train.targets == 1).any(0))
-    (line,) = [line for line in describe_inputs(inputs, settings) if line.startswith("train: ")]
-    assert f" and {empty - 8} more; training cannot learn them" in line
-    assert line.count(", ") == 7
 
 
 def test_fingerprint_ignores_the_chunks_of_a_table() -> None:

@@ -1,4 +1,4 @@
-"""What every reader owes, on every kind of root: a path, file://, memory:// and s3:// (moto's server on loopback)."""
+"""Conformance of every reader on every kind of root: a path, file://, memory:// and s3:// (moto's server on loopback)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,7 @@ from msrn_ray.io.filesystems import filesystem_of
 from msrn_ray.io.storage import Location
 from msrn_ray.official import LABEL_NAMES
 from msrn_ray.types import SampleTable
-from tests.datasets.test_containers import save_to_disk, write_tar
+from tests.datasets.container_files import save_to_disk, write_tar
 from tests.tiny import make_coco, make_photo
 
 ROOTS = ("path", "file", "memory", pytest.param("s3", marks=pytest.mark.slow))
@@ -51,7 +51,7 @@ Reader = Callable[[str, str], PublishedSplits]
 
 
 def copy_thinned(source: Path, target: Path) -> None:
-    """All label files, and one image in eight with its XML: a request for each of the others would take its time."""
+    """Copy all label files and one image in eight with its XML; one request per image would take too long."""
 
     def left_out(folder: str, names: list[str]) -> list[str]:
         kinds = [sorted(name for name in names if name.endswith(kind)) for kind in (".jpg", ".xml")]
@@ -61,14 +61,14 @@ def copy_thinned(source: Path, target: Path) -> None:
 
 
 def make_custom(photos: Path, root: Path) -> None:
-    """The same photographs in each form of one's own data, in three named splits."""
+    """Write the same photographs in each custom form, in three named splits."""
     paths = sorted(photos.glob("*/*.jpg"))[::24]
     labels = [[CUSTOM[row % 3], *(["owl"] if row % 3 == 0 else [])] for row in range(len(paths))]
     lines = ["image,labels,split"]
     for number, split in enumerate(("train", "val", "test")):
         members: dict[str, bytes] = {}
-        mine = [row for row in range(len(paths)) if row // 3 % 3 == number]
-        for row in mine:
+        split_rows = [row for row in range(len(paths)) if row // 3 % 3 == number]
+        for row in split_rows:
             data = paths[row].read_bytes()
             (root / "manifest/photos").mkdir(parents=True, exist_ok=True)
             (root / f"manifest/photos/{row}.jpg").write_bytes(data)
@@ -78,8 +78,8 @@ def make_custom(photos: Path, root: Path) -> None:
             (folder / f"{row}.jpg").write_bytes(data)
             members |= {f"{row}.jpg": data, f"{row}.json": json.dumps({"labels": labels[row]}).encode()}
         write_tar(root / f"tars/{split}.tar", members)
-        images = pa.array([{"bytes": paths[row].read_bytes(), "path": None} for row in mine])
-        table = pa.table({"image": images, "labels": [labels[row] for row in mine]})
+        images = pa.array([{"bytes": paths[row].read_bytes(), "path": None} for row in split_rows])
+        table = pa.table({"image": images, "labels": [labels[row] for row in split_rows]})
         save_to_disk(root / "arrow" / split, table)
         (root / "parquet").mkdir(exist_ok=True)
         pq.write_table(table, root / f"parquet/{split}.parquet", row_group_size=4)
@@ -88,20 +88,20 @@ def make_custom(photos: Path, root: Path) -> None:
 
 
 def reference(kind: str) -> str:
-    """The local root with the same images."""
+    """Return the kind of local root with the same images."""
     return "thinned" if kind == "s3" else "path"
 
 
 @pytest.fixture(scope="session")
 def place(shared: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """A folder of `CASES` on a kind of root; each copy is made once."""
-    own = tmp_path_factory.mktemp("own")
-    make_custom(shared / "data/apparel_mini", own)
+    """Return a folder of `CASES` on a kind of root; each copy is made once."""
+    custom = tmp_path_factory.mktemp("custom")
+    make_custom(shared / "data/apparel_mini", custom)
 
     @lru_cache
     def place(folder: str, kind: str) -> str:
-        is_custom = (own / folder).is_dir()
-        local = (own if is_custom else shared / "data") / folder
+        is_custom = (custom / folder).is_dir()
+        local = (custom if is_custom else shared / "data") / folder
         if kind in ("path", "file"):
             return str(local) if kind == "path" else local.as_uri()
         if kind == "thinned":
@@ -131,7 +131,7 @@ def read_case(place: Place, case: str, kind: str) -> PublishedSplits:
 
 @pytest.fixture(scope="session")
 def read(place: Place) -> Reader:
-    """Reads a case of `CASES` from a kind of root, each once."""
+    """Read a case of `CASES` from a kind of root, each once."""
     return lru_cache(partial(read_case, place))
 
 
@@ -140,7 +140,11 @@ def parts(published: PublishedSplits) -> list[SampleTable]:
 
 
 def test_every_reader_is_a_case() -> None:
-    assert {settings["dataset"] for _, settings, _ in CASES.values()} == set(READERS) - {"scenes"}, "scenes is COCO's"
+    assert {settings["dataset"] for _, settings, _ in CASES.values()} == set(READERS) - {"scenes"}, "scenes are COCO"
+
+
+def test_every_configured_data_set_has_a_reader() -> None:
+    assert set(READERS) == set(get_args(Dataset))
 
 
 @pytest.mark.parametrize("kind", ROOTS)
@@ -168,8 +172,8 @@ class TestConformance:
             assert all(values)
 
     def test_every_image_opens_and_decodes(self, read: Reader, case: str, kind: str) -> None:
-        for there, here in zip(parts(read(case, kind)), parts(read(case, reference(kind))), strict=True):
-            for uri, path in zip(there.table["uri"].to_pylist(), here.table["uri"].to_pylist(), strict=True):
+        for table, expected in zip(parts(read(case, kind)), parts(read(case, reference(kind))), strict=True):
+            for uri, path in zip(table.table["uri"].to_pylist(), expected.table["uri"].to_pylist(), strict=True):
                 image = read_bytes(uri)
                 assert image == read_bytes(path)
                 assert decode(image, max_pixels=10_000_000).shape[0] == 3
@@ -180,11 +184,11 @@ class TestConformance:
             assert all(uri.startswith(start) for uri in part.table["uri"].to_pylist())
 
     def test_every_kind_of_root_gives_equal_tables(self, read: Reader, case: str, kind: str) -> None:
-        for there, here in zip(parts(read(case, kind)), parts(read(case, reference(kind))), strict=True):
-            assert len(there) > 5
-            assert there.table.drop("uri").equals(here.table.drop("uri"))
-            assert there.notes == here.notes
-            assert there.source == here.source
+        for table, expected in zip(parts(read(case, kind)), parts(read(case, reference(kind))), strict=True):
+            assert len(table) > 5
+            assert table.table.drop("uri").equals(expected.table.drop("uri"))
+            assert table.notes == expected.notes
+            assert table.source == expected.source
 
     def test_notes_are_lines(self, read: Reader, case: str, kind: str) -> None:
         for part in parts(read(case, kind)):
@@ -202,7 +206,7 @@ def test_reading_again_gives_an_equal_table(place: Place, read: Reader, case: st
 
 
 def labels_of(*tables: SampleTable) -> dict[str, set[str]]:
-    """image id -> names of its labels, unknown ones included: difficult objects are objects."""
+    """Return the label names of each image id, unknown labels included, since difficult objects are objects."""
     return {
         image_id: {name for name, value in zip(table.label_names, row, strict=True) if value}
         for table in tables
@@ -211,7 +215,7 @@ def labels_of(*tables: SampleTable) -> dict[str, set[str]]:
 
 
 def sources(path: Path, column: str) -> dict[str, str]:
-    """id in the copy -> COCO's image id."""
+    """Return COCO's image id of each id in the copy."""
     with path.open() as lines:
         rows = list(csv.DictReader(lines))
     return {row[column]: str(int(row["coco_mini_file"].rpartition("_")[2].removesuffix(".jpg"))) for row in rows}
@@ -246,7 +250,7 @@ def test_voc_agrees_with_coco(shared: Path, read: Reader) -> None:
 
 @pytest.mark.parametrize("case", ["nuswide", "nuswide csv"])
 def test_nuswide_agrees_with_coco(shared: Path, read: Reader, case: str) -> None:
-    coco, nuswide = (labels_of(*parts(read(one, "path"))) for one in ("coco", case))
+    coco, nuswide = (labels_of(*parts(read(name, "path"))) for name in ("coco", case))
     source = sources(shared / "data/nuswide_mini/sources.csv", "nus_file")
     assert set(nuswide) == set(source)
     for image_id, labels in nuswide.items():
@@ -259,8 +263,8 @@ def test_both_forms_of_nuswide_agree(read: Reader) -> None:
     assert read("nuswide csv", "path").held_out.source == "nus_wid_data.csv val"
 
 
-def lose_one_image(case: str, folder: Path) -> tuple[Path, str]:
-    """A small data set of two splits whose second train image is not there, and the reader's name for it."""
+def write_with_removable_image(case: str, folder: Path) -> tuple[Path, str]:
+    """Write a small data set of two splits; return its second train image, to be deleted, and the reader's name."""
     if case == "coco":
         make_coco(folder, {"train": [[0], [1], [2]], "val": [[0]]})
         return folder / "train2014/train_001.jpg", "coco"
@@ -283,7 +287,7 @@ def lose_one_image(case: str, folder: Path) -> tuple[Path, str]:
         (folder / "ImageList").mkdir()
         (folder / "Groundtruth/TrainTestLabels").mkdir(parents=True)
         for split, in_csv in (("Train", "train"), ("Test", "val")):
-            names = [name for name, one in rows if one == in_csv]
+            names = [name for name, csv_split in rows if csv_split == in_csv]
             (folder / f"ImageList/{split}Imagelist.txt").write_text("\n".join(names))
             (folder / f"Groundtruth/TrainTestLabels/Labels_sky_{split}.txt").write_text("1\n" * len(names))
     return folder / "Flickr/y/b.jpg", "nuswide"
@@ -291,7 +295,7 @@ def lose_one_image(case: str, folder: Path) -> tuple[Path, str]:
 
 @pytest.mark.parametrize("case", ["coco", "voc", "nuswide", "nuswide csv"])
 def test_missing_images_are_refused_or_skipped(tmp_path: Path, case: str) -> None:
-    path, dataset = lose_one_image(case, tmp_path / "set")
+    path, dataset = write_with_removable_image(case, tmp_path / "set")
     settings = DataSettings.model_validate({"dataset": dataset, "root": str(tmp_path / "set")})
     assert len(READERS[settings.dataset](settings).train) == 3
     path.unlink()
@@ -306,7 +310,7 @@ def test_missing_images_are_refused_or_skipped(tmp_path: Path, case: str) -> Non
 
 
 def test_skipping_every_image_is_an_error(tmp_path: Path) -> None:
-    path, dataset = lose_one_image("coco", tmp_path)
+    path, dataset = write_with_removable_image("coco", tmp_path)
     for photo in path.parent.iterdir():
         photo.unlink()
     settings = DataSettings.model_validate({"dataset": dataset, "root": str(tmp_path), "missing_images": "skip"})
@@ -318,7 +322,7 @@ def test_skipping_every_image_is_an_error(tmp_path: Path) -> None:
 
 @pytest.fixture
 def refused() -> Callable[[str], dict[str, str]]:
-    """Reader -> what it says of a root that does not serve; all at once, since a connection is tried more than once."""
+    """Return the error message of each reader for a bad root; in parallel, since connections are retried."""
 
     def message(dataset: Dataset, root: str) -> str:
         with pytest.raises(UserError) as error:
@@ -335,9 +339,9 @@ def refused() -> Callable[[str], dict[str, str]]:
 
 
 def test_unreachable_bucket_is_refused(s3_keys: None, refused: Callable[[str], dict[str, str]]) -> None:
-    said = refused("s3://bucket/a?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1")
-    assert set(said) == set(READERS) - {"scenes"}
-    for dataset, message in said.items():
+    messages = refused("s3://bucket/a?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1")
+    assert set(messages) == set(READERS) - {"scenes"}
+    for dataset, message in messages.items():
         assert re.search(r"s3://bucket/a.*cannot be reached", message), (dataset, message)
         assert "\n" not in message
 

@@ -1,4 +1,4 @@
-"""The same photographs read in four ways, from this machine and from S3, are the same data set."""
+"""The same photographs, read in four ways from this machine and from S3, give the same data set."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from msrn_ray.io.storage import Location
 from msrn_ray.ray_data.pipeline import decode_rows
 from msrn_ray.ray_data.prepare import prepare
 
-NUM_IMAGES = 12  # of each split
+NUM_IMAGES = 12  # per split
 
 
 def copy_some(source: Path, target: Path) -> Path:
-    """The first photographs of both splits of COCO, and their labels."""
+    """Copy the first photographs of both splits of COCO, and their labels."""
     (target / "annotations").mkdir(parents=True)
     for split in ("train2014", "val2014"):
         content = json.loads((source / f"annotations/instances_{split}.json").read_text())
         content["images"] = content["images"][:NUM_IMAGES]
         kept = {image["id"] for image in content["images"]}
-        content["annotations"] = [one for one in content["annotations"] if one["image_id"] in kept]
+        content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] in kept]
         (target / f"annotations/instances_{split}.json").write_text(json.dumps(content))
         (target / split).mkdir()
         for image in content["images"]:
@@ -40,7 +40,7 @@ def copy_some(source: Path, target: Path) -> Path:
 
 
 def write_manifest(published: PublishedSplits, folder: Path) -> DataSettings:
-    """A CSV with the images of both splits, and the file of all labels in their order."""
+    """Write a CSV with the images of both splits, and the file of all labels in their order."""
     names = published.train.label_names
     (folder / "names.txt").write_text("\n".join(names), encoding="utf-8")
     with (folder / "labels.csv").open("w", encoding="utf-8", newline="") as file:
@@ -78,7 +78,7 @@ def test_all_forms_give_equal_tensors_and_targets(
         prepare(settings, out, rows_per_shard=5, console=Console(file=io.StringIO()))
     shards = content_of(prepared["local"])
     assert len(shards) == 2 * (3 + 1) + 2, "three shards and an index of each split, plan.json and dataset.json"
-    assert content_of(prepared["s3"]) == shards, "the same bytes wherever it lies"
+    assert content_of(prepared["s3"]) == shards, "the location does not change the bytes"
 
     forms = {
         "manifest": write_manifest(expected, tmp_path).model_copy(update=kept),
@@ -89,13 +89,13 @@ def test_all_forms_give_equal_tensors_and_targets(
     rows = np.arange(NUM_IMAGES)
     for form, settings in forms.items():
         found = read_published(settings)
-        for theirs, ours in ((expected.train, found.train), (expected.held_out, found.held_out)):
-            assert theirs is not None
-            assert ours is not None, form
-            assert len(ours) == NUM_IMAGES
-            assert fingerprint(ours) == fingerprint(theirs), form  # label names, ids, targets
+        for reference, table in ((expected.train, found.train), (expected.held_out, found.held_out)):
+            assert reference is not None
+            assert table is not None, form
+            assert len(table) == NUM_IMAGES
+            assert fingerprint(table) == fingerprint(reference), form  # label names, ids, targets
             for epoch in (None, 1):
-                seen = [decode_rows(one.table, rows, [epoch] * len(rows), raw, seed=3) for one in (theirs, ours)]
+                seen = [decode_rows(part.table, rows, [epoch] * len(rows), raw, seed=3) for part in (reference, table)]
                 assert set(seen[1]["error"]) == {""}, form
                 np.testing.assert_array_equal(seen[1]["image"], seen[0]["image"], err_msg=form)
                 np.testing.assert_array_equal(seen[1]["target"], seen[0]["target"], err_msg=form)

@@ -1,4 +1,4 @@
-"""The embedded data set: what it writes is COCO, follows the rules it documents, and lies there whole or not at all."""
+"""The embedded data set: it is valid COCO, follows the documented rules, and is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ COAST, STREET = {"sea", "boat", "fish"}, {"road", "car", "traffic light"}
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """300 training and 150 validation pictures."""
+    """Generate 300 training and 150 validation pictures."""
     return generate_scenes(tmp_path_factory.mktemp("cache") / "scenes", num_train=300, num_val=150, num_test=1)
 
 
@@ -60,13 +60,13 @@ def digests(root: Path) -> dict[str, str]:
 
 
 def generate_command(root: Path, **arguments: int) -> list[str]:
-    """The command that generates in a process of its own."""
+    """Return the command that generates scenes in a separate process."""
     call = f"generate_scenes(Path({str(root)!r}), **{arguments})"
     return [sys.executable, "-c", f"from pathlib import Path; from msrn_ray.datasets.scenes.generate import *; {call}"]
 
 
 def documented() -> dict[str, tuple[int, str, float, float, int, int]]:
-    """label -> id, category, smallest and largest share of the picture in per cent, fewest and most boxes."""
+    """Return id, category, range of sizes in per cent, and range of box counts of each label in the docstring."""
     rows = re.findall(
         r"^ +(\d+)  (\w+(?: \w+)?) +(sky|animal|vehicle|plant|ground) +([\d.]+) - ([\d.]+) +(\d)(?: - (\d))?  ",
         str(scenes.__doc__),
@@ -79,7 +79,7 @@ def documented() -> dict[str, tuple[int, str, float, float, int, int]]:
 
 
 def is_allowed(labels: set[str] | frozenset[str]) -> bool:
-    """The rules of the module's docstring, written a second time."""
+    """Return whether labels follow the rules of the module's docstring, implemented independently."""
     day_and_night = bool(labels & NIGHT) and bool(labels & DAY)
     coast_and_land = bool(labels & COAST) and bool(labels & (STREET | {"house", "tree", "flower"}))
     return (
@@ -132,7 +132,7 @@ def test_boxes_lie_inside_the_picture(sample: Path) -> None:
 
 
 def test_boxes_match_the_visible_pixels() -> None:
-    """The moon is the brightest thing in a night sky: bright pixels reach to the sides of its box and no further."""
+    """The moon is the brightest object in a night sky: bright pixels reach the sides of its box and no further."""
     tight = 0
     for number in range(60):
         image, [(label, (x, y, width, height))] = paint(
@@ -143,7 +143,7 @@ def test_boxes_match_the_visible_pixels() -> None:
         assert label == "moon"
         assert seen is not None, number
         tight += bool(np.abs(np.subtract(seen, (6, 6, width + 6, height + 6))).max() <= 2)
-    assert tight >= 55  # a balloon may lie beside one of them
+    assert tight >= 55  # a balloon may be next to a moon
 
 
 def test_labels_follow_the_documented_rules(sample: Path) -> None:
@@ -218,9 +218,9 @@ def test_a_picture_depends_only_on_its_number(tmp_path: Path) -> None:
     few = generate_scenes(tmp_path / "few", num_train=1, num_val=2, num_test=1)
     more = generate_scenes(tmp_path / "more", num_train=2, num_val=3, num_test=1)
     for split, in_few, in_more in (("train", 1, 1), ("val", 2, 3), ("val", 3, 4), ("test", 4, 6)):
-        one = few / f"{split}2014" / f"COCO_{split}2014_{in_few:012d}.jpg"
-        other = more / f"{split}2014" / f"COCO_{split}2014_{in_more:012d}.jpg"
-        assert one.read_bytes() == other.read_bytes()
+        picture = few / f"{split}2014" / f"COCO_{split}2014_{in_few:012d}.jpg"
+        same_picture = more / f"{split}2014" / f"COCO_{split}2014_{in_more:012d}.jpg"
+        assert picture.read_bytes() == same_picture.read_bytes()
 
 
 def test_a_second_call_writes_nothing(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The stratified split: a partition, the same each time, fair to every label."""
+"""The stratified split: a reproducible partition in which every label keeps its share."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_part_has_the_requested_size(targets: npt.NDArray[np.int8], fraction
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.sampled_from([0.1, 0.25, 0.5, 0.75]))
 def test_single_labels_are_split_in_proportion(tens: list[int], fraction: float) -> None:
-    # one label an image, a multiple of 20 images a label: every share is whole, so it must be met exactly
+    # one label per image, a multiple of 20 images per label: every share is a whole number, so it must be met exactly
     sizes = [20 * ten for ten in tens]
     targets = np.eye(6, dtype=np.int8)[np.repeat(np.arange(len(sizes)), sizes)]
     _, part = stratified_split(targets, fraction, 0)

@@ -1,4 +1,4 @@
-"""Decoding against Pillow and hand-made pixels, crops recovered from images that encode their own coordinates."""
+"""Decoding compared with Pillow and constructed pixels; crops recovered from images that encode coordinates."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from msrn_ray.errors import UserError
 Pixels = npt.NDArray[np.uint8]
 PLENTY = 10_000_000
 
-UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {  # EXIF orientation -> how the stored pixels are turned for show
+UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {  # EXIF orientation -> how a viewer turns the stored pixels
     1: lambda pixels: pixels,
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
@@ -44,7 +44,7 @@ UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {  # EXIF orientation -> how th
 
 
 def reference(data: bytes) -> npt.NDArray[np.float64]:
-    """[H, W, 3], what a viewer shows, from Pillow's raw pixels."""
+    """Return [H, W, 3], what a viewer shows, from Pillow's raw pixels."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = Image.open(io.BytesIO(data))
@@ -73,7 +73,7 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def photo(height: int = 48, width: int = 32) -> Pixels:
-    """[H, W, 3] smooth, without any symmetry."""
+    """Return [H, W, 3], smooth and without any symmetry."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x * 255 // width, y * 255 // height, (x * 2 + y * 3) % 256 // 2 + 40], 2).astype(np.uint8)
 
@@ -215,7 +215,7 @@ def test_other_files_are_refused() -> None:
 
 
 def test_formats_other_than_photographs_are_refused() -> None:
-    for kind in ("EPS", "ICO", "PCX", "TGA"):  # Pillow has Ghostscript, a program of its own, read the first of them
+    for kind in ("EPS", "ICO", "PCX", "TGA"):  # Pillow starts Ghostscript to read EPS
         with pytest.raises(UserError, match="not an image of a known format"):
             decode(encoded(Image.fromarray(photo()), kind), max_pixels=PLENTY)
     for kind in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
@@ -228,7 +228,7 @@ def test_too_large_images_are_refused_by_their_header(kind: str) -> None:
     with pytest.raises(UserError, match=r"200 x 200 pixels are more than data\.max_pixels=100$"):
         decode(data, max_pixels=100)
     with pytest.raises(UserError, match=r"200 x 200 pixels are more than data\.max_pixels=39999$"):
-        decode(data[: len(data) * 3 // 4], max_pixels=39_999)  # the pixels are cut off: only the header can say so
+        decode(data[: len(data) * 3 // 4], max_pixels=39_999)  # truncated pixels: only the header can give the size
     assert decode(data, max_pixels=40_000).shape == (3, 200, 200)
 
 
@@ -274,7 +274,7 @@ def test_resize_keeps_the_whole_picture(height: int, width: int) -> None:
 
 HEIGHT, WIDTH, SIDE = 80, 100, 16
 SCALES = (1.0, 0.9, 0.8, 0.7, 0.6)
-GRID = torch.stack(  # red = 2.5 x column, green = 3 x row: a crop's mean tells its middle, its slope tells its side
+GRID = torch.stack(  # red = 2.5 x column, green = 3 x row: a crop's mean gives its middle, its slope gives its side
     [
         (torch.arange(WIDTH) * 2.5).expand(HEIGHT, WIDTH),
         (torch.arange(HEIGHT) * 3.0)[:, None].expand(HEIGHT, WIDTH),
@@ -284,7 +284,7 @@ GRID = torch.stack(  # red = 2.5 x column, green = 3 x row: a crop's mean tells 
 
 
 def crop_box(view: Tensor) -> tuple[float, float, float, float, bool]:
-    """Top, left, height, width and mirroring of the crop that a view of `GRID` shows."""
+    """Return top, left, height, width and mirroring of the crop that a view of `GRID` shows."""
     columns, rows = view[0].double().mean(0) / 2.5, view[1].double().mean(1) / 3
     slopes = [float(line[3:-3].diff().mean()) * SIDE for line in (columns, rows)]
     width, height = abs(slopes[0]), slopes[1]
@@ -294,7 +294,7 @@ def crop_box(view: Tensor) -> tuple[float, float, float, float, bool]:
 
 
 def allowed_boxes() -> dict[tuple[int, int, int, int], int]:
-    """Each (top, left, height, width) with how many of the 19 x 13 choices lead to it, from the description in the paper."""
+    """Return how many of the 19 x 13 choices lead to each (top, left, height, width), from the paper's description."""
     sides = [80, 72, 64, 56, 48]
     boxes: Counter[tuple[int, int, int, int]] = Counter()
     for i, height in enumerate(sides):
@@ -354,7 +354,7 @@ def test_only_the_rng_decides_the_crop() -> None:
     first = views(7)
     torch.manual_seed(1)
     np.random.seed(1)
-    assert torch.equal(first, views(7)), "only the rng that is handed in may matter"
+    assert torch.equal(first, views(7)), "only the given rng may have an effect"
     assert not torch.equal(first, views(8))
     assert len(torch.unique(first, dim=0)) > 1
 
@@ -399,7 +399,7 @@ def test_normalize_with_other_constants() -> None:
     mean, std = (0.1, 0.2, 0.3), (0.5, 1.0, 2.0)
     expected = (images.double() / 255 - torch.tensor(mean).double().view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     assert (normalize(images, list(mean), list(std)).double() - expected).abs().max() < 1e-6
-    assert not torch.allclose(normalize(images).double(), expected), "the constants of the call before were kept"
+    assert not torch.allclose(normalize(images).double(), expected), "the constants of the previous call were kept"
 
 
 def test_normalize_serves_training_after_inference_mode() -> None:

@@ -20,7 +20,7 @@ TEST = (3, 4, 4, 4, 3, 9, 9, 7, 8, 2, 9, 1, 0, 2, 51, 4, 2, 4, 4, 8)
 
 
 def write(root: Path) -> Path:
-    """Three images: a cat in 000005, a difficult cat and a dog in 000002, nothing in 000009; returns VOC2007."""
+    """Write three images: a cat in 000005, a difficult cat and a dog in 000002, nothing in 000009. Return VOC2007."""
     base = root / "VOCdevkit" / "VOC2007"
     (base / "ImageSets/Main").mkdir(parents=True)
     (base / "JPEGImages").mkdir()
@@ -153,7 +153,7 @@ def write_xml(base: Path, image_id: str, *objects: tuple[str, str]) -> None:
 
 
 def write_agreeing(base: Path) -> Path:
-    """XML files that say what the lists of `write` say."""
+    """Write XML files that agree with the lists of `write`."""
     write_xml(base, "000002", ("cat", "1"), ("dog", "0"), ("dog", "1"))
     write_xml(base, "000005", ("cat", "1"), ("cat", "0"))
     write_xml(base, "000009")
@@ -209,7 +209,7 @@ def test_a_note_counts_differences_on_difficult(tmp_path: Path) -> None:
     write_xml(base, "000002", ("cat", "0"), ("dog", "1"))
     write_xml(base, "000009", ("sheep", "1"))
     compared = read_voc(tmp_path, "train")
-    assert compared.table.equals(samples.table), "the class files count"
+    assert compared.table.equals(samples.table), "the class files are used"
     assert compared.notes[0] == (
         "train: class files and XML differ in 3 labels on what is difficult; the class files are used (1 absent / difficult,"
         " 1 difficult / present, 1 present / difficult; 000002 cat, 000002 dog, 000009 sheep)"
