@@ -192,7 +192,8 @@ def _wait_for_nodes(settings: ResourceSettings, largest: Mapping[str, int]) -> N
     """
     cpus, gpus = _cluster_size()
     max_cpus, max_gpus = max(float(largest.get("CPU", 0)), cpus), max(int(largest.get("GPU", 0)), gpus)
-    if settings.worker_range is None:
+    worker_range = settings.worker_range
+    if worker_range is None:
         if settings.use_gpu is not False and max_gpus > gpus:
             raise UserError(
                 f"the cluster has {gpus} GPUs now and can grow to {max_gpus}; say with resources.num_workers how many the run takes"
@@ -200,7 +201,7 @@ def _wait_for_nodes(settings: ResourceSettings, largest: Mapping[str, int]) -> N
         return
     use_gpu = fit(settings, max_cpus, max_gpus, owner="the cluster at its largest has").use_gpu
     settings = settings.model_copy(update={"use_gpu": use_gpu})  # a GPU node may still be missing
-    workers = settings.worker_range[0] * [{"CPU": settings.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})]
+    workers = worker_range[0] * [{"CPU": settings.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})]
     deadline = time.monotonic() + 60 * settings.wait_minutes
     requested: float | None = None
     try:

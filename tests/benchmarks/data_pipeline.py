@@ -1,15 +1,16 @@
-"""Images a second of the data pipeline beside a torch DataLoader, on the same photographs, in turns in one run.
+"""Images per second of the data pipeline and of a torch DataLoader, on the same photographs, in turns in one run.
 
     python -m tests.benchmarks.data_pipeline [--root FOLDER] [--images 1000] [--rounds 3]
 
 raw         one thread reads, decodes and augments; no batches
-dataloader  torch's DataLoader over the same functions, a process for each core
-reference   torch's DataLoader with Pillow's decoding and multi-scale crop, in float32, as the authors' release does it
-files       this package's pipeline as a training worker runs it, from loose files
-prepared    the same from the Parquet shards of `msrn prepare`
+dataloader  torch's DataLoader over the same functions, one process per core
+reference   torch's DataLoader with Pillow's decoding and multi-scale crop, in float32, like the authors' release
+files       this package's pipeline from loose files, as a train worker runs it
+prepared    this package's pipeline from the Parquet shards of `msrn prepare`
 
-Start-up is from a standing Ray cluster, as torch's is from a process that has imported everything; what starting the cluster takes is
-printed beside. A steady rate is that of the epochs after the first and before the last, which only empties what was decoded ahead.
+The start-up of the pipeline begins on a running Ray cluster, that of torch in a process with everything imported. The benchmark prints
+separately how long the cluster takes to start. The steady rate leaves out the first epoch, and the last, which only consumes what was
+decoded ahead.
 """
 
 from __future__ import annotations
@@ -51,18 +52,18 @@ from msrn_ray.types import SampleTable
 FORMS = ("raw", "dataloader", "reference", "files", "prepared")
 BATCH, START_EPOCHS, STEADY_EPOCHS = 16, 5, 7
 PHOTOS = Path(__file__).resolve().parents[3] / "shared/data/coco_mini"
-Epochs = Iterator[Iterable[object]]  # an iterator of batches for each epoch
+Epochs = Iterator[Iterable[object]]  # an iterator of batches per epoch
 
 
 @dataclass
 class Times:
-    """Seconds of one run from its start.
+    """Seconds of one run.
 
     Attributes:
-        first: until the first batch.
-        ends: until the last batch of each epoch.
-        wait: of those, in which a batch was waited for after the first.
-        gaps: from each epoch's last batch to the next one's first.
+        first: from the start to the first batch.
+        ends: from the start to the last batch of each epoch.
+        wait: waiting for batches after the first one.
+        gaps: from each epoch's last batch to the first batch of the next epoch.
     """
 
     first: float = 0.0
@@ -71,25 +72,25 @@ class Times:
     gaps: list[float] = field(default_factory=list)
 
     def steady_rate(self, images: int) -> float:
-        """Images a second of all epochs but the first and the last."""
+        """Return the images per second of all epochs but the first and the last."""
         return images * (len(self.ends) - 2) / (self.ends[-2] - self.ends[0])
 
 
 def consume(open_epochs: Callable[[], Epochs], step_seconds: float = 0.0) -> Times:
-    """Uses up all batches; each takes `step_seconds`."""
+    """Consume all batches; each takes `step_seconds`."""
     times = Times()
     start = time.perf_counter()
     step_end = start
     for batches in open_epochs():
-        asked = step_end
+        epoch_start = step_end
         for index, _ in enumerate(batches):
-            got = time.perf_counter()
+            arrival = time.perf_counter()
             if index == 0 and times.ends:
-                times.gaps.append(got - asked)
+                times.gaps.append(arrival - epoch_start)
             if index == 0 and not times.ends:
-                times.first = got - start
+                times.first = arrival - start
             else:
-                times.wait += got - step_end
+                times.wait += arrival - step_end
             time.sleep(step_seconds)
             step_end = time.perf_counter()
         times.ends.append(step_end - start)
@@ -111,7 +112,7 @@ class Photos(Dataset[tuple[Tensor, Tensor]]):
 
 
 class ReferencePhotos(Photos):
-    """Pillow decodes; a crop is resized by Pillow, mirrored, made a float tensor and normalised, all on the CPU."""
+    """Decode, crop and resize with Pillow, flip, convert to a float tensor and normalize, all on the CPU."""
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng()
@@ -131,7 +132,7 @@ class ReferencePhotos(Photos):
 
 
 def raw(table: SampleTable, settings: DataSettings, epochs: int) -> Epochs:
-    """One thread, image after image."""
+    """Read image after image in one thread."""
     torch.set_num_threads(1)
     photos = Photos(table, settings)
     for epoch in range(epochs):
@@ -140,33 +141,33 @@ def raw(table: SampleTable, settings: DataSettings, epochs: int) -> Epochs:
 
 
 def dataloader(photos: Photos, epochs: int) -> Epochs:
-    """As anyone would write it."""
+    """Iterate over a plain DataLoader."""
     loader = DataLoader(photos, BATCH, shuffle=True, num_workers=usable_cores(), persistent_workers=True)
     for _ in range(epochs):
         yield loader
 
 
 def pipeline(table: SampleTable, settings: DataSettings, epochs: int) -> Epochs:
-    """What the worker of a run with one worker iterates over."""
+    """Return what the only worker of a run iterates over."""
     plan = TrainPlan(len(table), BATCH, 0, 1, seed=0, first_epoch=0, epochs=epochs, block_size=BLOCK_ROWS)
     return train_epochs(ray.put(table.table), plan, settings, BadImages())
 
 
 def make_photos(root: Path, folder: Path, number: int) -> DataSettings:
-    """A data set of `number` files in turn from those of `root`: a manifest and copies."""
-    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg"})
-    if not found:
+    """Make a data set of `number` copies of the photographs of `root`, in turn, with a manifest."""
+    photos = sorted(path for path in root.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg"})
+    if not photos:
         raise SystemExit(f"--root {root}: holds no .jpg; give a folder of photographs")
     lines = ["image,labels,split"]
     for index in range(number):
-        shutil.copyfile(found[index % len(found)], folder / f"{index:06}.jpg")
+        shutil.copyfile(photos[index % len(photos)], folder / f"{index:06}.jpg")
         lines.append(f"{index:06}.jpg,{'even' if index % 2 else 'odd'},train")
     (folder / "labels.csv").write_text("\n".join(lines) + "\n")
     return DataSettings(dataset="manifest", root=str(folder / "labels.csv"), test_fraction=0.0)
 
 
 def store_peaks(table: SampleTable, settings: DataSettings) -> None:
-    """Object store use of an epoch of 1 and of 4 times the data, the consumer slower than the decoding."""
+    """Print the object store's use in an epoch of 1 and of 4 times the data, with a consumer slower than the decoding."""
     for factor in (1, 4):
         many = table.take(np.tile(np.arange(len(table)), factor))
         with StoreMeter(seconds=0.25) as meter:
@@ -180,7 +181,7 @@ def store_peaks(table: SampleTable, settings: DataSettings) -> None:
 
 @dataclass
 class Measured:
-    """What the rounds gave for one form."""
+    """The results of one form in all rounds: images per second, and seconds to the first batch."""
 
     steady: list[float] = field(default_factory=list)
     start_up: list[float] = field(default_factory=list)
@@ -188,13 +189,13 @@ class Measured:
 
 
 def take_turns(forms: dict[str, Callable[[int], Epochs]], images: int, rounds: int) -> None:
-    """Prints medians of the rates, and their ratios to the DataLoader's."""
+    """Print medians of the rates, and their ratios to the DataLoader's."""
     measured = {name: Measured() for name in forms}
     for turn in range(rounds):
         order = list(forms.items())
-        for name, form in reversed(order) if turn % 2 else order:  # none is always the one that comes after the slowest
+        for name, form in reversed(order) if turn % 2 else order:  # no form always follows the slowest one
             seen = measured[name]
-            if name == "raw":  # the same all the time
+            if name == "raw":  # has no start-up
                 seen.steady.append(consume(partial(form, 3)).steady_rate(images))
                 continue
             seen.steady.append(consume(partial(form, STEADY_EPOCHS)).steady_rate(images))
@@ -215,10 +216,12 @@ def take_turns(forms: dict[str, Callable[[int], Epochs]], images: int, rounds: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=PHOTOS, help="folder of photographs (JPEG), inner folders too")
-    parser.add_argument("--images", type=int, default=1000, help="images of an epoch; those of the folder in turn")
-    parser.add_argument("--rounds", type=int, default=3, help="how often the forms take turns")
+    parser.add_argument(
+        "--images", type=int, default=1000, help="images per epoch; the photographs of the folder in turn"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each form")
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS, help="the forms to compare")
-    parser.add_argument("--step-seconds", type=float, default=0.1, help="of the slow consumer, for a batch of 16")
+    parser.add_argument("--step-seconds", type=float, default=0.1, help="seconds per batch of 16 of the slow consumer")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "photos"
@@ -227,16 +230,15 @@ def main() -> None:
         table = read_published(settings).train
         start = time.perf_counter()
         resources = ResourceSettings(num_workers=1)
-        os.environ.setdefault(
-            "RAY_worker_niceness", "0"
-        )  # Ray's 15 would count other programs of the machine against it alone
+        # With Ray's default of 15, other programs of the machine would slow down Ray alone
+        os.environ.setdefault("RAY_worker_niceness", "0")
         connect(resources)
         print(f"Ray cluster up in {time.perf_counter() - start:.1f} s", flush=True)
         shards = Location(f"{temporary}/prepared")
         prepare(settings, shards)
         prepared = read_published(settings.model_copy(update={"root": str(shards)})).train
         limit_ray_data(decode_cpus(1, resources.cpus_per_worker))
-        ray.get(placement_group([{"CPU": 1}]).ready())  # what a training worker reserves
+        ray.get(placement_group([{"CPU": 1}]).ready())  # what a train worker reserves
         all_forms: dict[str, Callable[[int], Epochs]] = {
             "raw": partial(raw, table, settings),
             "dataloader": lambda epochs: dataloader(Photos(table, settings), epochs),

@@ -1,7 +1,7 @@
 """The formula of `msrn plan` against 1, 2 and 4 worker processes of this machine: `python -m tests.benchmarks.plan`.
 
-What it is given are measurements of one process alone (the elementwise step) and of the link between processes (an all-reduce). What it
-predicts are the steps of both heads with more of them; then they are measured. Processes share cores; on CPUs nothing hides the exchange.
+The benchmark measures one process alone (the elementwise step) and the link between processes (an all-reduce). From these it predicts the
+steps of both heads with more processes, and then measures those steps. Processes share cores. On CPUs nothing hides the exchange.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LINK_BYTES = 100_000_000
 
 
 def all_reduce(rank: int, world: int, folder: str) -> None:
-    """Rank 0 leaves the median seconds of an all-reduce of `LINK_BYTES` in a file."""
+    """Measure an all-reduce of `LINK_BYTES`; rank 0 writes the median seconds to a file."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", timedelta(minutes=5), world_size=world, rank=rank)
@@ -41,7 +41,7 @@ def all_reduce(rank: int, world: int, folder: str) -> None:
 
 
 def link(world: int) -> float:
-    """Bytes a second between the processes of a ring."""
+    """Return the bytes per second between the processes of a ring."""
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(all_reduce, (world, folder), nprocs=world)  # type: ignore[attr-defined,no-untyped-call]  # untyped in torch
         seconds = float((Path(folder) / "seconds").read_text(encoding="utf-8"))
@@ -49,14 +49,14 @@ def link(world: int) -> float:
 
 
 def single_step() -> float:
-    """Seconds of the elementwise step of one image, on the threads that are set."""
+    """Return the seconds of the elementwise step of one image, with the threads that are set."""
     learner, batch = make_learner(PRESET, LABELS, head="elementwise"), make_batch(1, LABELS)
     train_step(learner, batch, 1)
     return statistics.median(stopwatch(lambda: train_step(learner, batch, 1))[0] for _ in range(3))
 
 
 def main() -> None:
-    """Measures, predicts, measures."""
+    """Measure one process, predict the steps with more processes, and measure them."""
     cores = os.cpu_count() or 1
     costs = {
         head: count(PRESETS[PRESET].config.with_overrides({"model.head": head}), LABELS)

@@ -1,7 +1,7 @@
-"""What threads that sleep while they wait are worth to a train worker: `python -m tests.benchmarks.shared_cores`.
+"""How much a train worker gains if its waiting threads sleep: `python -m tests.benchmarks.shared_cores`.
 
-A training step in a process of its own, with as many threads as there are cores: alone, and beside as many processes that compute without
-end (as decoding does). OpenMP's threads spin for a while before they sleep; train workers have them sleep at once (`trainer.run_config`).
+A training step runs in a new process with one thread per core: alone, and beside one busy process per core, which stand for decoding.
+OpenMP's threads spin for a while before they sleep. In train workers they sleep at once (see `ray_train.torch_trainer`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ CORES = os.cpu_count() or 1
 POLICIES = {"spin": {}, "sleep": {"OMP_WAIT_POLICY": "passive"}}
 ROUNDS, STEPS = 3, 8
 SIZES = (64, 224)
-_BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"  # as long as there is who measures
+_BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"  # until the benchmark ends
 
 
 def step_milliseconds(size: int) -> float:
-    """Median of some steps of a ResNet-50 over 10 images."""
+    """Return the median milliseconds of a few steps of a ResNet-50 over 10 images."""
     torch.set_num_threads(CORES)
     network = torchvision.models.resnet50().train()
     images = torch.randn(10, 3, size, size)
@@ -34,24 +34,24 @@ def step_milliseconds(size: int) -> float:
 
 
 def measured(policy: str, size: int) -> tuple[float]:
-    """`step_milliseconds` of a process with a policy."""
-    words = [sys.executable, "-m", "tests.benchmarks.shared_cores", str(size)]
-    told = subprocess.run(words, env=os.environ | POLICIES[policy], stdout=subprocess.PIPE, check=True).stdout
-    return (float(told),)
+    """Return `step_milliseconds` of a new process with a policy."""
+    command = [sys.executable, "-m", "tests.benchmarks.shared_cores", str(size)]
+    output = subprocess.run(command, env=os.environ | POLICIES[policy], stdout=subprocess.PIPE, check=True).stdout
+    return (float(output),)
 
 
 def main() -> None:
-    """Both policies by turns, and their medians."""
-    print(f"ms a step of ResNet-50, 10 images, {CORES} threads on {CORES} cores, medians of {ROUNDS} by turns")
-    for beside in (0, CORES):
-        busy = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in range(beside)]
+    """Measure both policies in turns, and print their medians."""
+    print(f"ms per step of ResNet-50, 10 images, {CORES} threads on {CORES} cores, medians of {ROUNDS} turns")
+    for num_busy in (0, CORES):
+        busy = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in range(num_busy)]
         try:
             for size in SIZES:
                 ((spin,), (sleep,)) = alternate(
                     {policy: partial(measured, policy, size) for policy in POLICIES}, ROUNDS
                 ).values()
                 print(
-                    f"{size} px, beside {beside} busy: spin {spin:.0f}, sleep {sleep:.0f}, sleep/spin {sleep / spin:.2f}"
+                    f"{size} px, beside {num_busy} busy: spin {spin:.0f}, sleep {sleep:.0f}, sleep/spin {sleep / spin:.2f}"
                 )
         finally:
             for process in busy:

@@ -1,4 +1,4 @@
-"""The plan of a run: counted operations against the network itself, and the formula's limits."""
+"""The plan of a run: counted operations against those of the real network, and the limits of the formula."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from msrn_ray.ray_cluster.estimate import ATTENTION, Cost, Machine, count, predi
 FAST = Machine(workers=1, flops=1e12, link=1e9, memory=1e9)
 
 
-def test_what_is_counted_is_what_the_network_does() -> None:
+def test_counted_flops_equal_those_of_the_network() -> None:
     config = PRESETS["scenes"].config
     cost = count(config, 16)
     network = build_model(config.model, torch.randn(16, 50), torch.eye(16).bool(), pretrained=False)
@@ -29,7 +29,7 @@ def test_what_is_counted_is_what_the_network_does() -> None:
 
 
 @pytest.mark.parametrize(("head", "weights"), [("mlp", 310.6e6), ("elementwise", 46.4e6)])
-def test_the_papers_network(head: str, weights: float) -> None:
+def test_cost_of_the_papers_network(head: str, weights: float) -> None:
     """ResNet-101 at 448 pixels: 4 x the 7.8 G multiplications at 224."""
     cost = count(PRESETS["coco2014"].config.with_overrides({"model.head": head}), 80)
     assert cost.weights == pytest.approx(weights, rel=1e-3)
@@ -49,7 +49,7 @@ def test_one_worker_exchanges_nothing() -> None:
     assert step.total == step.compute + step.update
 
 
-def test_the_exchange_is_a_ring_that_hides_behind_the_backward_pass() -> None:
+def test_ring_exchange_hides_behind_the_backward_pass() -> None:
     cost = Cost(1_000_000, 1e9)
     machines = [Machine(workers, 1e12, 1e9, 1e12) for workers in (2, 4, 1000)]
     exchanges = [predict_step(cost, machine, images=4).exchange for machine in machines]
@@ -61,7 +61,7 @@ def test_the_exchange_is_a_ring_that_hides_behind_the_backward_pass() -> None:
     assert predict_step(cost, machines[0], images=1, gradient_bytes=2).waiting == 0
 
 
-def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def run(*argv: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["msrn", "plan", *argv])
         code = 0
@@ -82,13 +82,13 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert "dollars" not in run("coco2014", *gpus)[1]
     assert "say --images and --labels" in run("manifest", *gpus)[2]
     assert run("manifest", *gpus, "--images", "1000", "--labels", "5")[0] == 0
-    told = run("manifest", *gpus, "--images", "1000", "--labels", "5", "--dollars", "2", "--decode-rate", "10")[1]
+    output = run("manifest", *gpus, "--images", "1000", "--labels", "5", "--dollars", "2", "--decode-rate", "10")[1]
     config = PRESETS["manifest"].config
-    rate = float(re.findall(rf"^{config.model.head} .*?([\d.]+)$", told, re.MULTILINE)[0])
+    rate = float(re.findall(rf"^{config.model.head} .*?([\d.]+)$", output, re.MULTILINE)[0])
     epochs = config.train.epochs
-    assert float(re.findall(r"decoding: ([\d.]+) CPUs per GPU", told)[0]) == pytest.approx(rate / 4 / 10, rel=0.1)
-    assert float(re.findall(r"an epoch of 1,000 images: (\d+) s", told)[0]) == pytest.approx(1000 / rate, rel=0.1)
-    price = float(re.findall(r"([\d,]+) dollars at 2 per GPU", told)[0])
+    assert float(re.findall(r"decoding: ([\d.]+) CPUs per GPU", output)[0]) == pytest.approx(rate / 4 / 10, rel=0.1)
+    assert float(re.findall(r"an epoch of 1,000 images: (\d+) s", output)[0]) == pytest.approx(1000 / rate, rel=0.1)
+    price = float(re.findall(r"([\d,]+) dollars at 2 per GPU", output)[0])
     assert price == pytest.approx(epochs * 1000 / rate / 3600 * 4 * 2, rel=0.1, abs=0.5)
     assert "an epoch of 73,873 images" in out, "a tenth of train is val"
     assert "one GPU alone would do 64 images/s, so more do not pay off (0.2 times)" in out
