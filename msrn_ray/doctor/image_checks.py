@@ -64,24 +64,24 @@ def copies(dataset: DatasetFacts) -> Iterator[Finding]:
     def show(chosen: npt.NDArray[np.bool_]) -> tuple[tuple[str, ...], tuple[ShownImage, ...]]:
         groups = [rows[first[group] :][: length[group]] for group in np.flatnonzero(chosen)[:MAX_SHOWN]]
         lines = [" = ".join(shorten([image.caption for image in dataset.show(group)], len(group))) for group in groups]
-        return shorten(lines, np.count_nonzero(chosen)), dataset.show(np.concatenate(groups))
+        return shorten(lines, _count(chosen)), dataset.show(np.concatenate(groups))
 
     if crossing.any():
         pairs = [
             f"{dataset.split_names[a]} and {dataset.split_names[b]}: {num_shared}"
             for a, b in itertools.combinations(range(len(in_split)), 2)
-            if (num_shared := np.count_nonzero(in_split[a] & in_split[b]))
+            if (num_shared := _count(in_split[a] & in_split[b]))
         ]
         yield Finding(
             "error",
-            f"{plural(np.count_nonzero(crossing), 'image')} in more than one split ({', '.join(pairs)})",
+            f"{plural(_count(crossing), 'image')} in more than one split ({', '.join(pairs)})",
             "keep each image in one split: scores on images that were trained on are too high",
             *show(crossing),
         )
     if contradicting.any():
         yield Finding(
             "warning",
-            f"{plural(np.count_nonzero(contradicting), 'image')} more than once with different labels",
+            f"{plural(_count(contradicting), 'image')} more than once with different labels",
             "keep the copy with the right labels",
             *show(contradicting),
         )
@@ -89,11 +89,15 @@ def copies(dataset: DatasetFacts) -> Iterator[Finding]:
     if plain.any():
         yield Finding(
             "warning",
-            f"{plural(np.count_nonzero(plain), 'image')} more than once in the same split,"
+            f"{plural(_count(plain), 'image')} more than once in the same split,"
             f" {(length[plain] - 1).sum():,} copies too many",
             "keep one copy of each image: copies weigh more than other images, in the loss and in the score",
             *show(plain),
         )
+
+
+def _count(chosen: npt.NDArray[np.bool_]) -> int:
+    return int(np.count_nonzero(chosen))
 
 
 def unlabelled_images(dataset: DatasetFacts, left_out: pa.Table | None) -> Iterator[Finding]:
