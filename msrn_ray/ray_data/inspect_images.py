@@ -1,18 +1,17 @@
-"""Reads every image of a data set once, in a stream: content hash, size in pixels and bytes, and whether it can be decoded."""
+"""Inspects every image of a data set once, in a stream: content hash, size in pixels and bytes, and whether it can be decoded."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
-import torch
 from rich.console import Console
 
 from ..config import ExperimentConfig
@@ -26,17 +25,15 @@ from ..io.progress_bar import count_images
 from ..labels.word_vectors import load_word_vectors
 from ..ray_cluster.connection import connect
 from ..training.inputs import label_counts
+from .block_tasks import map_blocks
 from .pipeline import limit_ray_data
 
-_MIN_ROWS, _MAX_ROWS, _BLOCKS = (
-    32,
-    1024,
-    2048,
-)  # rows of a task: so many tasks for a large set, work for all cores on a small one
+# Rows per task: a large data set gets about as many tasks as this, and a small one has tasks for all cores
+_MIN_ROWS, _MAX_ROWS, _TASKS = 32, 1024, 2048
 
 
 def diagnose_data(config: ExperimentConfig) -> Diagnosis:
-    """Reads the data set as training would, every image once, and says what is wrong with it.
+    """Read the data set as training does, each image once, and return what is wrong with it.
 
     Raises:
         UserError: if the labels cannot be read at all.
@@ -49,7 +46,9 @@ def diagnose_data(config: ExperimentConfig) -> Diagnosis:
     samples = all_samples(splits)
     print(f"reading {len(samples):,} images; starting Ray", flush=True)
     connect(config.resources)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plans and warnings are not for the user of a report
+    logging.getLogger("ray.data").setLevel(
+        logging.ERROR
+    )  # its plans and warnings mean nothing to the reader of a report
     facts = []
     with count_images(Console(stderr=True, highlight=False), len(samples)) as advance:
         for block in inspect_images(samples, config.data.max_pixels):
@@ -65,7 +64,7 @@ def diagnose_data(config: ExperimentConfig) -> Diagnosis:
 
 
 def images_left_out(config: ExperimentConfig, splits: Splits) -> pa.Table:
-    """Rows of the images without a label that the settings keep out of the splits."""
+    """Return the rows of the unlabelled images that the settings keep out of the splits."""
     everything = {"data.keep_unlabelled_train": True, "data.keep_unlabelled_eval": True}
     if config.data.keep_unlabelled_train and config.data.keep_unlabelled_eval:
         return all_samples(splits).slice(0, 0)
@@ -75,38 +74,29 @@ def images_left_out(config: ExperimentConfig, splits: Splits) -> pa.Table:
 
 
 def inspect_images(samples: pa.Table, max_pixels: int) -> Iterator[pa.Table]:
-    """The facts of all images, block by block in the order of `samples`; Ray must be up.
+    """Yield the facts of all images, block by block in the order of `samples`. Ray must be up.
 
     Args:
-        samples: a column `uri`.
+        samples: table with a column `uri`.
         max_pixels: larger images count as unreadable, as in training.
 
     Yields:
         Tables of schema `doctor.FACTS`; their column `row` counts from the first row of `samples`.
     """
     limit_ray_data(ray.cluster_resources()["CPU"])
-    rows = int(np.clip(-(-len(samples) // _BLOCKS), _MIN_ROWS, _MAX_ROWS))
-    num_blocks = -(-len(samples) // rows)
-    blocks = ray.data.range(num_blocks, override_num_blocks=num_blocks)
-    inspect = _block_inspector(ray.put(samples.select(["uri"])), rows, max_pixels)
-    facts = blocks.map_batches(inspect, batch_size=None, batch_format="numpy", num_cpus=1)
+    rows = int(np.clip(-(-len(samples) // _TASKS), _MIN_ROWS, _MAX_ROWS))
+    inspect = partial(_inspect_blocks, ray.put(samples.select(["uri"])), rows, max_pixels)
+    facts = map_blocks(-(-len(samples) // rows), inspect)
     yield from cast(Iterator[pa.Table], iter(facts.iter_batches(batch_size=None, batch_format="pyarrow")))
 
 
-def _block_inspector(
-    samples: ray.ObjectRef[pa.Table], rows: int, max_pixels: int
-) -> Callable[[dict[str, npt.NDArray[Any]]], pa.Table]:
-    def inspect_block(block: dict[str, npt.NDArray[Any]]) -> pa.Table:
-        torch.set_num_threads(1)  # tasks are the parallelism
-        table = ray.get(samples)
-        parts = [inspect_rows(table, int(index) * rows, rows, max_pixels) for index in block["id"]]
-        return pa.concat_tables(parts)
-
-    return inspect_block
+def _inspect_blocks(samples: ray.ObjectRef[pa.Table], rows: int, max_pixels: int, numbers: list[int]) -> pa.Table:
+    table = ray.get(samples)
+    return pa.concat_tables([inspect_rows(table, number * rows, rows, max_pixels) for number in numbers])
 
 
 def inspect_rows(samples: pa.Table, start: int, number: int, max_pixels: int) -> pa.Table:
-    """The facts of up to `number` images from row `start` on; see `inspect_images`."""
+    """Return the facts of up to `number` images from row `start`; see `inspect_images`."""
     uris = samples["uri"].slice(start, number).to_pylist()
     columns: dict[str, list[Any]] = {name: [] for name in FACTS.names}
     for row, uri in enumerate(uris, start):

@@ -1,7 +1,8 @@
-"""Sample table -> Ray Data -> Batch: the only door through which images come in.
+"""Streams images from a sample table through Ray Data into batches. Training and evaluation get images only from here.
 
-Each rank streams its own plan (`sampling`): one Ray Data task reads, decodes and augments one block of rows and ships it as one uint8
-array. An execution of Ray Data goes on over the ends of epochs, and the next one starts before it ends, so that no step waits for either.
+Each rank streams its plan (`training.sampling`). One Ray Data task reads, decodes and augments one block of rows, and returns one uint8
+array. An execution of Ray Data continues over the ends of epochs, and the next execution starts before it ends, so no step waits for
+either.
 """
 
 from __future__ import annotations
@@ -20,45 +21,44 @@ import pyarrow as pa
 import ray.data
 import torch
 
-from ..config import DataSettings
 from ..datasets.transforms import decode, multi_scale_crop, resize, smallest_side
 from ..errors import UserError
 from ..io.byte_ranges import read_bytes
 from ..ray_cluster.private_api import ExecutionCallback
+from ..settings import DataSettings
 from ..training.bad_images import BadImage, BadImages
 from ..training.sampling import EvalPlan, TrainPlan
 from ..types import Batch
+from .block_tasks import Columns, map_blocks
 
-Columns = dict[str, npt.NDArray[Any]]
 _TENSORS = ("image", "target", "row")
-_EXECUTION_BLOCKS = 512  # Ray Data looks at all blocks of an execution before the first one starts, about 1 ms each
-_LEAD_BLOCKS = 16  # left of an execution when the next one is started
+_EXECUTION_BLOCKS = 512  # Ray Data plans all blocks of an execution before the first one starts, about 1 ms each
+_LEAD_BLOCKS = 16  # left of an execution when the next one starts
 _SCHEDULE_SECONDS = 0.05  # a block of 64 images takes longer to decode
-_BLOCKS_A_TASK = (
-    3  # room in the object store for each: the block it writes, one that is finished, one that is being consumed
-)
+_BLOCKS_PER_TASK = 3  # in the object store: the one that the task writes, a finished one, and one being consumed
 
 
 class Paced(ExecutionCallback):
-    """Lets a step of Ray Data's scheduling loop take `_SCHEDULE_SECONDS` at least.
+    """Makes each step of Ray Data's scheduling loop take `_SCHEDULE_SECONDS` at least.
 
-    A step waits for tasks that run, but not where all of them have ended and there is no room yet for what they decoded. So it is while
-    training is the slower side: the loop would turn without a pause, on a core and with the interpreter's lock that the training needs.
+    A step waits for running tasks. It does not wait if all tasks have ended and the object store has no room for more decoded images. So
+    while training is the slower side, the loop would spin. It would take a core and the interpreter's lock from the training.
     """
 
     def __init__(self) -> None:
         self._last = 0.0
 
     def on_execution_step(self, executor: Any) -> None:
-        """A step has ended."""
+        """Sleep for what is left of the step's time."""
         time.sleep(max(0.0, self._last + _SCHEDULE_SECONDS - time.monotonic()))
         self._last = time.monotonic()
 
 
 def limit_ray_data(num_cpus: float) -> None:
-    """Sets this process's Ray Data: row order kept, no progress bars, how many decode tasks of one CPU it hands out at a time, `Paced`.
+    """Configure Ray Data in this process: it keeps the row order, shows no progress bars, is `Paced`, and runs few tasks at a time.
 
-    These are twice `num_cpus`: Ray Data looks for finished tasks ten times a second, so each core needs a next task that already waits.
+    It may submit twice `num_cpus` tasks of one CPU. Ray Data looks for finished tasks ten times per second, so each core needs a next task
+    that already waits.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -70,16 +70,16 @@ def limit_ray_data(num_cpus: float) -> None:
 def train_epochs(
     table: ray.ObjectRef[pa.Table], plan: TrainPlan, settings: DataSettings, bad: BadImages
 ) -> Iterator[Iterator[Batch]]:
-    """One iterator of step batches for each epoch of the plan; they must be used up in turn. Decoding starts with the call.
+    """Return one iterator of step batches per epoch of the plan. Use them up in order. Decoding starts with the call.
 
     Args:
         table: sample table in the object store.
         plan: this rank's rows.
         settings: image size, augmentation, pixel limit.
-        bad: collects images that could not be decoded; they are taken out of their batch.
+        bad: collects the images that cannot be decoded; their batch leaves them out.
 
     Returns:
-        Iterators of `plan.num_steps` batches; a batch that lost all its images keeps one filler.
+        Iterators of `plan.num_steps` batches. A batch that lost all its images keeps one filler.
     """
     if plan.num_blocks == 0:
         return iter(())
@@ -95,7 +95,7 @@ def _epochs(rows: Iterator[Columns], plan: TrainPlan, bad: BadImages) -> Iterato
 def eval_batches(
     table: ray.ObjectRef[pa.Table], plan: EvalPlan, settings: DataSettings, bad: BadImages
 ) -> Iterator[Batch]:
-    """This rank's share of a split in plan order, `plan.block_size` images a batch, fewer where images were bad."""
+    """Yield this rank's share of a split in plan order. A batch has `plan.block_size` images, or fewer if some are bad."""
     if plan.num_blocks == 0:
         return
     rows = _decoded_rows(table, plan, settings)
@@ -108,20 +108,21 @@ def eval_batches(
 def _decoded_rows(
     table: ray.ObjectRef[pa.Table], plan: TrainPlan | EvalPlan, settings: DataSettings
 ) -> Iterator[Columns]:
-    """Decoded blocks in plan order.
+    """Return an iterator over the decoded blocks in plan order.
 
-    The first execution of Ray Data is started by the call itself, and each further one while the one before has `_LEAD_BLOCKS` left.
+    The call itself starts the first execution of Ray Data. Each further one starts when the one before has `_LEAD_BLOCKS` left.
     """
     starter = ThreadPoolExecutor(1, "decode-start")
     starts = range(0, plan.num_blocks, _EXECUTION_BLOCKS)
     sizes = [min(_EXECUTION_BLOCKS, plan.num_blocks - start) for start in starts]
     executions = [
-        partial(_started, table, plan, settings, start, size) for start, size in zip(starts, sizes, strict=True)
+        partial(_start_execution, table, plan, settings, range(start, start + size))
+        for start, size in zip(starts, sizes, strict=True)
     ]
-    return _joined(starter, executions, sizes, starter.submit(executions[0]))
+    return _join_executions(starter, executions, sizes, starter.submit(executions[0]))
 
 
-def _joined(
+def _join_executions(
     starter: ThreadPoolExecutor,
     executions: Sequence[Callable[[], Iterator[Columns]]],
     sizes: list[int],
@@ -136,22 +137,19 @@ def _joined(
                 yield block
 
 
-def _started(
-    table: ray.ObjectRef[pa.Table], plan: TrainPlan | EvalPlan, settings: DataSettings, start: int, size: int
+def _start_execution(
+    table: ray.ObjectRef[pa.Table], plan: TrainPlan | EvalPlan, settings: DataSettings, blocks: range
 ) -> Iterator[Columns]:
-    """One execution of Ray Data over `size` blocks of the plan from `start` on, after its first block is there.
+    """Start one execution of Ray Data over some blocks of the plan. Return its iterator once the first block is decoded.
 
-    How much waits in the object store depends on the number of tasks alone.
+    The number of tasks alone determines how many decoded images wait in the object store.
     """
-    blocks = ray.data.range(size, override_num_blocks=size)
-    decoded = blocks.map_batches(
-        _block_decoder(table, plan, settings, start), batch_size=None, batch_format="numpy", num_cpus=1
-    )
+    decoded = map_blocks(len(blocks), partial(_decode_blocks, table, plan, settings, blocks))
     decoded.context.target_max_block_size = None  # a task's output stays one block, however large the images are
     options = decoded.context.execution_options
     block_bytes = plan.block_size * 3 * settings.image_size**2
     options.resource_limits = options.resource_limits.copy(
-        object_store_memory=_BLOCKS_A_TASK * options.resource_limits.cpu * block_bytes
+        object_store_memory=_BLOCKS_PER_TASK * options.resource_limits.cpu * block_bytes
     )
     batches = cast(
         Iterator[Columns], iter(decoded.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2))
@@ -159,34 +157,34 @@ def _started(
     return chain([next(batches)], batches)
 
 
-def _block_decoder(
-    table: ray.ObjectRef[pa.Table], plan: TrainPlan | EvalPlan, settings: DataSettings, start: int
-) -> Callable[[Columns], Columns]:
-    def decode_block(block: Columns) -> Columns:
-        torch.set_num_threads(1)  # tasks are the parallelism; more threads in each only fight for the cores
-        samples = ray.get(table)
-        parts = [plan.block(start + int(index)) for index in block["id"]]
-        rows = np.concatenate([rows for rows, _ in parts])
-        epochs = [epoch for rows, epoch in parts for _ in rows]
-        return decode_rows(samples, rows, epochs, settings, seed=getattr(plan, "seed", 0))
-
-    return decode_block
+def _decode_blocks(
+    table: ray.ObjectRef[pa.Table],
+    plan: TrainPlan | EvalPlan,
+    settings: DataSettings,
+    blocks: range,
+    numbers: list[int],
+) -> Columns:
+    """Decode the rows of the blocks with these numbers among `blocks`."""
+    parts = [plan.block(blocks[number]) for number in numbers]
+    rows = np.concatenate([rows for rows, _ in parts])
+    epochs = [epoch for rows, epoch in parts for _ in rows]
+    return decode_rows(ray.get(table), rows, epochs, settings, seed=getattr(plan, "seed", 0))
 
 
 def decode_rows(
     samples: pa.Table, rows: npt.NDArray[np.int64], epochs: list[int | None], settings: DataSettings, seed: int
 ) -> Columns:
-    """Reads, decodes and augments some rows of a sample table.
+    """Read, decode and augment some rows of a sample table.
 
     Args:
         samples: a `SampleTable.table`.
         rows: [n] row numbers.
-        epochs: [n], the epoch that seeds a row's augmentation, or None for the evaluation view.
+        epochs: [n] epoch that seeds a row's augmentation, or None for the evaluation view.
         settings: image size, augmentation, pixel limit.
-        seed: with epoch and row, decides the augmentation.
+        seed: determines the augmentation together with epoch and row.
 
     Returns:
-        `image` [n, 3, S, S] uint8 (zeros where bad), `target` [n, C] int8, `row` [n] int64, `uri` and `error` [n] str ("" = sound).
+        `image` [n, 3, S, S] uint8 (zeros if bad), `target` [n, C] int8, `row` [n] int64, `uri` and `error` [n] str ("" if sound).
     """
     chosen = samples.take(pa.array(rows))
     uris = chosen["uri"].to_pylist()
@@ -223,7 +221,7 @@ def _cut(
     sizes: npt.NDArray[np.int64],
     bad: BadImages,
 ) -> Iterator[Batch]:
-    """Cuts decoded blocks into batches of the planned sizes; takes no block more than they need."""
+    """Cut decoded blocks into batches of the planned sizes. Take no more blocks than the batches need."""
     held: list[Columns] = []
     start = 0
     for size in sizes:
@@ -231,10 +229,10 @@ def _cut(
             held.append(next(blocks))
         first, *others = held
         merged = {name: np.concatenate([block[name] for block in held]) for name in first} if others else first
-        now = {name: column[:size] for name, column in merged.items()}
+        batch = {name: column[:size] for name, column in merged.items()}
         held = [{name: column[size:] for name, column in merged.items()}] if len(merged["row"]) > size else []
-        assert np.array_equal(now["row"], planned[start : start + size]), "Ray Data delivered rows out of plan order"
-        yield _to_batch(now, valid[start : start + size], bad)
+        assert np.array_equal(batch["row"], planned[start : start + size]), "Ray Data delivered rows out of plan order"
+        yield _to_batch(batch, valid[start : start + size], bad)
         start += int(size)
     assert not held, "a block crossed the end of an epoch"
 
@@ -246,8 +244,7 @@ def _to_batch(columns: Columns, valid: npt.NDArray[np.bool_], bad: BadImages) ->
     keep: npt.NDArray[np.intp] | slice = slice(None) if sound.all() else np.flatnonzero(sound)
     if not sound.any():
         keep, valid = slice(1), np.zeros_like(valid)
-    with (
-        warnings.catch_warnings()
-    ):  # images stay where the object store has them, which may not be written to, and is not
+    with warnings.catch_warnings():
+        # The tensors share the object store's memory, which is read-only; nothing writes to a batch
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
         return Batch(*(torch.from_numpy(column[keep]) for column in (*(columns[name] for name in _TENSORS), valid)))

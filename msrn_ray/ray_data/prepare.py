@@ -1,6 +1,6 @@
-"""`prepare`: any data set as Parquet shards with the images inside, written by a stream of Ray Data tasks, one a shard.
+"""`msrn prepare`: writes any data set as Parquet shards with the images inside. A stream of Ray Data tasks writes one shard each.
 
-What is finished stays: a run that was stopped, even killed, is gone on with by the same command, and the result is the same bytes.
+Finished shards stay. After an interruption, even by SIGKILL, the same command resumes, and the result has the same bytes.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray.data
-import torch
+import ray
 from rich.console import Console
 
-from ..config import DataSettings, ResourceSettings
 from ..datasets.prepared import (
     BAD_IMAGES_FILE,
     FORMAT,
@@ -41,27 +40,64 @@ from ..datasets.registry import read_published, reader_settings
 from ..datasets.shard_writer import ShardRecord, ShardWriter
 from ..datasets.split_names import SplitName
 from ..datasets.text_files import read_json
-from ..errors import BadImagesError, UserError
+from ..errors import UserError
 from ..io.progress_bar import count_images
 from ..io.storage import Location
 from ..labels.graph import count_labels
 from ..ray_cluster.connection import connect
+from ..settings import DataSettings, ResourceSettings
+from ..training.bad_images import BadImage, check_bad_images
 from ..types import SampleTable
+from .block_tasks import Columns, map_blocks
 from .pipeline import limit_ray_data
 
 
 @dataclass(frozen=True)
-class _Written:
-    """One split after its last shard: the rows that are in, where their images lie, and those that are not.
+class _Plan:
+    """What one call of `prepare` writes.
 
     Attributes:
-        places: [m, 4] int64, row of the sample table, shard, offset and length of each image that is in.
-        bad: row and reason of each image that is not.
+        settings: reader, root and limits.
+        short_side: short side in pixels to which larger images are reduced, or None.
+        rows_per_shard: images per shard.
+        tables: sample table of each split, train first.
+    """
+
+    settings: DataSettings
+    short_side: int | None
+    rows_per_shard: int
+    tables: dict[SplitName, SampleTable]
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return self.tables["train"].label_names
+
+    def digest(self) -> str:
+        """Return the sha256 of all that determines the bytes of the result."""
+        content = {
+            "version": VERSION,
+            "dataset": self.settings.dataset,
+            "settings": reader_settings(self.settings),
+            "short_side": self.short_side,
+            "rows_per_shard": self.rows_per_shard,
+            "max_pixels": self.settings.max_pixels,
+            "splits": {name: [table.source, table.notes, fingerprint(table)] for name, table in self.tables.items()},
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _WrittenSplit:
+    """One split after its last shard.
+
+    Attributes:
+        places: [m, 4] int64, row of the sample table, shard, offset and length of each image in the shards.
+        bad: the images that are left out.
         shard_bytes, contents: size and content hash of each shard.
     """
 
     places: npt.NDArray[np.int64]
-    bad: tuple[tuple[int, str], ...]
+    bad: tuple[BadImage, ...]
     shard_bytes: tuple[int, ...]
     contents: tuple[str, ...]
 
@@ -78,70 +114,77 @@ def prepare(
     rows_per_shard: int = 256,
     console: Console | None = None,
 ) -> PreparedInfo:
-    """Reads a data set as training would and writes it to a folder that training reads from.
+    """Read a data set as training does, and write it to a folder from which training can read.
 
     Args:
         settings: reader, root and its settings; `max_pixels` and `max_bad_fraction` decide on bad images.
-        out: folder; new, empty, or one where the same was begun.
-        short_side: images with a larger short side are reduced to this and stored as JPEG, pixels; None stores all as they are.
-        rows_per_shard: images of a shard, and of a task, which holds them in memory.
+        out: folder. It is new or empty, or an earlier call began to write the same data set there.
+        short_side: larger images are reduced to this short side, in pixels, and stored as JPEG. None stores all bytes as they are.
+        rows_per_shard: images per shard. A task holds the images of its shard in memory.
         console: where progress goes; standard output by default.
 
     Raises:
         UserError: if the data set cannot be read, or the folder cannot be written or holds something else.
-        BadImagesError: if more images of a split cannot be decoded than allowed; what is written stays.
+        BadImagesError: if a split has more bad images than allowed. What is written stays.
+    """
+    plan = _Plan(settings, short_side, rows_per_shard, _read_tables(settings))
+    digest = plan.digest()
+    _claim(out, digest)
+
+    connect(ResourceSettings(num_workers=1))
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # `console` shows the progress
+    limit_ray_data(max(1.0, ray.cluster_resources().get("CPU", 1.0) - 1))
+    written: dict[SplitName, _WrittenSplit] = {}
+    console = console or Console(highlight=False, soft_wrap=True)
+    with count_images(console, sum(map(len, plan.tables.values()))) as advance:
+        for name, table in plan.tables.items():
+            writer = ShardWriter(out, name, plan.label_names, digest, rows_per_shard, short_side, settings.max_pixels)
+            written[name] = _write_split(writer, table, settings.max_bad_fraction, advance)
+
+    for name, table in plan.tables.items():
+        _write_index(out, name, table, written[name])
+    _write_bad_images(out, plan.tables, written)
+    info = _describe(plan, digest, written)
+    (out / INFO_FILE).write_bytes(_as_lines(info.model_dump(mode="json")))  # last: it marks the folder as finished
+    return info
+
+
+def _read_tables(settings: DataSettings) -> dict[SplitName, SampleTable]:
+    """Return the published splits of a data set, train first.
+
+    Raises:
+        UserError: if the data set cannot be read, is prepared already, or has a split without an image.
     """
     if settings.root is not None and read_info(Location.of(settings.root)) is not None:
         raise UserError(f"data.root {settings.root} is prepared already; give the data set that it was prepared from")
     published = read_published(settings)
-    named: tuple[tuple[SplitName, SampleTable | None], ...] = (
+    splits: tuple[tuple[SplitName, SampleTable | None], ...] = (
         ("train", published.train),
         ("val", published.val),
         ("test", published.held_out),
     )
-    tables = {name: table for name, table in named if table is not None}
+    tables = {name: table for name, table in splits if table is not None}
     for name, table in tables.items():
         if not len(table):
             raise UserError(
-                f"{name} split ({table.source}): holds no image; add images with labels, or keep those without any"
+                f"{name} split ({table.source}): holds no image; add images with labels, or keep the images without a label"
                 " (--data.keep-unlabelled-train, --data.keep-unlabelled-eval)"
             )
-    asked = {
-        "version": VERSION,
-        "dataset": settings.dataset,
-        "settings": reader_settings(settings),
-        "short_side": short_side,
-        "rows_per_shard": rows_per_shard,
-        "max_pixels": settings.max_pixels,
-        "splits": {name: [table.source, table.notes, fingerprint(table)] for name, table in tables.items()},
-    }
-    plan = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-    _claim(out, plan)
+    return tables
 
-    connect(ResourceSettings(num_workers=1))
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress is told here
-    limit_ray_data(max(1.0, ray.cluster_resources().get("CPU", 1.0) - 1))
-    label_names = published.train.label_names
-    written: dict[SplitName, _Written] = {}
-    console = console or Console(highlight=False, soft_wrap=True)
-    with count_images(console, sum(map(len, tables.values()))) as advance:
-        for name, table in tables.items():
-            writer = ShardWriter(out, name, label_names, plan, rows_per_shard, short_side, settings.max_pixels)
-            written[name] = _write_split(writer, table, settings.max_bad_fraction, advance)
 
-    for name, table in tables.items():
-        _write_index(out, name, table, written[name])
-    _write_bad(out, tables, written)
-    counts = count_labels(published.train.targets[written["train"].rows], label_names)
-    contents = [content for one in written.values() for content in one.contents]
-    info = PreparedInfo(
+def _describe(plan: _Plan, digest: str, written: dict[SplitName, _WrittenSplit]) -> PreparedInfo:
+    """Return the content of `dataset.json`."""
+    counts = count_labels(plan.tables["train"].targets[written["train"].rows], plan.label_names)
+    contents = [content for split in written.values() for content in split.contents]
+    return PreparedInfo(
         format=FORMAT,
         version=VERSION,
-        dataset=settings.dataset,
-        settings=reader_settings(settings),
-        short_side=short_side,
-        rows_per_shard=rows_per_shard,
-        label_names=label_names,
+        dataset=plan.settings.dataset,
+        settings=reader_settings(plan.settings),
+        short_side=plan.short_side,
+        rows_per_shard=plan.rows_per_shard,
+        label_names=plan.label_names,
         label_count=tuple(counts.count.tolist()),
         cooccurrence=tuple(map(tuple, counts.cooccurrence.tolist())),
         splits={
@@ -152,52 +195,49 @@ def prepare(
                 bad_images=len(written[name].bad),
                 shard_bytes=written[name].shard_bytes,
             )
-            for name, table in tables.items()
+            for name, table in plan.tables.items()
         },
-        plan=plan,
-        content=hashlib.sha256(json.dumps([label_names, contents]).encode()).hexdigest(),
+        plan=digest,
+        content=hashlib.sha256(json.dumps([plan.label_names, contents]).encode()).hexdigest(),
     )
-    (out / INFO_FILE).write_bytes(_as_lines(info.model_dump(mode="json")))
-    return info
 
 
 def _as_lines(content: dict[str, Any]) -> bytes:
-    """JSON with a line for each field: the square of co-occurrence would be thousands."""
+    """Return JSON with one line per field. Indented JSON would have thousands of lines for the square of co-occurrence."""
     lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in content.items()]
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
-def _claim(out: Location, plan: str) -> None:
-    """Marks the folder as that of this plan.
+def _claim(out: Location, digest: str) -> None:
+    """Mark the folder as that of this plan.
 
     Raises:
         UserError: if it holds something else, or cannot be written.
     """
     place = out / PLAN_FILE
+    content = {"format": FORMAT, "version": VERSION, "plan": digest}
     if place.is_file():
-        theirs = read_json(place, START_OVER)
-        if theirs != {"format": FORMAT, "version": VERSION, "plan": plan}:
+        if read_json(place, START_OVER) != content:
             raise UserError(
                 f"--out {out}: holds another data set, or this one with other labels or settings; give a new folder, or empty this one"
             )
         return
     if out.is_file() or (out.is_dir() and out.names()):
         raise UserError(f"--out {out}: is not empty and no prepared data set; give a new or empty folder")
-    place.write_bytes(json.dumps({"format": FORMAT, "version": VERSION, "plan": plan}).encode() + b"\n")
+    place.write_bytes(json.dumps(content).encode() + b"\n")
 
 
 def _write_split(
     writer: ShardWriter, table: SampleTable, max_bad_fraction: float, advance: Callable[[int], None]
-) -> _Written:
+) -> _WrittenSplit:
     num_shards = -(-len(table) // writer.rows_per_shard)
-    samples = ray.put(table.table)
-    shards = ray.data.range(num_shards, override_num_blocks=num_shards)
+    shards = map_blocks(num_shards, partial(_finish_shards, writer, ray.put(table.table)))
+    uris = table.table["uri"]
     places: list[npt.NDArray[np.int64]] = []
-    bad: list[tuple[int, str]] = []
+    bad: list[BadImage] = []
     sizes: list[int] = []
     contents: list[str] = []
-    task = _shard_task(writer, samples)
-    for batch in shards.map_batches(task, batch_size=None, num_cpus=1).iter_batches(batch_size=None):
+    for batch in shards.iter_batches(batch_size=None):
         for text, error in zip(batch["record"], batch["error"], strict=True):
             if error:
                 raise UserError(f"{error}; then {RUN_AGAIN}")
@@ -205,38 +245,29 @@ def _write_split(
             assert record.number == len(sizes), "Ray Data keeps the order"
             numbers = [record.number] * len(record.rows)
             places.append(np.array([record.rows, numbers, record.offsets, record.lengths], np.int64).T)
-            bad += record.bad
+            bad += [BadImage(row, uris[row].as_py(), reason) for row, reason in record.bad]
             sizes.append(record.size)
             contents.append(record.content)
             advance(len(record.rows) + len(record.bad))
-        if len(bad) > max_bad_fraction * len(table):
-            uris = table.table["uri"]
-            listed = "; ".join(f"{uris[row].as_py()} ({reason})" for row, reason in bad[:5])
-            raise BadImagesError(
-                f"{len(bad)} of {len(table)} {writer.split} images cannot be decoded, more than"
-                f" data.max_bad_fraction={max_bad_fraction} allows: {listed}; mend them or take them out, or allow more"
-            )
-    return _Written(np.concatenate(places), tuple(bad), tuple(sizes), tuple(contents))
+        check_bad_images(bad, writer.split, len(table), max_bad_fraction)
+    return _WrittenSplit(np.concatenate(places), tuple(bad), tuple(sizes), tuple(contents))
 
 
-def _shard_task(writer: ShardWriter, samples: ray.ObjectRef[pa.Table]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    def finish(block: dict[str, Any]) -> dict[str, Any]:
-        torch.set_num_threads(1)  # tasks are the parallelism
-        records: list[str] = []
-        errors: list[str] = []
-        for number in block["id"]:
-            try:
-                records.append(writer.finish(ray.get(samples), int(number)).model_dump_json())
-                errors.append("")
-            except UserError as error:
-                records.append("")
-                errors.append(str(error))
-        return {"record": np.array(records, dtype=object), "error": np.array(errors, dtype=object)}
-
-    return finish
+def _finish_shards(writer: ShardWriter, samples: ray.ObjectRef[pa.Table], numbers: list[int]) -> Columns:
+    """Write the shards with these numbers. Return their records as JSON, or the errors: Ray would wrap raised errors in its own."""
+    records: list[str] = []
+    errors: list[str] = []
+    for number in numbers:
+        try:
+            records.append(writer.finish(ray.get(samples), number).model_dump_json())
+            errors.append("")
+        except UserError as error:
+            records.append("")
+            errors.append(str(error))
+    return {"record": np.array(records, dtype=object), "error": np.array(errors, dtype=object)}
 
 
-def _write_index(out: Location, split: SplitName, table: SampleTable, written: _Written) -> None:
+def _write_index(out: Location, split: SplitName, table: SampleTable, written: _WrittenSplit) -> None:
     kept = table.table.take(pa.array(written.rows))
     _, shard, offset, length = written.places.T
     index = pa.table(
@@ -253,13 +284,17 @@ def _write_index(out: Location, split: SplitName, table: SampleTable, written: _
     index_file(out, split).write_bytes(sink.getvalue())
 
 
-def _write_bad(out: Location, tables: dict[SplitName, SampleTable], written: dict[SplitName, _Written]) -> None:
-    """The list of images left out; no file where there is none."""
+def _write_bad_images(
+    out: Location, tables: dict[SplitName, SampleTable], written: dict[SplitName, _WrittenSplit]
+) -> None:
+    """Write the list of the images that are left out. Write no file if there are none."""
     ids = {name: table.table["image_id"] for name, table in tables.items()}
-    lines = [[name, ids[name][row].as_py(), reason] for name, one in written.items() for row, reason in one.bad]
+    lines = [
+        [name, ids[name][image.row].as_py(), image.reason] for name, split in written.items() for image in split.bad
+    ]
     if lines:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([["split", "image_id", "reason"], *lines])
         (out / BAD_IMAGES_FILE).write_bytes(text.getvalue().encode())
-    else:  # of an earlier run, before they were mended
+    else:  # an earlier call may have written it, before the user fixed the images
         (out / BAD_IMAGES_FILE).remove()

@@ -1,4 +1,4 @@
-"""From a sample table through Ray Data to batches: every row once, in plan order, bad images taken out and named."""
+"""From a sample table through Ray Data to batches: every row once, in plan order, without the bad images, which are named."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SETTINGS = DataSettings(image_size=64, crop_scales=(1.0, 0.9, 0.8, 0.7, 0.6))
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> SampleTable:
-    """11 grey images whose brightness is 20 times their row; row 4 is not an image."""
+    """11 gray images whose brightness is 20 times their row; row 4 is not an image."""
     folder = tmp_path_factory.mktemp("images")
     uris = []
     for row in range(11):
@@ -38,7 +38,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> SampleTable:
 
 @pytest.mark.ray
 def test_train_epochs_follow_the_plan(local_ray: None, table: SampleTable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 in one execution of Ray Data, rank 1 in executions that end within epochs; blocks are larger than Ray Data likes them."""
+    """Rank 0 uses one execution of Ray Data, rank 1 executions that end within epochs. Blocks exceed Ray Data's target size."""
     limit_ray_data(2)
     monkeypatch.setattr(ray.data.DataContext.get_current(), "target_max_block_size", 10_000)
     reference = ray.put(table.table)
@@ -52,13 +52,13 @@ def test_train_epochs_follow_the_plan(local_ray: None, table: SampleTable, monke
         for epoch, batches in enumerate(epochs, start=1):
             rows, valid, sizes = plan.epoch(epoch)
             assert len(batches) == plan.num_steps == len(sizes)
-            got = np.concatenate([batch.row[batch.valid].numpy() for batch in batches])
+            rows_seen = np.concatenate([batch.row[batch.valid].numpy() for batch in batches])
             expected = rows[valid & (rows != 4)]
-            np.testing.assert_array_equal(got, expected)
+            np.testing.assert_array_equal(rows_seen, expected)
             for batch in batches:
                 for image, target, row, sound in zip(*batch, strict=True):
                     np.testing.assert_array_equal(target.numpy(), table.targets[row])
-                    if sound:  # the picture belongs to the row
+                    if sound:  # the image belongs to the row
                         assert abs(int(image.float().mean()) - 20 * int(row)) <= 1
         met = 4 in np.concatenate([plan.epoch(epoch)[0] for epoch in (1, 2)])
         assert [(image.row, image.reason) for image in bad.seen.values()] == (
@@ -67,8 +67,8 @@ def test_train_epochs_follow_the_plan(local_ray: None, table: SampleTable, monke
 
 
 @pytest.mark.ray
-def test_an_epoch_can_be_left_in_its_middle(local_ray: None, table: SampleTable) -> None:
-    """As when training stops on an error: nothing is left running, the next reader starts anew."""
+def test_epoch_can_stop_in_the_middle(local_ray: None, table: SampleTable) -> None:
+    """As when training stops on an error: nothing is left running, and the next reader starts from the beginning."""
     limit_ray_data(2)
     plan = TrainPlan(11, 2, 0, 1, seed=3, first_epoch=0, epochs=50, block_size=2)
     for _ in range(2):
@@ -79,10 +79,10 @@ def test_an_epoch_can_be_left_in_its_middle(local_ray: None, table: SampleTable)
 
 
 @pytest.mark.ray
-def test_a_slow_consumer_leaves_ray_data_idle(
+def test_ray_data_idles_behind_a_slow_consumer(
     local_ray: None, table: SampleTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once there is no room for another decoded block, Ray Data's loop would turn without a pause beside the training."""
+    """Once the object store has no room for another decoded block, Ray Data's loop would spin beside the training."""
     limit_ray_data(2)
     steps, paced = [], Paced.on_execution_step
 
@@ -94,7 +94,7 @@ def test_a_slow_consumer_leaves_ray_data_idle(
     plan = TrainPlan(11, 2, 0, 1, seed=3, first_epoch=0, epochs=50, block_size=2)
     epochs = train_epochs(ray.put(table.table), plan, SETTINGS, BadImages())
     next(next(epochs))
-    time.sleep(1)  # all the room is taken
+    time.sleep(1)  # until the object store is full
     before = len(steps)
     time.sleep(1)
     assert 0 < len(steps) - before <= 21
@@ -103,7 +103,7 @@ def test_a_slow_consumer_leaves_ray_data_idle(
 
 @pytest.mark.ray
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_evaluation_gives_each_sound_row_once(local_ray: None, table: SampleTable, world_size: int) -> None:
+def test_evaluation_yields_each_sound_row_once(local_ray: None, table: SampleTable, world_size: int) -> None:
     limit_ray_data(2)
     reference = ray.put(table.table)
     seen, bad = [], BadImages()
@@ -114,7 +114,7 @@ def test_evaluation_gives_each_sound_row_once(local_ray: None, table: SampleTabl
     assert list(bad.seen) == [4]
 
 
-def test_augmentation_depends_on_seed_epoch_and_row_alone(table: SampleTable) -> None:
+def test_seed_epoch_and_row_determine_augmentation(table: SampleTable) -> None:
     textured = table.table.slice(0, 0)
     folder = Path(table.table["uri"][0].as_py()).parent
     noise = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
@@ -133,7 +133,7 @@ def test_augmentation_depends_on_seed_epoch_and_row_alone(table: SampleTable) ->
     assert len(different) >= 11  # two of the draws may fall on the same crop
 
 
-def test_a_missing_file_is_a_bad_image_with_its_reason(tmp_path: Path) -> None:
+def test_missing_file_is_a_bad_image(tmp_path: Path) -> None:
     gone = SampleTable.from_columns(["a"], [str(tmp_path / "gone.jpg")], np.zeros((1, 1), np.int8), ("x",), "made")
     columns = decode_rows(gone.table, np.array([0]), [None], SETTINGS, 0)
     assert "No such file" in columns["error"][0]
