@@ -42,8 +42,8 @@ PRIVATE_NAMES = {
     "init_grpc_channel": "ray._private.grpc_utils:init_grpc_channel",
     "node_manager_pb2": "ray.core.generated.node_manager_pb2",
     "node_manager_pb2_grpc": "ray.core.generated.node_manager_pb2_grpc",
-    # For tests alone: what Ray itself does with our cluster files, its packaging of a job's folder, its error for a lost worker, and
-    # the storage of a trial. Ray offers none of them in public.
+    # For tests alone: what Ray itself does with our cluster files, its packaging of a job's folder, and its error for a lost
+    # worker. Ray offers none of them in public.
     "NodeProviderAvailabilityTracker": (
         "ray.autoscaler._private.node_provider_availability_tracker:NodeProviderAvailabilityTracker"
     ),
@@ -51,7 +51,6 @@ PRIVATE_NAMES = {
     "create_package": "ray._private.runtime_env.packaging:create_package",
     "get_nodes_for": "ray.autoscaler._private.resource_demand_scheduler:get_nodes_for",
     "load_function_or_class": "ray.autoscaler._private.loader:load_function_or_class",
-    "train_storage": "ray.train._internal.storage",
 }
 
 

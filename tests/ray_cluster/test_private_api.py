@@ -56,6 +56,17 @@ def test_part_exists(name: str) -> None:
         ("WorkerGroupStartupTimeoutError", ["num_workers"]),
         ("WorkerHealthCheckFailedError", ["message", "failure"]),
         ("load_function_or_class", ["path"]),
+        (
+            "get_nodes_for",
+            [
+                *("node_types", "existing_nodes", "head_node_type", "max_to_add", "resources", "utilization_scorer"),
+                "strict_spread",
+            ],
+        ),
+        (
+            "create_package",
+            ["module_path", "target_path", "include_gitignore", "include_parent_dir", "excludes", "logger"],
+        ),
     ],
 )
 def test_signature(name: str, parameters: list[str]) -> None:
@@ -109,7 +120,7 @@ def test_ray_data_takes_execution_callbacks() -> None:
             "self",
             "executor",
         ]
-        assert ray.data.DataContext.get_current().custom_execution_callback_classes == []
+        assert isinstance(ray.data.DataContext.get_current().custom_execution_callback_classes, list)
 
 
 def test_startup_timeout_keeps_its_workers_when_pickled() -> None:
@@ -170,7 +181,8 @@ def test_object_store_reader_reads_used_and_spilled_bytes(raylet: str) -> None:
     reader.close()
 
 
-def test_object_store_reader_raises_when_no_node_answers() -> None:
+def test_object_store_reader_raises_when_no_node_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     reader = ObjectStoreReader("127.0.0.1:1")
     with pytest.raises(OSError, match="object stores"):
         reader.read(timeout=1)

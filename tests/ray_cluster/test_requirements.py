@@ -76,7 +76,7 @@ def test_check_reads_the_pins(lines: list[str], finding: str | None, tmp_path: P
 
 
 @pytest.mark.parametrize("target", ["~/p/cluster/other.txt", "~/q/requirements.txt"])
-def test_check_names_a_pins_file_that_no_node_has(target: str, tmp_path: Path) -> None:
+def test_check_names_an_uncopied_pins_file(target: str, tmp_path: Path) -> None:
     (finding,) = check_versions(config_of(target, tmp_path))
     assert f"pip reads {target}, which file_mounts does not copy" in finding
 
