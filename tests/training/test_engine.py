@@ -215,7 +215,7 @@ def test_resumed_epoch_equals_the_whole_epoch() -> None:
     whole, progress = run_epoch(
         learner, step_batches(make_plan(), 8), schedule=EpochSchedule(100, save_steps=1), hooks=Hooks(on_save=keep)
     )
-    assert [stats.steps for stats, _ in saved] == [1, 2], "the epoch's end is saved anyway"
+    assert [stats.steps for stats, _ in saved] == [1, 2], "no save at the end: the epoch is saved anyway"
     assert [report["step"] for report in progress] == [1, 2, 3], "losses are checked before a save"
     stats, ((weights, optimizer, scheduler), rng) = saved[0]
     hooks = Hooks()
