@@ -3,6 +3,9 @@
 Each entry says why we need it and which public way we tried. tests/ray_cluster/test_private_api.py fails with the name of a part that
 Ray changes; pyproject.toml therefore bounds Ray from above. A part is imported when it is first used: some processes, like Ray's
 autoscaler and the controllers of Ray Train and Tune, must start without the others.
+
+One private name is a parameter, so it stands where it is used: `connect` passes `_node_ip_address` to `ray.init`. Without it Ray listens on
+the machine's outer address. Ray has no public parameter for it.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ PRIVATE_NAMES = {
     # Ray Data's scheduling loop must not spin while training is the slower side. No field of DataContext or ExecutionOptions sets its
     # pace; the field `custom_execution_callback_classes` expects subclasses of this class.
     "ExecutionCallback": "ray.data._internal.execution.execution_callback:ExecutionCallback",
-    # Ray Data's statistics actor must lie on the driver's node. Executing an empty data set from the driver creates it too, but costs
+    # Ray Data's statistics actor must lie on the driver's node. Executing a data set of one row from the driver creates it too, but costs
     # 0.6 s instead of 0.06 s, prints two lines, and would fail silently if Ray created the actor elsewhere.
     "get_or_create_stats_actor": "ray.data._internal.stats:get_or_create_stats_actor",
     # A run without room for its workers must say so, with their number. The public ControllerError only wraps this error; nothing else

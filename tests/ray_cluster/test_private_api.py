@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -77,6 +79,16 @@ def test_signature(name: str, parameters: list[str]) -> None:
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="private_api' has no attribute 'nonsense'"):
         _ = private_api.nonsense
+
+
+def test_import_does_not_load_ray() -> None:
+    code = "import sys, msrn_ray.ray_cluster.private_api; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_ray_init_takes_the_node_address() -> None:
+    with contract("ray.init(_node_ip_address=...)"):
+        assert '"_node_ip_address"' in inspect.getsource(ray.init)
 
 
 def test_ray_fills_in_and_validates_a_cluster_file() -> None:
