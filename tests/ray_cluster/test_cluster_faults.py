@@ -319,7 +319,7 @@ def test_a_lost_machine_one_that_joins_a_notice_a_stopped_job_and_the_same_job_a
     (first,) = re.findall(r"epochs (\d+) to 1000", told)
     assert done <= int(first) <= done + 2, "a line may be written a little before or after its checkpoint is listed"
     cluster.wait_for_checkpoint("long", int(first))
-    assert "no sign of life" not in told, "what the stopped job had asked of the cluster was given back"
+    assert "no heartbeat" not in told, "what the stopped job had asked of the cluster was given back"
     cluster.stop(job)
     assert cluster.state("long")[1] == "interrupted"
     cluster.assert_whole("long")
