@@ -17,16 +17,18 @@ from .cluster_yaml import commands
 # What a node that joins later must have in the same version
 _PINNED = ("ray", "torch", "torchvision", "numpy", "pyarrow")
 _PIN = re.compile(r"(?<![\w.-])([A-Za-z][\w.-]*)(?:\[[\w,]+\])?==([\w.]+)")
+_PIP = re.compile(r"pip install[^;&|\n]*")
 _PINS_FILE = re.compile(r"\s(?:-[cr]|--constraint|--requirement)[ =]?(\S+)")
 
 
 def check_versions(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield a finding per package that is not pinned, or pinned to a version that does not fit."""
     text = commands(config, "setup_commands", "head_setup_commands", "worker_setup_commands")
-    if "pip install" not in text:
+    pip = "\n".join(_PIP.findall(text))
+    if not pip:
         return  # the nodes have an environment already; its versions are out of reach here
     pins: dict[str, str] = {}
-    for target in _PINS_FILE.findall(text):
+    for target in _PINS_FILE.findall(pip):
         path = _find_source(target, config["file_mounts"])
         if path is None or not path.is_file():
             yield f"setup_commands: pip reads {target}, which file_mounts does not copy; add it there"

@@ -84,6 +84,13 @@ def test_check_names_an_uncopied_pins_file(target: str, tmp_path: Path) -> None:
     assert f"pip reads {target}, which file_mounts does not copy" in finding
 
 
+def test_check_reads_only_files_of_pip(tmp_path: Path) -> None:
+    (tmp_path / "requirements.txt").write_text("\n".join(LINES))
+    config = config_of("~/p/cluster/requirements.txt && bash -c true", tmp_path)
+    config["setup_commands"] += ["cp -r ~/a ~/b", "rm -rf ~/a"]
+    assert list(check_versions(config)) == []
+
+
 def config_of(target: str, folder: Path) -> dict[str, Any]:
     """A cluster file whose nodes install by `target`; their folder ~/p/cluster is a copy of `folder`."""
     return {"setup_commands": [f"pip install -e ~/p -c {target}"], "file_mounts": {"~/p/cluster": str(folder)}}
