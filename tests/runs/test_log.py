@@ -1,4 +1,4 @@
-"""What a run leaves for a person: terminal lines and the files of the run folder."""
+"""What a run logs: terminal lines and the files of the run folder."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from msrn_ray.training.bad_images import RECALLED
 
 
 class Clock:
-    """Time that moves only when told."""
+    """Time that moves only when a test sets it."""
 
-    now = 1000.0
+    seconds = 1000.0
 
     def monotonic(self) -> float:
-        return self.now
+        return self.seconds
 
 
 @pytest.fixture
@@ -55,12 +55,12 @@ def open_log(folder: Path, screen: io.StringIO) -> RunLog:
     return RunLog(folder, Console(file=screen, width=200, highlight=False, soft_wrap=True))
 
 
-def start(first_epoch: int = 0, epochs: int = 5) -> WorkersStarted:
+def workers_started(first_epoch: int = 0, epochs: int = 5) -> WorkersStarted:
     description = f"training from epoch {first_epoch} [not a markup]"
     return WorkersStarted(first_epoch, 0, epochs, 10, (), description)
 
 
-def epoch(number: int, mean: float, loss: float = 0.5) -> EpochFinished:
+def epoch_finished(number: int, mean: float, loss: float = 0.5) -> EpochFinished:
     metrics = {
         "epoch": number,
         "protocol": "honest",
@@ -76,27 +76,27 @@ def epoch(number: int, mean: float, loss: float = 0.5) -> EpochFinished:
     return EpochFinished(metrics, f"checkpoint_{number}")
 
 
-def progress(number: int, step: int, bad_reports: int = 0) -> StepsTrained:
+def steps_trained(number: int, step: int, bad_reports: int = 0) -> StepsTrained:
     return StepsTrained(number, step, 0.75, 12.34, 0.25, bad_reports)
 
 
-def history(folder: Path) -> list[dict[str, Any]]:
+def read_history(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def best(folder: Path) -> str:
+def best_checkpoint(folder: Path) -> str:
     return (folder / "best.txt").read_text()
 
 
-def test_a_run_from_start_to_end(tmp_path: Path, log: RunLog, screen: io.StringIO) -> None:
-    log.handle(start())
+def test_run_logs_every_epoch_and_the_test(tmp_path: Path, log: RunLog, screen: io.StringIO) -> None:
+    log.handle(workers_started())
     for number, mean in enumerate((0.2, 0.6, 0.4, 0.6, 0.7), 1):
-        event = epoch(number, mean)
+        event = epoch_finished(number, mean)
         log.handle(event)
-        assert history(tmp_path)[-1] == event.metrics | {"checkpoint": f"checkpoint_{number}"}
-        assert len(history(tmp_path)) == number
-        assert best(tmp_path) == f"checkpoint_{(1, 2, 2, 4, 5)[number - 1]}\n", (
-            "the last of equals, which Ray Train keeps"
+        assert read_history(tmp_path)[-1] == event.metrics | {"checkpoint": f"checkpoint_{number}"}
+        assert len(read_history(tmp_path)) == number
+        assert best_checkpoint(tmp_path) == f"checkpoint_{(1, 2, 2, 4, 5)[number - 1]}\n", (
+            "of equal epochs the last, which Ray Train keeps"
         )
     log.handle(TestScored({"test/mAP": 0.65}))
     assert log.test == json.loads((tmp_path / "test.json").read_text()) == {"test/mAP": 0.65}
@@ -109,100 +109,102 @@ def test_a_run_from_start_to_end(tmp_path: Path, log: RunLog, screen: io.StringI
     assert (tmp_path / "curves.png").stat().st_size > 5000
     assert Image.open(tmp_path / "curves.png").format == "PNG"
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
-    kept = {"metrics.jsonl", "best.txt", "test.json", "curves.png", "tensorboard"}
-    assert {path.name for path in tmp_path.iterdir()} == kept, "no partial file is left"
+    expected_files = {"metrics.jsonl", "best.txt", "test.json", "curves.png", "tensorboard"}
+    assert {path.name for path in tmp_path.iterdir()} == expected_files, "no partial file remains"
 
 
-def test_tensorboard_holds_the_figures(tmp_path: Path, log: RunLog) -> None:
+def test_tensorboard_holds_the_metrics(tmp_path: Path, log: RunLog) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log.handle(start())
-    log.handle(epoch(1, 0.2))
-    log.handle(epoch(2, 0.6))
+    log.handle(workers_started())
+    log.handle(epoch_finished(1, 0.2))
+    log.handle(epoch_finished(2, 0.6))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert {"val/mAP", "train/loss", "train/images_per_second"} <= set(events.Tags()["scalars"])
     assert [(point.step, round(point.value, 4)) for point in events.Scalars("val/mAP")] == [(1, 0.2), (2, 0.6)]
 
 
-def test_curves_are_drawn_again_after_a_while(tmp_path: Path, log: RunLog, clock: Clock) -> None:
-    log.handle(start())
-    log.handle(epoch(1, 0.2))
+def test_curves_are_drawn_at_intervals_and_at_close(tmp_path: Path, log: RunLog, clock: Clock) -> None:
+    log.handle(workers_started())
+    log.handle(epoch_finished(1, 0.2))
     assert not (tmp_path / "curves.png").exists(), "not at every epoch: drawing takes time"
-    clock.now += 31
-    log.handle(epoch(2, 0.3))
+    clock.seconds += 31
+    log.handle(epoch_finished(2, 0.3))
     assert (tmp_path / "curves.png").exists()
     (tmp_path / "curves.png").unlink()
-    clock.now += 5
-    log.handle(epoch(3, 0.3))
+    clock.seconds += 5
+    log.handle(epoch_finished(3, 0.3))
     assert not (tmp_path / "curves.png").exists()
     log.close()
     assert (tmp_path / "curves.png").exists()
 
 
-def test_a_failure_is_told(log: RunLog, screen: io.StringIO) -> None:
+def test_worker_failure_is_printed(log: RunLog, screen: io.StringIO) -> None:
     log.handle(WorkerFailed("worker 1 failed: [killed]"))
     assert screen.getvalue().splitlines() == ["worker 1 failed: [killed]"]
 
 
-def test_the_bar_goes_on_within_an_epoch(tmp_path: Path, log: RunLog, screen: io.StringIO, clock: Clock) -> None:
-    """After 2 epochs of 10 steps and 5 steps; one more in 20 s, so 24 more need 8 minutes."""
-    log.handle(replace(start(2), first_step=5))
-    clock.now += 20
-    log.handle(progress(3, 6))
+def test_bar_resumes_within_an_epoch(tmp_path: Path, log: RunLog, screen: io.StringIO, clock: Clock) -> None:
+    """The run resumes after 2 epochs of 10 steps and 5 steps. A step takes 20 s, so the remaining 24 need 8 minutes."""
+    log.handle(replace(workers_started(2), first_step=5))
+    clock.seconds += 20
+    log.handle(steps_trained(3, 6))
     assert "epoch 3/5  step 6/10" in screen.getvalue()
     assert "ETA 8:00" in screen.getvalue()
 
 
-def test_resume_forgets_what_came_after_the_checkpoint(tmp_path: Path, log: RunLog, screen: io.StringIO) -> None:
-    log.handle(start())
+def test_resume_drops_epochs_after_the_checkpoint(tmp_path: Path, log: RunLog, screen: io.StringIO) -> None:
+    log.handle(workers_started())
     for number, mean in enumerate((0.3, 0.2, 0.9), 1):
-        log.handle(epoch(number, mean))
+        log.handle(epoch_finished(number, mean))
     log.close()
-    assert best(tmp_path) == "checkpoint_3\n"
+    assert best_checkpoint(tmp_path) == "checkpoint_3\n"
 
-    again = open_log(tmp_path, screen)
-    again.handle(start(first_epoch=2))
-    assert [line["epoch"] for line in history(tmp_path)] == [1, 2]
-    assert best(tmp_path) == "checkpoint_1\n"
-    again.handle(epoch(3, 0.25))
-    assert [line["epoch"] for line in history(tmp_path)] == [1, 2, 3]
-    assert best(tmp_path) == "checkpoint_1\n"
-    again.handle(epoch(4, 0.31))
-    assert best(tmp_path) == "checkpoint_4\n"
-    again.handle(start(first_epoch=1))  # a worker was lost and the run starts again by itself
-    assert [line["epoch"] for line in history(tmp_path)] == [1]
-    assert best(tmp_path) == "checkpoint_1\n"
-    again.close()
-
-
-def test_a_start_from_scratch_leaves_no_old_best(tmp_path: Path, log: RunLog) -> None:
-    log.handle(start())
-    log.handle(epoch(1, 0.9))
-    log.handle(start(first_epoch=0))
-    assert history(tmp_path) == []
-    assert not (tmp_path / "best.txt").exists(), "it would name a checkpoint that is not of this run"
-    log.handle(epoch(1, 0.1))
-    assert best(tmp_path) == "checkpoint_1\n"
+    resumed = open_log(tmp_path, screen)
+    resumed.handle(workers_started(first_epoch=2))
+    assert [line["epoch"] for line in read_history(tmp_path)] == [1, 2]
+    assert best_checkpoint(tmp_path) == "checkpoint_1\n"
+    resumed.handle(epoch_finished(3, 0.25))
+    assert [line["epoch"] for line in read_history(tmp_path)] == [1, 2, 3]
+    assert best_checkpoint(tmp_path) == "checkpoint_1\n"
+    resumed.handle(epoch_finished(4, 0.31))
+    assert best_checkpoint(tmp_path) == "checkpoint_4\n"
+    resumed.handle(workers_started(first_epoch=1))  # Ray Train restarts the workers after it lost a worker
+    assert [line["epoch"] for line in read_history(tmp_path)] == [1]
+    assert best_checkpoint(tmp_path) == "checkpoint_1\n"
+    resumed.close()
 
 
-def test_a_line_cut_by_a_kill_is_dropped(tmp_path: Path, log: RunLog, screen: io.StringIO) -> None:
-    log.handle(start())
-    log.handle(epoch(1, 0.3))
-    log.handle(epoch(2, 0.5))
+def test_restart_from_scratch_removes_the_old_best(tmp_path: Path, log: RunLog) -> None:
+    log.handle(workers_started())
+    log.handle(epoch_finished(1, 0.9))
+    log.handle(workers_started(first_epoch=0))
+    assert read_history(tmp_path) == []
+    assert not (tmp_path / "best.txt").exists(), "it would name a checkpoint of the old run"
+    log.handle(epoch_finished(1, 0.1))
+    assert best_checkpoint(tmp_path) == "checkpoint_1\n"
+
+
+def test_line_cut_by_a_kill_is_dropped(tmp_path: Path, log: RunLog, screen: io.StringIO) -> None:
+    log.handle(workers_started())
+    log.handle(epoch_finished(1, 0.3))
+    log.handle(epoch_finished(2, 0.5))
     text = (tmp_path / "metrics.jsonl").read_text()
     for cut in (text[:-10], text[: len(text) * 3 // 5]):
         (tmp_path / "metrics.jsonl").write_text(cut)
-        again = open_log(tmp_path, screen)
-        assert [line["epoch"] for line in again.history] == [1]
-        again.handle(start(first_epoch=1))
-        again.handle(epoch(2, 0.4))
-        assert [line["epoch"] for line in history(tmp_path)] == [1, 2], "the cut line is not glued to the next"
-        again.close()
+        resumed = open_log(tmp_path, screen)
+        assert [line["epoch"] for line in resumed.history] == [1]
+        resumed.handle(workers_started(first_epoch=1))
+        resumed.handle(epoch_finished(2, 0.4))
+        assert [line["epoch"] for line in read_history(tmp_path)] == [1, 2], (
+            "the next line does not continue the cut line"
+        )
+        resumed.close()
 
 
-def test_progress_lines_are_rare_and_epochs_always_shown(log: RunLog, screen: io.StringIO, clock: Clock) -> None:
-    log.handle(start())
+def test_progress_lines_are_rare_epochs_always_shown(log: RunLog, screen: io.StringIO, clock: Clock) -> None:
+    log.handle(workers_started())
     shown: list[str] = []
 
     def new_lines() -> list[str]:
@@ -213,32 +215,30 @@ def test_progress_lines_are_rare_and_epochs_always_shown(log: RunLog, screen: io
 
     new_lines()
     for step in (1, 2):
-        clock.now += 4
-        log.handle(progress(1, step))
+        clock.seconds += 4
+        log.handle(steps_trained(1, step))
     assert new_lines() == []
-    clock.now += 12
-    log.handle(progress(1, 5))
+    clock.seconds += 12
+    log.handle(steps_trained(1, 5))
     assert new_lines() == ["epoch 1/5  step 5/10  loss 0.7500  12.3 img/s  data wait 25%  ETA 3:00"]
-    clock.now += 5
-    log.handle(progress(1, 6))
+    clock.seconds += 5
+    log.handle(steps_trained(1, 6))
     assert new_lines() == []
-    clock.now += 7
-    log.handle(progress(1, 7, bad_reports=3))
+    clock.seconds += 7
+    log.handle(steps_trained(1, 7, bad_reports=3))
     assert "data wait 25%  3 bad  ETA" in new_lines()[0]
-    log.handle(epoch(1, 0.5))
-    log.handle(epoch(2, 0.5))
+    log.handle(epoch_finished(1, 0.5))
+    log.handle(epoch_finished(2, 0.5))
     assert len(new_lines()) == 2
-    clock.now += 9
-    log.handle(progress(3, 1))
-    assert new_lines() == [], "an epoch's line counts too"
+    clock.seconds += 9
+    log.handle(steps_trained(3, 1))
+    assert new_lines() == [], "the line of an epoch counts as a progress line"
 
 
-def test_time_left_after_a_resume_counts_only_what_was_done_since(
-    log: RunLog, screen: io.StringIO, clock: Clock
-) -> None:
-    log.handle(start(first_epoch=4))
-    clock.now += 3600
-    log.handle(progress(5, 5))
+def test_eta_counts_only_steps_since_the_resume(log: RunLog, screen: io.StringIO, clock: Clock) -> None:
+    log.handle(workers_started(first_epoch=4))
+    clock.seconds += 3600
+    log.handle(steps_trained(5, 5))
     assert screen.getvalue().rstrip().endswith("ETA 1:00:00")
 
 
@@ -256,72 +256,72 @@ def test_bad_images_are_listed(tmp_path: Path, log: RunLog, screen: io.StringIO)
     assert str(tmp_path / "bad_images.csv") in screen.getvalue()
 
 
-def test_nan_breaks_nothing_and_is_never_best(tmp_path: Path, log: RunLog, screen: io.StringIO) -> None:
-    log.handle(start())
-    log.handle(epoch(1, math.nan, loss=math.nan))
-    log.handle(epoch(2, 0.3))
-    assert best(tmp_path) == "checkpoint_2\n"
-    log.handle(epoch(3, math.nan))
-    assert best(tmp_path) == "checkpoint_2\n"
-    log.handle(epoch(4, 0.2))
-    assert best(tmp_path) == "checkpoint_2\n"
-    assert [line["val/mAP"] is None for line in history(tmp_path)] == [True, False, True, False]
+def test_nan_is_logged_and_never_best(tmp_path: Path, log: RunLog, screen: io.StringIO) -> None:
+    log.handle(workers_started())
+    log.handle(epoch_finished(1, math.nan, loss=math.nan))
+    log.handle(epoch_finished(2, 0.3))
+    assert best_checkpoint(tmp_path) == "checkpoint_2\n"
+    log.handle(epoch_finished(3, math.nan))
+    assert best_checkpoint(tmp_path) == "checkpoint_2\n"
+    log.handle(epoch_finished(4, 0.2))
+    assert best_checkpoint(tmp_path) == "checkpoint_2\n"
+    assert [line["val/mAP"] is None for line in read_history(tmp_path)] == [True, False, True, False]
     log.close()
-    again = open_log(tmp_path, screen)
-    again.handle(start(first_epoch=4))
-    assert [line["epoch"] for line in again.history] == [1, 2, 3, 4]
-    assert best(tmp_path) == "checkpoint_2\n"
-    again.close()
+    resumed = open_log(tmp_path, screen)
+    resumed.handle(workers_started(first_epoch=4))
+    assert [line["epoch"] for line in resumed.history] == [1, 2, 3, 4]
+    assert best_checkpoint(tmp_path) == "checkpoint_2\n"
+    resumed.close()
 
 
-def test_the_curves_title_names_the_best_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curves_title_names_the_best_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.axes import Axes
 
     titles: list[str] = []
     monkeypatch.setattr(Axes, "set_title", lambda self, label, **_: titles.append(label))
-    lines = [dict(epoch(number, mean).metrics) for number, mean in enumerate((math.nan, 0.3, 0.2), 1)]
+    lines = [dict(epoch_finished(number, mean).metrics) for number, mean in enumerate((math.nan, 0.3, 0.2), 1)]
     draw_curves(lines, tmp_path / "curves.png")
     assert "best val/mAP 0.3000 at epoch 2" in titles
 
 
-def test_closing_twice_or_without_an_epoch(tmp_path: Path, log: RunLog) -> None:
+def test_close_works_twice_and_without_an_epoch(tmp_path: Path, log: RunLog) -> None:
     log.close()
     log.close()
     assert not (tmp_path / "curves.png").exists()
 
 
-def test_on_a_terminal_the_bar_leaves_the_lines_whole(tmp_path: Path, clock: Clock) -> None:
+def test_bar_leaves_terminal_lines_whole(tmp_path: Path, clock: Clock) -> None:
     screen = io.StringIO()
     log = RunLog(tmp_path, Console(file=screen, force_terminal=True, width=200, highlight=False, soft_wrap=True))
-    log.handle(start())
-    log.handle(progress(1, 5))
-    log.handle(epoch(1, 0.5))
+    log.handle(workers_started())
+    log.handle(steps_trained(1, 5))
+    log.handle(epoch_finished(1, 0.5))
     log.close()
     text = screen.getvalue()
     assert "training from epoch 0 [not a markup]" in text
     assert "val/mAP 0.5000 *" in text
 
 
-def test_an_epoch_that_only_ray_train_knows_is_taken_up(tmp_path: Path, log: RunLog) -> None:
-    """A kill between the checkpoint and its line in metrics.jsonl loses no figure and leaves no dangling best."""
-    log.handle(start())
-    log.handle(epoch(1, 0.4))
-    unwritten = dict(epoch(2, 0.6).metrics) | {"checkpoint": "checkpoint_2"}
+def test_epoch_only_ray_train_knows_is_logged(tmp_path: Path, log: RunLog) -> None:
+    """A kill between the checkpoint and its line in metrics.jsonl loses no metric and leaves best.txt valid."""
+    log.handle(workers_started())
+    log.handle(epoch_finished(1, 0.4))
+    unwritten = dict(epoch_finished(2, 0.6).metrics) | {"checkpoint": "checkpoint_2"}
     resumed = RunLog(tmp_path, Console(file=io.StringIO()))
-    resumed.handle(replace(start(2), reported=(unwritten,)))
-    assert [line["epoch"] for line in history(tmp_path)] == [1, 2]
-    assert best(tmp_path) == "checkpoint_2\n"
+    resumed.handle(replace(workers_started(2), reported=(unwritten,)))
+    assert [line["epoch"] for line in read_history(tmp_path)] == [1, 2]
+    assert best_checkpoint(tmp_path) == "checkpoint_2\n"
     resumed.close()
 
 
-def test_the_reason_of_a_bad_image_is_put_in_when_it_is_known(tmp_path: Path, log: RunLog, screen: io.StringIO) -> None:
+def test_bad_image_gets_its_reason_once_known(tmp_path: Path, log: RunLog, screen: io.StringIO) -> None:
     for reason in (RECALLED, "empty", "cut"):
         log.handle(BadImagesFound("train", (("a.jpg", reason),)))
     assert (tmp_path / "bad_images.csv").read_text().splitlines() == ["split,uri,reason", "train,a.jpg,empty"]
     assert screen.getvalue().count("could not be decoded and are left out") == 1
 
 
-def test_a_bad_image_is_listed_once(tmp_path: Path, log: RunLog) -> None:
+def test_bad_image_is_listed_once(tmp_path: Path, log: RunLog) -> None:
     for images in ((("a.jpg", "empty"),), (("a.jpg", "empty"), ("b.jpg", "cut"))):
         log.handle(BadImagesFound("train", images))
     log.handle(BadImagesFound("val", (("a.jpg", "empty"),)))
@@ -329,15 +329,15 @@ def test_a_bad_image_is_listed_once(tmp_path: Path, log: RunLog) -> None:
     assert rows == ["split,uri,reason", "train,a.jpg,empty", "train,b.jpg,cut", "val,a.jpg,empty"]
 
 
-def test_the_paper_protocol_is_said_in_the_epoch_line_and_the_curves(
+def test_paper_protocol_is_named_in_log_and_curves(
     tmp_path: Path, log: RunLog, screen: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from matplotlib.axes import Axes
 
     titles: list[str] = []
     monkeypatch.setattr(Axes, "set_title", lambda self, label, **_: titles.append(label))
-    log.handle(start())
-    log.handle(replace(epoch(1, 0.4), metrics={**epoch(1, 0.4).metrics, "protocol": "paper"}))
+    log.handle(workers_started())
+    log.handle(replace(epoch_finished(1, 0.4), metrics={**epoch_finished(1, 0.4).metrics, "protocol": "paper"}))
     log.close()
     assert "val is the test split" in screen.getvalue()
     assert any("on the test split (protocol paper)" in title for title in titles)

@@ -1,4 +1,4 @@
-"""What a run folder says of its run while it goes on and after it ended, however it ended; no Ray."""
+"""The state of a run in its folder, during the run and after it, however it ended. No Ray."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ def make_run(folder: Path, scores: tuple[float | None, ...] = (), epochs: int = 
     return folder
 
 
-def age(folder: Path, seconds: float) -> None:
-    then = time.time() - seconds
-    os.utime(folder / STATE_FILE, (then, then))
+def set_last_heartbeat(folder: Path, seconds: float) -> None:
+    last_heartbeat = time.time() - seconds
+    os.utime(folder / STATE_FILE, (last_heartbeat, last_heartbeat))
 
 
-def said(folder: Path) -> dict[str, object]:
+def read_state(folder: Path) -> dict[str, object]:
     content: dict[str, object] = json.loads((folder / STATE_FILE).read_text())
     return content
 
 
-def test_a_run_is_running_as_long_as_its_driver_touches_the_file(tmp_path: Path) -> None:
+def test_run_is_running_while_its_driver_sends_heartbeats(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", (0.25, 0.5, None), epochs=4)
     with kept_state(run, heartbeat_seconds=0.02):
-        age(run, 1000)  # the next touch makes up for it
-        end = time.monotonic() + 30
+        set_last_heartbeat(run, 1000)  # the next heartbeat renews it
+        deadline = time.monotonic() + 30
         while summarize(run).state != "running":
-            assert time.monotonic() < end, "nothing touched the file"
+            assert time.monotonic() < deadline, "no heartbeat arrived"
             time.sleep(0.01)
-        during = summarize(run)
-    after = summarize(run)
-    assert (during.epoch, during.epochs, during.best, during.reason) == (3, 4, 0.5, "")
-    assert (after.state, after.best, after.started) == ("finished", 0.5, during.started)
+        running = summarize(run)
+    finished = summarize(run)
+    assert (running.epoch, running.epochs, running.best, running.reason) == (3, 4, 0.5, "")
+    assert (finished.state, finished.best, finished.started) == ("finished", 0.5, running.started)
     time.sleep(0.1)
-    assert summarize(run).seen == after.seen, "nothing touches it any more"
+    assert summarize(run).seen == finished.seen, "heartbeats stop with the run"
 
 
 @pytest.mark.parametrize(
@@ -67,20 +67,20 @@ def test_a_run_is_running_as_long_as_its_driver_touches_the_file(tmp_path: Path)
         (MemoryError(), "failed", "MemoryError"),
     ],
 )
-def test_how_a_run_ended(tmp_path: Path, error: BaseException, state: str, reason: str) -> None:
+def test_error_gives_final_state_and_reason(tmp_path: Path, error: BaseException, state: str, reason: str) -> None:
     run = make_run(tmp_path / "run", (0.5,))
     with pytest.raises(type(error)), kept_state(run):
         raise error
     assert (summarize(run).state, summarize(run).reason) == (state, reason)
 
 
-def test_the_error_that_the_user_can_mend_is_told_whole(tmp_path: Path) -> None:
+def test_user_error_is_the_whole_reason(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     with pytest.raises(UserError), kept_state(run):
         raise UserError("short")
     (run / FAILURE_FILE).write_text("rank 1 has done nothing for 600 s;\nlook at its node\n")
     assert summarize(run).reason == "rank 1 has done nothing for 600 s; look at its node"
-    with kept_state(run):  # taken up again; the trainer deletes the error then
+    with kept_state(run):  # a resumed run; the trainer deletes the error then
         assert summarize(run).reason == ""
 
 
@@ -88,12 +88,12 @@ def test_resumed_run_keeps_its_start(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt), kept_state(run):
         raise KeyboardInterrupt
-    first = said(run)["started"]
+    started = read_state(run)["started"]
     with kept_state(run):
         pass
-    assert said(run)["started"] == first
-    assert said(run)["state"] == "finished"
-    assert "reason" not in said(run)
+    assert read_state(run)["started"] == started
+    assert read_state(run)["state"] == "finished"
+    assert "reason" not in read_state(run)
 
 
 DRIVER = """
@@ -113,39 +113,37 @@ def test_killed_driver_leaves_a_resumable_run(tmp_path: Path) -> None:
     assert process.stdout.readline() == "up\n"
     with pytest.raises(UserError) as caught:
         check_stopped(run, heartbeat_seconds=1)
-    here = socket.gethostname()
-    assert f"process {process.pid} on {here} still trains this run; stop it first" in str(caught.value)
+    host = socket.gethostname()
+    assert f"process {process.pid} on {host} still trains this run; stop it first" in str(caught.value)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     start = time.monotonic()
     check_stopped(run, heartbeat_seconds=60)
-    assert time.monotonic() - start < 30, "a process of this machine that is gone needs no watching"
-    assert summarize(run).state == "running", "it cannot be seen yet from elsewhere"
-    age(run, 100)
+    assert time.monotonic() - start < 30, "a dead process on this node needs no wait for a heartbeat"
+    assert summarize(run).state == "running", "its heartbeat has not timed out yet"
+    set_last_heartbeat(run, 100)
     assert (summarize(run).state, summarize(run).reason) == (
         "interrupted",
         "killed, or its machine is lost: no heartbeat",
     )
 
 
-def test_only_a_new_heartbeat_proves_a_remote_driver_alive(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its clock may be wrong, so the time of the last touch says nothing: only a new touch does."""
+def test_only_new_heartbeats_prove_remote_drivers_alive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The other node's clock may be wrong, so the time of the last heartbeat proves nothing. Only a new heartbeat does."""
     run = make_run(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt), kept_state(run):
         raise KeyboardInterrupt
-    check_stopped(run, heartbeat_seconds=60)  # it wrote how it ended
-    (run / STATE_FILE).write_text(json.dumps(said(run) | {"state": "running", "host": "elsewhere", "pid": 7}))
+    check_stopped(run, heartbeat_seconds=60)  # the run wrote its final state
+    (run / STATE_FILE).write_text(json.dumps(read_state(run) | {"state": "running", "host": "elsewhere", "pid": 7}))
     for seconds in (0, -3600, 3600):
-        age(run, seconds)
+        set_last_heartbeat(run, seconds)
         check_stopped(run, heartbeat_seconds=0.05)
-        told = capsys.readouterr().out
-        assert told == f"{run}: a driver on elsewhere is training this run; waiting 0.15 s for its heartbeat\n"
+        output = capsys.readouterr().out
+        assert output == f"{run}: a driver on elsewhere is training this run; waiting 0.15 s for its heartbeat\n"
     with kept_state(make_run(tmp_path / "other"), heartbeat_seconds=0.05):
-        other = tmp_path / "other"
+        other_run = tmp_path / "other"
         with pytest.raises(UserError, match=r"other: process \d+ on .* still trains this run"):
-            check_stopped(other, heartbeat_seconds=0.1)
+            check_stopped(other_run, heartbeat_seconds=0.1)
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", "7", '{"state": "running"}'])
@@ -160,15 +158,15 @@ def test_damaged_state_files_are_listed_as_unknown(tmp_path: Path, content: str 
     check_stopped(run, heartbeat_seconds=60)
 
 
-def test_the_list(tmp_path: Path) -> None:
-    """The run seen last comes first; other folders, and damaged configs, do no harm."""
+def test_list_starts_with_the_most_recent_run(tmp_path: Path) -> None:
+    """The run with the latest heartbeat comes first. Other folders and damaged configs do no harm."""
     for name, seconds in (("old", 5000), ("new", 10)):
         with kept_state(make_run(tmp_path / name, (0.5, 0.25))):
             pass
-        age(tmp_path / name, seconds)
+        set_last_heartbeat(tmp_path / name, seconds)
     make_run(tmp_path / "silent")
     (make_run(tmp_path / "damaged") / CONFIG_FILE).write_text("train: {epochs: none}")
-    make_run(tmp_path / ".new_5f")  # cut off while it was made
+    make_run(tmp_path / ".new_5f")  # the run was killed while it made its folder
     (tmp_path / "no run").mkdir()
     (tmp_path / "file").touch()
     with (tmp_path / "new" / METRICS_FILE).open("a") as file:
@@ -188,14 +186,14 @@ def test_the_list(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line", [b'{"epoch": 1}', b'{"epoch": 1, "val/mAP": "high"}', b"{torn}", b"[1, {}]}", b"\xff\xfe}", b"[{}"]
 )
-def test_damaged_figures_hide_no_other_run(tmp_path: Path, line: bytes) -> None:
+def test_damaged_metrics_hide_no_other_run(tmp_path: Path, line: bytes) -> None:
     make_run(tmp_path / "whole", (0.5,))
     (make_run(tmp_path / "damaged", (0.5,)) / METRICS_FILE).write_bytes(line + b"\n")
-    told = {run.name: (run.epoch, run.reason) for run in list_runs(tmp_path)}
-    assert told == {"whole": (1, ""), "damaged": (0, "metrics.jsonl is damaged")}
+    listed = {run.name: (run.epoch, run.reason) for run in list_runs(tmp_path)}
+    assert listed == {"whole": (1, ""), "damaged": (0, "metrics.jsonl is damaged")}
 
 
-def test_the_table() -> None:
+def test_table_of_runs() -> None:
     nan = math.nan
     runs = [
         RunSummary("coco", "running", 2, 40, 0.71239, 1e6 - 7300, 1e6 - 4, ""),
