@@ -1,6 +1,7 @@
 """A training run that records which rows each rank trained on, step by step, and can kill one of its ranks.
 
-`python -m tests.recorded_run CONFIG FOLDER` trains with a saved config, as `msrn train --config` does, and records into the folder.
+`python -m tests.recorded_run CONFIG FOLDER` trains with a saved config, as `msrn train --config` does.
+It writes its record into the folder.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ Place = tuple[int, int]  # epoch and step, 0-based
 
 
 class Kill(NamedTuple):
-    """Which rank kills itself, once, after which step."""
+    """The rank that kills itself once, and the step after which it does."""
 
     rank: int
     place: Place
 
 
 def recording(folder: Path, kill: Kill | None = None) -> Callable[[dict[str, Any]], None]:
-    """A train loop that appends a line to a file of its process for each step whose weights are changed, and each loss."""
+    """Return a train loop that appends a line to a file of its process, per step that changes the weights and per loss."""
 
     def loop(loop_config: dict[str, Any]) -> None:
         from msrn_ray.ray_train import worker
@@ -41,17 +42,17 @@ def recording(folder: Path, kill: Kill | None = None) -> Callable[[dict[str, Any
             file.write(json.dumps({"attempt": attempt, **line}) + "\n")
 
         class RecordingLedger(Ledger):
-            def __init__(self, plan: TrainPlan, epoch: int, before: Account) -> None:
-                super().__init__(plan, epoch, before)
+            def __init__(self, plan: TrainPlan, epoch: int, done_before: Account) -> None:
+                super().__init__(plan, epoch, done_before)
                 self.place = (epoch, plan.first_step if epoch == plan.first_epoch else 0)
                 write(start=self.place, world=plan.world_size)
 
             def add(self, rows: Rows) -> None:
                 super().add(rows)
                 write(place=self.place, rows=rows.tolist())
-                mark = folder / "killed"
-                if kill == (distributed.rank(), self.place) and not mark.exists():
-                    mark.touch()
+                kill_marker = folder / "killed"
+                if kill == (distributed.rank(), self.place) and not kill_marker.exists():
+                    kill_marker.touch()
                     os.kill(os.getpid(), signal.SIGKILL)
                 self.place = (self.place[0], self.place[1] + 1)
 
@@ -61,20 +62,20 @@ def recording(folder: Path, kill: Kill | None = None) -> Callable[[dict[str, Any
                 if self.plan.rank == 0:
                     write(loss=progress.loss, step=[self.epoch, progress.step - 1])
 
-        worker.Ledger = RecordingLedger  # type: ignore[misc]  # of this process alone
+        worker.Ledger = RecordingLedger  # type: ignore[misc]  # only in this process
         worker.train_worker(loop_config, RecordingWorker)
 
     return loop
 
 
 class Record(NamedTuple):
-    """What counts of a recorded run.
+    """The record of a run.
 
     Attributes:
-        rows: epoch -> the rows of the steps that were not rolled back, over all ranks.
-        repeated: places of steps that were rolled back.
-        losses: place -> loss over all ranks, where `train.log_every` is 1.
-        starts: where each start of the workers took the run up, and their number.
+        rows: the rows per epoch, over all ranks, without steps that were rolled back.
+        repeated: the places of the steps that were rolled back.
+        losses: the loss over all ranks per place, if `train.log_every` is 1.
+        starts: the place at which every start of the workers resumed the run, and the number of workers.
     """
 
     rows: dict[int, list[int]]
@@ -84,7 +85,7 @@ class Record(NamedTuple):
 
 
 def read_record(folder: Path) -> Record:
-    """A step is rolled back where a later start of the workers takes the run up before it."""
+    """Read the record of a run. A step is rolled back if a later start of the workers resumes the run before it."""
     lines = [json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
     starts: dict[int, tuple[Place, int]] = {}
     for line in lines:
@@ -106,11 +107,11 @@ def read_record(folder: Path) -> Record:
 
 
 def main() -> None:
-    """Trains; see the module."""
+    """Train and record, see above."""
     from msrn_ray.config import load_config
     from msrn_ray.ray_train import driver
 
-    driver.train_worker = recording(Path(sys.argv[2]))  # type: ignore[assignment]  # of this process alone
+    driver.train_worker = recording(Path(sys.argv[2]))  # type: ignore[assignment]  # only in this process
     driver.train(load_config(Path(sys.argv[1])))
 
 

@@ -1,4 +1,4 @@
-"""What the driver does with a worker's failure, without workers; whole runs are in test_train and test_interruptions."""
+"""What the driver does when a worker fails, without workers. Whole runs are in test_train and test_interruptions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.tiny import make_coco
 
 
 class RecordingQueue:
-    """In place of the queue of events."""
+    """Stands in for the queue of events."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -40,7 +40,7 @@ class RecordingQueue:
 
 @pytest.mark.parametrize("error", [UserError("fix it"), BadImagesError("too many"), AccountingError("twice")])
 def test_final_error_is_not_retried(error: Exception) -> None:
-    """Whichever rank has it, and whatever the others say meanwhile."""
+    """The error counts whichever rank raises it, and whatever the other ranks raise meanwhile."""
     queue = RecordingQueue()
     with pytest.raises(type(error), match=str(error)):
         FailureCallback(queue).after_exception(None, {0: RuntimeError("connection closed"), 1: error})
@@ -58,12 +58,12 @@ def test_lost_worker_is_named_before_the_others() -> None:
     ]
 
 
-def test_run_folder_exists_with_its_config_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed while it is made, the run can begin anew; and what is there already stays as it is."""
-    saved = ExperimentConfig.save
+def test_run_folder_never_exists_without_its_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a kill that interrupts making the folder, the run can start anew. An existing folder stays as it is."""
+    save = ExperimentConfig.save
 
     def save_and_be_killed(config: ExperimentConfig, path: Path) -> None:
-        saved(config, path)
+        save(config, path)
         raise SystemExit
 
     run = tmp_path / "runs/run"
@@ -77,10 +77,10 @@ def test_run_folder_exists_with_its_config_or_not(tmp_path: Path, monkeypatch: p
     with pytest.raises(OSError, match="not empty"):
         make_folder(run, ExperimentConfig(preset="voc2007"))
     assert load_config(run / CONFIG_FILE) == ExperimentConfig()
-    assert len(list(tmp_path.glob("runs/*"))) == 2, "what the kill left behind, and the run"
+    assert len(list(tmp_path.glob("runs/*"))) == 2, "the leftover of the kill, and the run"
 
 
-def test_run_that_waits_for_nodes_is_not_resumed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_waiting_for_nodes_is_not_resumed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_coco(tmp_path / "data", {"train": [[0], [1], [2], [0, 1]] * 4, "val": [[0], [1, 2]]})
     config = PRESETS["scenes"].config.with_overrides(
         {"data.dataset": "coco", "data.root": str(root), "train.storage": str(tmp_path), "train.run_name": "run"}
@@ -103,7 +103,7 @@ def test_run_that_waits_for_nodes_is_not_resumed_twice(tmp_path: Path, monkeypat
     assert (run.state, run.reason) == ("failed", "no node came")
 
 
-def failing(failure: Exception) -> Any:
+def trainer_that_raises(failure: Exception) -> Any:
     def raise_failure() -> None:
         raise failure
 
@@ -116,27 +116,27 @@ def failing(failure: Exception) -> Any:
 )
 def test_user_error_is_raised_unwrapped(wrap: Any) -> None:
     with pytest.raises(UserError, match="fix it"):
-        fit(failing(wrap(UserError("fix it"))))
+        fit(trainer_that_raises(wrap(UserError("fix it"))))
 
 
 def test_other_failures_stay_wrapped() -> None:
     with pytest.raises(TrainingFailedError, match="lost"):
-        fit(failing(WorkerGroupError("lost", {0: RuntimeError("lost")})))
+        fit(trainer_that_raises(WorkerGroupError("lost", {0: RuntimeError("lost")})))
 
 
-def test_missing_room_is_reported_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_few_resources_are_reported_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 3.0, "GPU": 1.0})
     with pytest.raises(UserError, match=r"no room for 2 workers .* 3 CPUs and 1 GPUs now.*num_workers.*--resume"):
-        fit(failing(ControllerError(WorkerGroupStartupTimeoutError(2))))
+        fit(trainer_that_raises(ControllerError(WorkerGroupStartupTimeoutError(2))))
 
 
 @pytest.mark.parametrize("hangs", [False, True])
 def test_sigterm_stops_like_ctrl_c(monkeypatch: pytest.MonkeyPatch, hangs: bool) -> None:
-    """Ray's handler of SIGINT, which gives back what the run has asked for, and exits; or never comes to an end."""
+    """Ray's handler of SIGINT gives back the resources of the run and exits, or hangs."""
     monkeypatch.setattr("msrn_ray.ray_train.elastic_fit._STOP_SECONDS", 0.2)
-    both = signal.SIGINT, signal.SIGTERM
-    before = [signal.getsignal(which) for which in both]
-    timer = signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    stop_signals = signal.SIGINT, signal.SIGTERM
+    old_handlers = [signal.getsignal(number) for number in stop_signals]
+    had_timer = signal.getitimer(signal.ITIMER_REAL)[0] > 0
     stopped = []
 
     def abort(*_: object) -> None:
@@ -153,23 +153,25 @@ def test_sigterm_stops_like_ctrl_c(monkeypatch: pytest.MonkeyPatch, hangs: bool)
     with pytest.raises(KeyboardInterrupt):
         fit(cast(Any, SimpleNamespace(fit=stop_itself)))
     assert stopped == [True]
-    assert [signal.getsignal(which) for which in both] == before
-    assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == timer, "the caller's own, as of a test's time limit"
+    assert [signal.getsignal(number) for number in stop_signals] == old_handlers
+    assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == had_timer, (
+        "the caller's timer, such as a test's time limit, stays"
+    )
 
 
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
-def test_sigterm_before_ray_has_its_handler(handler: Any) -> None:
-    """Background jobs of a shell ignore SIGINT; not SIGTERM."""
-    before = signal.signal(signal.SIGINT, handler)
+def test_sigterm_before_ray_installs_its_handler(handler: Any) -> None:
+    """Background jobs of a shell ignore SIGINT, but not SIGTERM."""
+    old_handler = signal.signal(signal.SIGINT, handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             fit(cast(Any, SimpleNamespace(fit=lambda: os.kill(os.getpid(), signal.SIGTERM))))
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, old_handler)
 
 
 @pytest.mark.parametrize(
-    ("left", "settings", "before", "tried"),
+    ("remaining", "settings", "initial", "tried"),
     [
         ({"CPU": 2.0}, {"num_workers": "1..3"}, Allocation(3, False, 1, (1, 3)), [1]),
         ({"CPU": 5.0}, {"num_workers": "2..6"}, Allocation(6, False, 1, (2, 6)), [4]),
@@ -185,41 +187,42 @@ def test_sigterm_before_ray_has_its_handler(handler: Any) -> None:
             {"num_workers": "1..3"},
             Allocation(3, False, 1, (1, 3)),
             [],
-        ),  # there are enough: no reason to try
+        ),  # three workers fit: no reason to try fewer
         ({"CPU": 2.0}, {"num_workers": 3}, Allocation(3, False, 1), []),
     ],
 )
 def test_fewer_workers_until_a_cpu_decodes(
     monkeypatch: pytest.MonkeyPatch,
-    left: dict[str, float],
+    remaining: dict[str, float],
     settings: dict[str, Any],
-    before: Allocation,
+    initial: Allocation,
     tried: list[int],
 ) -> None:
-    """They never suffice here: each attempt takes fewer than the one before, and the end is an error."""
-    cluster(monkeypatch, cpus=left["CPU"], gpus=left.get("GPU"))
+    """Fewer workers never suffice in this test: every attempt takes fewer than the previous attempt, until the error."""
+    cluster(monkeypatch, cpus=remaining["CPU"], gpus=remaining.get("GPU"))
     attempts: list[Allocation] = []
     logged: list[str] = []
 
     def build(allocation: Allocation) -> Any:
         attempts.append(allocation)
-        return failing(ControllerError(NoDecodeCpuError("no CPU")))
+        return trainer_that_raises(ControllerError(NoDecodeCpuError("no CPU")))
 
     with pytest.raises(NoDecodeCpuError):
-        fit_elastic(build, ResourceSettings(**settings), before, logged.append)
-    assert attempts[0] == before
-    assert [one.num_workers for one in attempts[1:]] == tried
+        fit_elastic(build, ResourceSettings(**settings), initial, logged.append)
+    assert attempts[0] == initial
+    assert [attempt.num_workers for attempt in attempts[1:]] == tried
     assert all(
-        one.runs == before.runs and (one.elastic or (0, one.num_workers))[1] == one.num_workers for one in attempts[1:]
+        attempt.runs == initial.runs and (attempt.elastic or (0, attempt.num_workers))[1] == attempt.num_workers
+        for attempt in attempts[1:]
     )
     assert len(logged) == len(tried)
 
 
-@pytest.mark.parametrize(("own", "policy"), [(None, "passive"), ("active", "active")])
-def test_waiting_worker_threads_sleep(monkeypatch: pytest.MonkeyPatch, own: str | None, policy: str) -> None:
-    """Unless the user's own environment says else."""
+@pytest.mark.parametrize(("user_policy", "policy"), [(None, "passive"), ("active", "active")])
+def test_waiting_worker_threads_sleep(monkeypatch: pytest.MonkeyPatch, user_policy: str | None, policy: str) -> None:
+    """The user's environment takes precedence."""
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    if own is not None:
-        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    if user_policy is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", user_policy)
     environment = torch_trainer.run_config("run", "runs").worker_runtime_env
     assert cast(Any, environment)["env_vars"]["OMP_WAIT_POLICY"] == policy

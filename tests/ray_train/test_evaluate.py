@@ -1,4 +1,4 @@
-"""What can be checked of evaluation and of the choice of the best epoch without Ray."""
+"""Evaluation and the choice of the best epoch, as far as they need no Ray."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.tiny import make_tiny_checkpoint
 NAN = float("nan")
 
 
-def test_a_checkpoint_of_other_labels_is_refused_with_what_differs(tmp_path: Path) -> None:
+def test_other_labels_are_refused_with_the_difference(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(make_tiny_checkpoint(tmp_path / "tiny"))
     names = checkpoint.label_names
     check_labels(checkpoint, names, "tiny")
@@ -31,5 +31,5 @@ def test_a_checkpoint_of_other_labels_is_refused_with_what_differs(tmp_path: Pat
 @pytest.mark.parametrize(
     ("scores", "best"), [([NAN, 0.3, 0.3, 0.2], 2), ([0.5, NAN], 0), ([NAN, NAN], 1), ([0.1, 0.2], 1), ([0.2, 0.1], 0)]
 )
-def test_the_best_epoch_is_the_last_of_equals_and_never_nan(scores: list[float], best: int) -> None:
+def test_last_best_epoch_wins_and_nan_never(scores: list[float], best: int) -> None:
     assert best_index(scores) == best

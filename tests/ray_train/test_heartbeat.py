@@ -1,4 +1,4 @@
-"""What a rank reports: heartbeats, gauges, object store figures."""
+"""What a rank reports: heartbeats, gauges, use of the object store."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from msrn_ray.runs.events import Heartbeat
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait for something that another thread or process brings about."""
-    end = time.monotonic() + 60
+    """Wait for a condition that another thread or process makes true."""
+    deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < end, "the condition never held"
+        assert time.monotonic() < deadline, "the condition never held"
         time.sleep(0.02)
 
 
@@ -42,15 +42,15 @@ def test_heartbeats_report_what_the_rank_does(local_ray: None) -> None:
 
     with HeartbeatSender(events, rank=3, seconds=0.02) as sender:
         wait_until(lambda: arrives("starting", 0))
-        got = []
+        watched = []
         for step, batch in enumerate(sender.watch(batches(), epoch=5, activity="in a step"), 1):
-            got.append(batch)
+            watched.append(batch)
             wait_until(lambda step=step: arrives("in a step", step))
     wait_until(lambda: arrives(DONE, 3))
-    assert got == ["a", "b"]
-    assert received[-1].activity == DONE, "nothing comes after the last heartbeat"
-    sender_of_all = (3, ray.nodes()[0]["NodeManagerAddress"], os.getpid())
-    assert all((heartbeat.rank, heartbeat.node, heartbeat.pid) == sender_of_all for heartbeat in received)
+    assert watched == ["a", "b"]
+    assert received[-1].activity == DONE, "the sender stops after the last heartbeat"
+    expected_sender = (3, ray.nodes()[0]["NodeManagerAddress"], os.getpid())
+    assert all((heartbeat.rank, heartbeat.node, heartbeat.pid) == expected_sender for heartbeat in received)
     assert {heartbeat.epoch for heartbeat in received} == {0, 5}
     assert all(0 <= heartbeat.idle_seconds < 120 for heartbeat in received)
 
@@ -58,9 +58,9 @@ def test_heartbeats_report_what_the_rank_does(local_ray: None) -> None:
 @pytest.mark.ray
 def test_object_store_peak_outlives_its_objects(local_ray: None) -> None:
     with StoreMeter(seconds=0.02) as meter:
-        before = meter.peak_bytes
+        initial_peak = meter.peak_bytes
         reference = ray.put(np.zeros(200_000_000, np.uint8))
-        wait_until(lambda: meter.peak_bytes >= before + 100_000_000)
+        wait_until(lambda: meter.peak_bytes >= initial_peak + 100_000_000)
         del reference
         time.sleep(0.2)
         assert meter.peak_bytes >= 200_000_000
@@ -74,7 +74,7 @@ def test_gauges_carry_run_and_rank(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
             assert tag_keys == ("run", "rank")
             assert description
-            assert name not in made, "a gauge is made once"
+            assert name not in made, "Gauges makes every gauge once"
             self.values = made.setdefault(name, [])
 
         def set(self, value: float, tags: dict[str, str]) -> None:
@@ -86,5 +86,5 @@ def test_gauges_carry_run_and_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     gauges.set({"loss": 0.25})
     tags = {"run": "my-run", "rank": "1"}
     assert made == {"msrn_train_loss": [(0.5, tags), (0.25, tags)], "msrn_epoch": [(2, tags)]}
-    every = GAUGES | EPOCH_GAUGES
-    assert len({name for name, _ in every.values()}) == len(GAUGES) + len(EPOCH_GAUGES)
+    all_gauges = GAUGES | EPOCH_GAUGES
+    assert len({name for name, _ in all_gauges.values()}) == len(GAUGES) + len(EPOCH_GAUGES)

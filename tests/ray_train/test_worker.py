@@ -1,4 +1,4 @@
-"""What a worker decides without Ray: precision, kernels, where it resumes."""
+"""What a worker decides without Ray: its precision, its kernels and where it resumes."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_kernels_follow_the_settings() -> None:
 
 
 NUM_ROWS = 10
-Resume = Callable[[TrainState], tuple[Learner, StartPoint]]
+ResumeFunction = Callable[[TrainState], tuple[Learner, StartPoint]]
 PLAN = TrainPlan(NUM_ROWS, 4, 0, 1, 0, 0, 3, BLOCK_ROWS)
 
 
@@ -83,8 +83,8 @@ def make_learner() -> Learner:
     return Learner(network, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False), None, None, None, 1, 0.0)
 
 
-def state_of(account: Account, step: int) -> TrainState:
-    """After `step` steps of the second epoch of 10 rows in batches of 4."""
+def make_state(account: Account, step: int) -> TrainState:
+    """Return the state after `step` steps of the second epoch of 10 rows in batches of 4."""
     torch.manual_seed(5)
     learner = make_learner()
     states = (learner.network.state_dict(), learner.optimizer.state_dict(), learner.scheduler.state_dict(), {}, None)
@@ -93,8 +93,8 @@ def state_of(account: Account, step: int) -> TrainState:
 
 
 @pytest.fixture
-def resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resume:
-    """A learner without a run around it loads a state."""
+def resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ResumeFunction:
+    """Return a function that resumes a new learner from a state, without a run."""
 
     def resume_from(state: TrainState, plan: TrainPlan = PLAN) -> tuple[Learner, StartPoint]:
         save_train_state(tmp_path / "saved", state)
@@ -107,17 +107,17 @@ def resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resume:
     return resume_from
 
 
-def account_of(step: int) -> Account:
-    """What the plan has before a step of the second epoch; its first row could not be decoded."""
+def make_account(step: int) -> Account:
+    """Return the account of the rows before a step of the second epoch. The first of them could not be decoded."""
     rows = PLAN.rows_before(1, step)
     account = Account.empty(NUM_ROWS)
     account.trained[rows[1:]] = account.unreadable[rows[:1]] = True
     return account
 
 
-def test_worker_resumes_within_an_epoch(resume: Resume) -> None:
-    account = account_of(2)
-    state = state_of(account, 2)
+def test_worker_resumes_within_an_epoch(resume: ResumeFunction) -> None:
+    account = make_account(2)
+    state = make_state(account, 2)
     learner, start = resume(state)
     assert (start.epoch, start.stats) == (1, EpochStats(steps=2, images=7))
     np.testing.assert_array_equal(start.account.trained, account.trained)
@@ -125,12 +125,12 @@ def test_worker_resumes_within_an_epoch(resume: Resume) -> None:
     assert torch.equal(learner.network.state_dict()["weight"], state.model["weight"])
     assert torch.equal(torch.get_rng_state(), state.rng[0]["cpu"])
     resume(state, replace(PLAN, rank=5, world_size=6))
-    assert torch.equal(torch.get_rng_state(), state.rng[0]["cpu"]), "more ranks than before share the states"
+    assert torch.equal(torch.get_rng_state(), state.rng[0]["cpu"]), "more ranks than before reuse the saved states"
 
 
 def test_recalled_bad_images_are_reported_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver may not have listed them; once an image is met again, its reason is known."""
-    account = account_of(2)
+    """The driver may not have listed them. Once a worker reads such an image again, its reason is known."""
+    account = make_account(2)
     (row,) = np.flatnonzero(account.unreadable).tolist()
     uris = [f"/{number}.jpg" for number in range(NUM_ROWS)]
     table = SampleTable.from_columns(uris, uris, np.zeros((NUM_ROWS, 1), np.int8), ("x",), "made").table
@@ -149,25 +149,28 @@ def test_recalled_bad_images_are_reported_again(monkeypatch: pytest.MonkeyPatch)
     assert sent[1:] == [BadImagesFound("train", ((f"/{row}.jpg", "the file is empty"),))]
 
 
-def test_worker_resumes_after_an_epoch(resume: Resume) -> None:
-    _, start = resume(state_of(Account.empty(NUM_ROWS), 0))
+def test_worker_resumes_after_an_epoch(resume: ResumeFunction) -> None:
+    _, start = resume(make_state(Account.empty(NUM_ROWS), 0))
     assert (start.epoch, start.stats) == (1, EpochStats())
     assert not start.account.trained.any()
 
 
-def test_checkpoint_of_another_order_is_refused(resume: Resume) -> None:
-    """Other rows are done than the plan has before its step: some would be trained on twice and others never."""
-    account = account_of(2)
-    done, left = int(np.flatnonzero(account.trained)[0]), int(np.flatnonzero(~account.trained & ~account.unreadable)[0])
-    account.trained[[done, left]] = False, True
+def test_checkpoint_of_another_order_is_refused(resume: ResumeFunction) -> None:
+    """The done rows differ from the plan's rows before the step. Some would be trained twice and some never."""
+    account = make_account(2)
+    done_row, remaining_row = (
+        int(np.flatnonzero(account.trained)[0]),
+        int(np.flatnonzero(~account.trained & ~account.unreadable)[0]),
+    )
+    account.trained[[done_row, remaining_row]] = False, True
     with pytest.raises(UserError) as caught:
-        resume(state_of(account, 2))
+        resume(make_state(account, 2))
     difference = account.difference(PLAN, 1, 2)
     assert f"order of epoch 2 ({difference}); another version of numpy" in str(caught.value)
-    assert str(left) in difference
-    assert str(done) in difference
+    assert str(remaining_row) in difference
+    assert str(done_row) in difference
 
 
-def test_checkpoint_of_other_data_is_refused(resume: Resume) -> None:
+def test_checkpoint_of_other_data_is_refused(resume: ResumeFunction) -> None:
     with pytest.raises(UserError, match=r"checkpoint saved belongs to other images or labels than data\.root holds"):
-        resume(replace(state_of(Account.empty(NUM_ROWS), 0), data="other"))
+        resume(replace(make_state(Account.empty(NUM_ROWS), 0), data="other"))
