@@ -1,4 +1,4 @@
-"""The console command: help, presets, where a run's settings come from, and what a wrong command line gets."""
+"""The console command: help, presets, sources of a run's settings, and errors of a wrong command line."""
 
 from __future__ import annotations
 
@@ -38,41 +38,41 @@ SUBCOMMANDS = (
 )
 
 
-class Done(NamedTuple):
-    """What one call of the command did."""
+class CommandResult(NamedTuple):
+    """Exit code and output of a call of the command."""
 
     code: int
     out: str
     err: str
 
 
-Cli = Callable[..., Done]
+Cli = Callable[..., CommandResult]
 
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
-    """Runs the command in this process, in an empty working directory."""
+    """Return a function that runs the command in this process, in an empty working directory."""
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
-    def run(*argv: str | Path) -> Done:
+    def run(*argv: str | Path) -> CommandResult:
         monkeypatch.setattr(sys, "argv", ["msrn", *map(str, argv)])
         code = 0
         try:
             main()
         except SystemExit as stop:
             code = int(stop.code or 0)
-        return Done(code, *capsys.readouterr())
+        return CommandResult(code, *capsys.readouterr())
 
     return run
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint in which everything that `evaluate` starts from is unlike the defaults."""
+    """Return a checkpoint whose settings for `evaluate` all differ from the defaults."""
     folder = make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
     changes = {"protocol": "paper", "train.eval_batch_size": 5, "data.val_fraction": 0.3, "resources.num_workers": 1}
     tiny = load_checkpoint(folder)
@@ -80,15 +80,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Trained(NamedTuple):
-    """What the command handed to `train`."""
+class TrainCall(NamedTuple):
+    """The arguments with which the command called `train`."""
 
     experiment: ExperimentConfig
     resume: bool
 
 
-def scored(split: str, mean: float) -> dict[str, Any]:
-    """All that the command prints of a split's metrics."""
+def make_metrics(split: str, mean: float) -> dict[str, Any]:
+    """Return all metrics of a split that the command prints."""
     suffixes = ("", "_top3", "_top3_at_0.5")
     rows = {f"{name}{suffix}": 0.25 for name in ("CP", "CR", "CF1", "OP", "OR", "OF1") for suffix in suffixes}
     values = {"mAP": mean, "mAP_voc11": 0.7, "mAP_envelope": 0.6, "AP/cat": 0.9, "AP/dog": float("nan")} | rows
@@ -96,27 +96,27 @@ def scored(split: str, mean: float) -> dict[str, Any]:
 
 
 @pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[Trained]:
-    """Instead of training, notes what would be trained."""
+def train_calls(monkeypatch: pytest.MonkeyPatch) -> list[TrainCall]:
+    """Replace `train`, and return the list of its calls."""
     from msrn_ray.ray_train import driver
 
-    calls: list[Trained] = []
+    calls: list[TrainCall] = []
 
-    def note(config: ExperimentConfig, *, resume: bool = False) -> driver.TrainResult:
-        calls.append(Trained(config, resume))
-        return driver.TrainResult(Path("runs/x"), Path("runs/x/checkpoint_7"), scored("val", 0.51239))
+    def record_call(config: ExperimentConfig, *, resume: bool = False) -> driver.TrainResult:
+        calls.append(TrainCall(config, resume))
+        return driver.TrainResult(Path("runs/x"), Path("runs/x/checkpoint_7"), make_metrics("val", 0.51239))
 
-    monkeypatch.setattr(driver, "train", note)
+    monkeypatch.setattr(driver, "train", record_call)
     return calls
 
 
-def plain(text: str) -> str:
-    """Text without frames and line breaks."""
+def plain_text(text: str) -> str:
+    """Return a text without frames and line breaks."""
     return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
 
 
 def described_options(name: str) -> list[tuple[str, str]]:
-    """(option as typed, its description) of every setting that a subcommand offers."""
+    """Return the option as typed and the description of every setting that a subcommand offers."""
     groups = {
         "train": dict(ExperimentConfig.model_fields.items()),
         "evaluate": {
@@ -137,7 +137,7 @@ def described_options(name: str) -> list[tuple[str, str]]:
     return options
 
 
-OWN_OPTIONS = {
+SUBCOMMAND_OPTIONS = {
     "train": {
         "--config": "Start from this saved YAML or JSON",
         "--resume": "Resume this run folder",
@@ -207,17 +207,17 @@ def test_help_describes_every_option(cli: Cli, name: str) -> None:
     done = cli(name, "--help")
     assert done.code == 0
     assert done.err == ""
-    text = plain(done.out)
-    options = described_options(name) + list(OWN_OPTIONS[name].items())
-    assert len(options) >= len(OWN_OPTIONS[name])
-    silent = [option for option, words in options if option not in text or plain(words) not in text]
-    assert silent == []
+    text = plain_text(done.out)
+    options = described_options(name) + list(SUBCOMMAND_OPTIONS[name].items())
+    assert len(options) >= len(SUBCOMMAND_OPTIONS[name])
+    undescribed = [option for option, words in options if option not in text or plain_text(words) not in text]
+    assert undescribed == []
 
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)
 def test_help_lists_no_other_option(cli: Cli, name: str) -> None:
     listed = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", cli(name, "--help").out))
-    known = {"--help"} | {option for option, _ in described_options(name)} | set(OWN_OPTIONS[name])
+    known = {"--help"} | {option for option, _ in described_options(name)} | set(SUBCOMMAND_OPTIONS[name])
     if name == "evaluate":
         known |= {"--data.root"}
     unknown = {option for option in listed - known if option.replace(".no-", ".") not in known}
@@ -225,7 +225,7 @@ def test_help_lists_no_other_option(cli: Cli, name: str) -> None:
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
-def test_help_of_the_program(cli: Cli, argv: list[str]) -> None:
+def test_program_help_lists_all_subcommands(cli: Cli, argv: list[str]) -> None:
     done = cli(*argv)
     assert done.code == 0
     assert [name for name in SUBCOMMANDS if name not in done.out] == []
@@ -239,9 +239,9 @@ def test_module_and_console_command_are_the_same(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "msrn_ray", *argv]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
 
-    helped = run("--help")
-    assert (helped.returncode, helped.stderr) == (0, "")
-    assert "usage: msrn " in helped.stdout
+    help_result = run("--help")
+    assert (help_result.returncode, help_result.stderr) == (0, "")
+    assert "usage: msrn " in help_result.stdout
     refused = run("train", "--optim.lr", "-1")
     assert refused.returncode == 2
     assert refused.stdout == ""
@@ -282,7 +282,7 @@ def test_unparsable_command_line_exits_2(cli: Cli, argv: list[str], words: list[
     done = cli(*argv)
     assert done.code == 2
     assert done.out == ""
-    assert [word for word in words if word not in plain(done.err)] == []
+    assert [word for word in words if word not in plain_text(done.err)] == []
     assert "Traceback" not in done.err
     assert list(Path().iterdir()) == []
 
@@ -349,9 +349,7 @@ def test_unparsable_command_line_exits_2(cli: Cli, argv: list[str], words: list[
         ),
     ],
 )
-def test_user_error_is_one_line(
-    cli: Cli, checkpoint: Path, tmp_path: Path, argv: list[str], words: list[str]
-) -> None:
+def test_user_error_is_one_line(cli: Cli, checkpoint: Path, tmp_path: Path, argv: list[str], words: list[str]) -> None:
     places = {"CHECKPOINT": checkpoint, "PHOTO": tmp_path / "photo.png", "COCO": tmp_path / "coco"}
     if "PHOTO" in argv:
         make_photo(places["PHOTO"])
@@ -362,7 +360,7 @@ def test_user_error_is_one_line(
     (line,) = done.err.splitlines()
     assert line.startswith("msrn: error: ")
     assert [word for word in words if word not in line] == []
-    assert list(Path().iterdir()) == [], "nothing is written"
+    assert list(Path().iterdir()) == [], "the command writes nothing"
     assert not (tmp_path / "cache" / "msrn_ray").exists()
 
 
@@ -395,15 +393,15 @@ def test_starting_config_of_a_run(tmp_path: Path) -> None:
     for argv in (["train", "--resume", str(run)], ["train", f"--resume={run}"]):
         config = starting_config(argv)
         assert (config.train.storage, config.train.run_name) == (str(run.parent), "again")
-        back = {"train.storage": "/elsewhere", "train.run_name": "first"}
-        assert config.with_overrides(back) == saved
+        original = {"train.storage": "/elsewhere", "train.run_name": "first"}
+        assert config.with_overrides(original) == saved
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_preset_trains_unchanged(cli: Cli, trained: list[Trained], name: str) -> None:
+def test_preset_trains_unchanged(cli: Cli, train_calls: list[TrainCall], name: str) -> None:
     done = cli("train", name)
     assert (done.code, done.err) == (0, "")
-    assert trained == [Trained(PRESETS[name].config, False)]
+    assert train_calls == [TrainCall(PRESETS[name].config, False)]
     assert "val mAP 0.5124" in done.out
     assert "best checkpoint runs/x/checkpoint_7" in done.out
 
@@ -414,32 +412,32 @@ def test_results_are_relative_to_the_working_directory(
     from msrn_ray.ray_train import driver
 
     monkeypatch.chdir(tmp_path)
-    result = driver.TrainResult(tmp_path / "runs" / "a", Path("/elsewhere/checkpoint_7"), scored("val", 0.5))
+    result = driver.TrainResult(tmp_path / "runs" / "a", Path("/elsewhere/checkpoint_7"), make_metrics("val", 0.5))
     monkeypatch.setattr(driver, "train", lambda config, resume: result)
     lines = cli("train").out.splitlines()
     assert "curves runs/a/curves.png" in lines
     assert "best checkpoint /elsewhere/checkpoint_7" in lines
 
 
-def test_options_change_single_values(cli: Cli, trained: list[Trained]) -> None:
+def test_options_change_single_values(cli: Cli, train_calls: list[TrainCall]) -> None:
     argv = ["--optim.lr", "0.02", "--model.levels", "layer3", "layer4", "--data.no-flip", "--optim.clip-norm", "None"]
     assert cli("train", "coco2014", *argv, "--protocol", "paper").code == 0
     changes = {"optim.lr": 0.02, "model.levels": ["layer3", "layer4"], "data.flip": False, "optim.clip_norm": None}
-    assert trained[0].experiment == PRESETS["coco2014"].config.with_overrides({**changes, "protocol": "paper"})
+    assert train_calls[0].experiment == PRESETS["coco2014"].config.with_overrides({**changes, "protocol": "paper"})
 
 
-def test_preset_counts_at_any_position(cli: Cli, trained: list[Trained]) -> None:
-    """Or the command is refused; what must not be is a run of another preset."""
+def test_preset_counts_at_any_position(cli: Cli, train_calls: list[TrainCall]) -> None:
+    """The command may also be refused, but it must not run another preset."""
     done = cli("train", "--optim.lr", "0.02", "voc2007")
     if done.code == 0:
-        assert trained[0].experiment == PRESETS["voc2007"].config.with_overrides({"optim.lr": 0.02})
+        assert train_calls[0].experiment == PRESETS["voc2007"].config.with_overrides({"optim.lr": 0.02})
     else:
         assert done.code == 2
         assert "voc2007" in done.err
-        assert trained == []
+        assert train_calls == []
 
 
-def test_saved_config_is_the_same_experiment(cli: Cli, trained: list[Trained], tmp_path: Path) -> None:
+def test_saved_config_is_the_same_experiment(cli: Cli, train_calls: list[TrainCall], tmp_path: Path) -> None:
     saved = PRESETS["nuswide"].config.with_overrides(
         {"optim.lr": 0.02, "model.levels": ["layer4"], "data.root": "/data/nus", "resources.use_gpu": False}
     )
@@ -447,16 +445,16 @@ def test_saved_config_is_the_same_experiment(cli: Cli, trained: list[Trained], t
     assert cli("train", "--config", tmp_path / "saved.yaml").code == 0
     assert cli("train", f"--config={tmp_path / 'saved.yaml'}", "--optim.momentum", "0.8").code == 0
     assert cli("train", "--model.tau", "0.3", "--config", tmp_path / "saved.yaml").code == 0
-    assert [call.experiment for call in trained] == [
+    assert [call.experiment for call in train_calls] == [
         saved,
         saved.with_overrides({"optim.momentum": 0.8}),
         saved.with_overrides({"model.tau": 0.3}),
     ]
-    assert not any(call.resume for call in trained)
+    assert not any(call.resume for call in train_calls)
     assert load_config(tmp_path / "saved.yaml") == saved
 
 
-def test_resume_uses_the_runs_config(cli: Cli, trained: list[Trained], tmp_path: Path) -> None:
+def test_resume_uses_the_runs_config(cli: Cli, train_calls: list[TrainCall], tmp_path: Path) -> None:
     run = tmp_path / "store" / "run"
     run.mkdir(parents=True)
     saved = PRESETS["voc2007"].config.with_overrides({"train.storage": str(run.parent), "train.run_name": "run"})
@@ -464,10 +462,10 @@ def test_resume_uses_the_runs_config(cli: Cli, trained: list[Trained], tmp_path:
     assert cli("train", "--resume", run).code == 0
     assert cli("train", "--resume", run, "--train.epochs", "50").code == 0
     longer = saved.with_overrides({"train.epochs": 50})
-    assert trained == [Trained(saved, True), Trained(longer, True)]
+    assert train_calls == [TrainCall(saved, True), TrainCall(longer, True)]
 
 
-def test_resubmitted_job_resumes_its_run(cli: Cli, trained: list[Trained], tmp_path: Path) -> None:
+def test_or_resume_resumes_only_an_existing_run(cli: Cli, train_calls: list[TrainCall], tmp_path: Path) -> None:
     job = ("train", "voc2007", "--or-resume", "--train.storage", tmp_path / "store")
     done = cli(*job)
     assert done.code == 2
@@ -476,7 +474,7 @@ def test_resubmitted_job_resumes_its_run(cli: Cli, trained: list[Trained], tmp_p
     (tmp_path / "store/run").mkdir(parents=True)
     assert cli(*job, "--train.run-name", "run").code == 0
     assert cli(*job, "--train.run-name", "other").code == 0
-    assert [one.resume for one in trained] == [False, True, False]
+    assert [call.resume for call in train_calls] == [False, True, False]
 
 
 def test_runs_are_listed(cli: Cli, tmp_path: Path) -> None:
@@ -492,26 +490,26 @@ def test_runs_are_listed(cli: Cli, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, ExperimentConfig, str]]:
-    """Instead of scoring, notes what would be scored."""
+def evaluate_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, ExperimentConfig, str]]:
+    """Replace `evaluate_checkpoint`, and return the list of its calls."""
     from msrn_ray.ray_train import evaluate
 
     calls = []
 
-    def note(path: Path, config: ExperimentConfig, split: str) -> dict[str, Any]:
+    def record_call(path: Path, config: ExperimentConfig, split: str) -> dict[str, Any]:
         calls.append((path, config, split))
-        return scored(split, 0.75) | {f"{split}/images": 7, "bad": ["x (cut off)"], "notes": ["a note"]}
+        return make_metrics(split, 0.75) | {f"{split}/images": 7, "bad": ["x (cut off)"], "notes": ["a note"]}
 
-    monkeypatch.setattr(evaluate, "evaluate_checkpoint", note)
+    monkeypatch.setattr(evaluate, "evaluate_checkpoint", record_call)
     return calls
 
 
 def test_evaluate_starts_from_the_checkpoint(
-    cli: Cli, evaluated: list[tuple[Path, ExperimentConfig, str]], checkpoint: Path
+    cli: Cli, evaluate_calls: list[tuple[Path, ExperimentConfig, str]], checkpoint: Path
 ) -> None:
     done = cli("evaluate", checkpoint)
     assert (done.code, done.err) == (0, "")
-    assert evaluated == [(checkpoint, load_checkpoint(checkpoint).config, "val")]
+    assert evaluate_calls == [(checkpoint, load_checkpoint(checkpoint).config, "val")]
     assert "val mAP 0.750000 over 7 images" in done.out
     assert "left out: x (cut off)" in done.out
     assert re.search(r"dog\W+no positive", done.out)
@@ -519,26 +517,26 @@ def test_evaluate_starts_from_the_checkpoint(
 
     argv = ["--split", "test", "--batch-size", "3", "--protocol", "honest", "--data.root", "/r"]
     assert cli("evaluate", checkpoint, *argv, "--resources.num-workers", "2").code == 0
-    path, config, split = evaluated[1]
+    path, config, split = evaluate_calls[1]
     changes = {"train.eval_batch_size": 3, "protocol": "honest", "data.root": "/r", "resources.num_workers": 2}
     assert (path, split) == (checkpoint, "test")
     assert config == load_checkpoint(checkpoint).config.with_overrides(changes)
 
 
-def test_evaluate_finds_the_checkpoint_at_any_position(
-    cli: Cli, evaluated: list[tuple[Path, ExperimentConfig, str]], checkpoint: Path
+def test_evaluate_finds_its_checkpoint_at_any_position(
+    cli: Cli, evaluate_calls: list[tuple[Path, ExperimentConfig, str]], checkpoint: Path
 ) -> None:
-    """Or the command is refused; what must not be is another image size than the checkpoint's."""
+    """The command may also be refused, but it must not use another image size than the checkpoint's."""
     done = cli("evaluate", "--split", "train", checkpoint)
     if done.code == 0:
-        assert evaluated == [(checkpoint, load_checkpoint(checkpoint).config, "train")]
+        assert evaluate_calls == [(checkpoint, load_checkpoint(checkpoint).config, "train")]
     else:
         assert done.code == 2
-        assert evaluated == []
+        assert evaluate_calls == []
 
 
 def test_evaluate_writes_json_with_null_for_nan(
-    cli: Cli, evaluated: list[tuple[Path, ExperimentConfig, str]], checkpoint: Path, tmp_path: Path
+    cli: Cli, evaluate_calls: list[tuple[Path, ExperimentConfig, str]], checkpoint: Path, tmp_path: Path
 ) -> None:
     assert cli("evaluate", checkpoint, "--out", tmp_path / "m.json").code == 0
     text = (tmp_path / "m.json").read_text()
@@ -549,13 +547,13 @@ def test_evaluate_writes_json_with_null_for_nan(
 
 
 @pytest.mark.parametrize("out", ["nowhere/m.json", "m.csv"])
-def test_evaluate_refuses_a_bad_out_before_it_scores(
-    cli: Cli, evaluated: list[tuple[Path, ExperimentConfig, str]], checkpoint: Path, out: str
+def test_evaluate_refuses_bad_out_before_scoring(
+    cli: Cli, evaluate_calls: list[tuple[Path, ExperimentConfig, str]], checkpoint: Path, out: str
 ) -> None:
     done = cli("evaluate", checkpoint, "--out", out)
     assert done.code == 2
     assert out in done.err
-    assert evaluated == []
+    assert evaluate_calls == []
 
 
 def test_graph_reports_and_draws(cli: Cli, tmp_path: Path) -> None:
@@ -567,7 +565,7 @@ def test_graph_reports_and_draws(cli: Cli, tmp_path: Path) -> None:
     assert "3 labels, 2 edges at tau 0.4" in done.out
     assert "apple <- bench  P(apple | bench) = 1.000  (10 of 10)" in done.out
     assert Path("label_graph.png").read_bytes().startswith(b"\x89PNG")
-    assert cli(*argv, "--tau", "0.3", "--out", "b.png").out.count(" <- ") == 3 + 1  # one more edge, and the legend
+    assert cli(*argv, "--tau", "0.3", "--out", "b.png").out.count(" <- ") == 3 + 1  # another edge, and the legend
     assert Path("b.png").exists()
 
 
@@ -581,40 +579,40 @@ def test_graph_with_tau_auto_and_saved_counts(cli: Cli, tmp_path: Path) -> None:
     assert "tau auto: 0.3333 for a mean degree of 1 or more" in done.out
     assert "3 labels, 3 edges at tau 0.3333" in done.out
     assert "counts counts.npz" in done.out
-    again = cli("graph", "coco2014", "--data.label-counts", "counts.npz", "--out", "again.png")
-    assert (again.code, again.err) == (0, "")
-    assert "counted on 30 images of instances_train2014.json (fingerprint " in again.out
-    assert "3 labels, 2 edges at tau 0.4" in again.out
+    recounted = cli("graph", "coco2014", "--data.label-counts", "counts.npz", "--out", "again.png")
+    assert (recounted.code, recounted.err) == (0, "")
+    assert "counted on 30 images of instances_train2014.json (fingerprint " in recounted.out
+    assert "3 labels, 2 edges at tau 0.4" in recounted.out
     assert Path("again.png").read_bytes().startswith(b"\x89PNG")
-    thin = cli("graph", "coco2014", "--data.label-counts", "counts.npz", "--tau", "auto", "--tau-degree", "0.3")
-    assert "3 labels, 2 edges at tau 1 " in thin.out
+    sparse = cli("graph", "coco2014", "--data.label-counts", "counts.npz", "--tau", "auto", "--tau-degree", "0.3")
+    assert "3 labels, 2 edges at tau 1 " in sparse.out
 
 
-def test_ctrl_c_exits_130_and_bugs_keep_their_traceback(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    def raising(error: BaseException) -> None:
+def test_ctrl_c_exits_130_bugs_keep_tracebacks(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make_command_raise(error: BaseException) -> None:
         def run(self: evaluate_command.Presets) -> None:
             raise error
 
         monkeypatch.setattr(evaluate_command.Presets, "run", run)
 
-    raising(KeyboardInterrupt())
+    make_command_raise(KeyboardInterrupt())
     done = cli("presets")
     assert (done.code, done.out, done.err) == (130, "", "msrn: stopped\n")
-    raising(UserError("first line\n  second line"))
+    make_command_raise(UserError("first line\n  second line"))
     assert cli("presets") == (2, "", "msrn: error: first line second line\n")
-    for fault in (RuntimeError("ours"), ValueError("ours"), KeyError("ours"), AssertionError("ours")):
-        raising(fault)
-        with pytest.raises(type(fault), match="ours"):
+    for bug in (RuntimeError("ours"), ValueError("ours"), KeyError("ours"), AssertionError("ours")):
+        make_command_raise(bug)
+        with pytest.raises(type(bug), match="ours"):
             cli("presets")
 
 
-def test_settings_of_evaluate_have_no_other_defaults() -> None:
-    """The subcommand's own defaults are never used: they come from the checkpoint."""
+def test_evaluate_settings_share_the_config_defaults() -> None:
+    """`evaluate` takes its defaults from the checkpoint, never from the subcommand."""
     assert DataSettings() == ExperimentConfig().data
     assert ResourceSettings() == ExperimentConfig().resources
 
 
-def test_two_starts_at_once_are_refused(tmp_path: Path) -> None:
+def test_two_starting_points_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "saved.yaml"
     PRESETS["voc2007"].config.save(path)
     with pytest.raises(UserError, match=r"give one start only.*voc2007, --config"):
