@@ -1,4 +1,4 @@
-"""The rules of the layout: what may import what, where Ray may be, how large things may be, what importing must not do."""
+"""The rules of the layout: allowed imports, use of Ray, size limits, and side effects of imports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGE = Path(msrn_ray.__file__).parent
 ROOT = PACKAGE.parent
 TOP_LEVEL = {"msrn_ray", "cluster", "tuning", "tests", "pyproject.toml", "README.md"}
 
-# From the ground up: a room may import only from rings before its own
+# From the ground up: a room may import only from earlier rings
 RINGS = (
     {"types", "errors"},
     {"io"},
@@ -45,7 +45,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 300, 60, 6
 
 
 def modules() -> dict[str, Path]:
-    """Dotted name -> file of every module of the product; packages go by their name alone."""
+    """Return the file of every module of the product by its dotted name. A package goes by its name alone."""
     found = {}
     for package in (PACKAGE, ROOT / "tuning"):
         for path in sorted(package.rglob("*.py")):
@@ -59,7 +59,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MOD
 
 
 def room_of(module: str) -> str:
-    """The room of a module: the package below msrn_ray, or its file's name there; `tuning`, and its script apart."""
+    """Return the room of a module: the package or file below msrn_ray, `tuning`, or the script of `tuning`."""
     if module == "tuning.search":
         return "tuning/search"
     parts = module.split(".")
@@ -67,7 +67,7 @@ def room_of(module: str) -> str:
 
 
 def imports(node: ast.AST, *, in_functions: bool = True) -> Iterator[ast.Import | ast.ImportFrom]:
-    """The import statements that can run: without those under TYPE_CHECKING, with or without those in functions."""
+    """Yield the import statements that can run: none under TYPE_CHECKING, and those in functions if wanted."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) and not in_functions:
             continue
@@ -80,7 +80,7 @@ def imports(node: ast.AST, *, in_functions: bool = True) -> Iterator[ast.Import 
 
 
 def targets(node: ast.Import | ast.ImportFrom, module: str, is_package: bool) -> list[str]:
-    """Dotted names of the modules, or of names in modules, that a statement imports; relative ones made absolute."""
+    """Return the absolute dotted names of the modules, or of names in modules, that a statement imports."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     base = node.module or ""
@@ -92,13 +92,13 @@ def targets(node: ast.Import | ast.ImportFrom, module: str, is_package: bool) ->
 
 
 def imported(module: str, tree: ast.AST, is_package: bool, *, in_functions: bool = True) -> set[str]:
-    """Everything that a module imports, as dotted names."""
+    """Return everything that a module imports, as dotted names."""
     nodes = imports(tree, in_functions=in_functions)
     return {target for node in nodes for target in targets(node, module, is_package)}
 
 
 def import_graph(*, in_functions: bool = True) -> dict[str, set[str]]:
-    """Module -> the modules of the product that it imports. The lazy names of `msrn_ray` itself count as no import."""
+    """Return the modules of the product that every module imports. The lazy names of `msrn_ray` itself count as no import."""
     graph: dict[str, set[str]] = {}
     for name, path in MODULES.items():
         wanted = imported(name, TREES[name], path.name == "__init__.py", in_functions=in_functions)
@@ -108,7 +108,7 @@ def import_graph(*, in_functions: bool = True) -> dict[str, set[str]]:
 
 
 def find_cycle(graph: dict[str, set[str]]) -> list[str]:
-    """The names of one cycle, or nothing."""
+    """Return the names of a cycle, or nothing."""
     done: set[str] = set()
 
     def visit(name: str, path: list[str]) -> list[str]:
@@ -126,7 +126,7 @@ def find_cycle(graph: dict[str, set[str]]) -> list[str]:
 
 
 def upward_imports(graph: dict[str, set[str]]) -> list[str]:
-    """Imports from a room of the same or a later ring."""
+    """Return the imports from a room of the same or a later ring."""
     ring = {room: number for number, rooms in enumerate(RINGS) for room in rooms}
     return [
         f"{module} -> {target}"
@@ -146,8 +146,8 @@ def test_every_room_has_a_ring() -> None:
 def test_no_room_imports_upward() -> None:
     graph = import_graph()
     assert "msrn_ray.types" in graph["msrn_ray.datasets.protocol"]
-    assert "msrn_ray.training.distributed" in graph["msrn_ray.training.engine"], "`from . import name` is seen"
-    assert "msrn_ray.ray_train.driver" in graph["msrn_ray.cli.train"], "imports inside functions are seen"
+    assert "msrn_ray.training.distributed" in graph["msrn_ray.training.engine"], "the graph has `from . import name`"
+    assert "msrn_ray.ray_train.driver" in graph["msrn_ray.cli.train"], "the graph has imports inside functions"
     assert upward_imports(graph) == []
 
 
@@ -171,7 +171,7 @@ def test_cycle_would_be_found() -> None:
     assert find_cycle(graph | {"c": set()}) == []
 
 
-def test_imports_in_functions_and_type_checking_are_told_apart() -> None:
+def test_imports_in_functions_and_type_checking_differ() -> None:
     tree = ast.parse(
         "if TYPE_CHECKING:\n    import a\ntry:\n    import b\nfinally:\n    pass\ndef f():\n    from . import c\n"
     )
@@ -219,42 +219,44 @@ def in_fresh_process(code: str, folder: Path) -> dict[str, object]:
         "HOME": str(folder),
         "XDG_CACHE_HOME": str(folder / "cache"),
     }
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 0, done.stderr
-    content: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    assert process.returncode == 0, process.stderr
+    content: dict[str, object] = json.loads(process.stdout.splitlines()[-1])
     return content
 
 
-def test_importing_the_core_brings_no_ray_and_changes_nothing(tmp_path: Path) -> None:
+def test_importing_the_core_avoids_ray_and_side_effects(tmp_path: Path) -> None:
     core = [name for name in MODULES if room_of(name) not in RAY_ROOMS]
     assert len(core) > 30
-    others = {
+    libraries_and_modules = {
         target if isinstance(node, ast.Import) else target.rpartition(".")[0]
         for name in core
         for node in imports(TREES[name], in_functions=False)
         for target in targets(node, name, MODULES[name].name == "__init__.py")
     }
-    libraries = sorted(other for other in others if other.split(".")[0] not in {"msrn_ray", "tuning", "__future__"})
+    libraries = sorted(
+        name for name in libraries_and_modules if name.split(".")[0] not in {"msrn_ray", "tuning", "__future__"}
+    )
     assert {"torch", "tyro", "pydantic", "PIL"} <= {library.split(".")[0] for library in libraries}
     code = f"""
 import importlib, json, logging, os, signal, sys, threading, warnings
 from pathlib import Path
-for name in {libraries}:  # their own effects at import do not count
+for name in {libraries}:  # effects of importing the libraries do not count
     importlib.import_module(name)
 files = lambda: sorted(map(str, Path().rglob("*")))
 state = lambda: [dict(os.environ), logging.root.handlers[:], logging.root.level, os.getcwd(), threading.active_count(),
                  warnings.filters[:], signal.getsignal(signal.SIGINT), sys.excepthook, __import__("torch").initial_seed(),
                  __import__("torch").get_num_threads()]
-before, files_before = state(), files()
+old_state, old_files = state(), files()
 offender = None
 for name in {core}:
     importlib.import_module(name)
     if offender is None and "ray" in sys.modules:
         offender = name
-same = [a == b for a, b in zip(before, state())]
-print(json.dumps({{"offender": offender, "same": same, "new": sorted(set(files()) - set(files_before))}}))
+same = [a == b for a, b in zip(old_state, state())]
+print(json.dumps({{"offender": offender, "same": same, "new": sorted(set(files()) - set(old_files))}}))
 """
     result = in_fresh_process(code, tmp_path)
     assert result["offender"] is None
@@ -262,7 +264,7 @@ print(json.dumps({{"offender": offender, "same": same, "new": sorted(set(files()
     assert result["same"] == [True] * 10
 
 
-def test_package_imports_quickly_and_only_training_brings_ray(tmp_path: Path) -> None:
+def test_package_imports_lazily_only_training_imports_ray(tmp_path: Path) -> None:
     ray_modules = sorted(name for name in MODULES if room_of(name) in RAY_ROOMS and not name.startswith("tuning"))
     code = f"""
 import importlib, json, os, sys
@@ -273,14 +275,14 @@ for name in msrn_ray.__all__:
     if name not in ("train", "TrainResult"):
         getattr(msrn_ray, name)
 early = "ray" in sys.modules
-import ray.train.torch, ray.util.queue, matplotlib.figure, pycocotools.coco  # their own effects at import do not count
+import ray.train.torch, ray.util.queue, matplotlib.figure, pycocotools.coco  # effects of importing the libraries do not count
 files = lambda: sorted(map(str, Path().rglob("*")))
-before, files_before = dict(os.environ), files()
+old_environment, old_files = dict(os.environ), files()
 for name in {ray_modules}:
     importlib.import_module(name)
 kinds = {{name: type(getattr(msrn_ray, name)).__name__ for name in msrn_ray.__all__}}
 print(json.dumps({{"heavy": heavy, "early": early, "kinds": kinds, "up": ray.is_initialized(),
-                  "same": dict(os.environ) == before, "new": sorted(set(files()) - set(files_before))}}))
+                  "same": dict(os.environ) == old_environment, "new": sorted(set(files()) - set(old_files))}}))
 """
     result = in_fresh_process(code, tmp_path)
     assert result.pop("kinds") == {
@@ -303,12 +305,12 @@ print(json.dumps({{"heavy": heavy, "early": early, "kinds": kinds, "up": ray.is_
 
 @pytest.mark.parametrize("module", ["msrn_ray.ray_train.failures", "tuning.trial_callback"])
 def test_ray_trains_controller_starts_without_torch(module: str, tmp_path: Path) -> None:
-    """These modules run in Ray Train's controller: importing torch would add seconds to every start."""
+    """These modules run in Ray Train's controller. Importing torch would add seconds to every start."""
     code = f"import json, sys, {module}; print(json.dumps({{'torch': 'torch' in sys.modules}}))"
     assert in_fresh_process(code, tmp_path) == {"torch": False}
 
 
-def test_only_byte_ranges_writes_addresses_of_parts_of_files() -> None:
+def test_only_byte_ranges_builds_its_addresses() -> None:
     marks = ("#bytes=", "#parquet=")
     writing = {
         name
@@ -321,7 +323,7 @@ def test_only_byte_ranges_writes_addresses_of_parts_of_files() -> None:
     assert writing == {"msrn_ray.io.byte_ranges"}
 
 
-def test_top_level_holds_only_the_agreed_entries() -> None:
+def test_top_level_holds_only_agreed_entries() -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
