@@ -146,7 +146,7 @@ def test_full_disk_costs_no_checkpoint(tmp_path: Path, reports: Reports, small_f
         f" free some space, then msrn train --resume {tmp_path}"
     )
     assert read_files(tmp_path) == old_files
-    assert sorted(path.name for path in tmp_path.iterdir()) == [LIST_COPY, name], "no partial folder is left"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LIST_COPY, name], "no partial folder remains"
     assert len(reports) == 1
 
 

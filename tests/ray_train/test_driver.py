@@ -40,7 +40,7 @@ class RecordingQueue:
 
 @pytest.mark.parametrize("error", [UserError("fix it"), BadImagesError("too many"), AccountingError("twice")])
 def test_final_error_is_not_retried(error: Exception) -> None:
-    """The error counts whichever rank raises it, and whatever the other ranks raise meanwhile."""
+    """Nothing is retried, whichever rank raises the error and whatever the other ranks raise."""
     queue = RecordingQueue()
     with pytest.raises(type(error), match=str(error)):
         FailureCallback(queue).after_exception(None, {0: RuntimeError("connection closed"), 1: error})
