@@ -1,7 +1,7 @@
-"""AWS for tests of a cluster: moto's server, which also writes down what machines it is asked for, and can be out of spot ones.
+"""AWS for tests of a cluster: moto's server, which also records the requests for instances and can run out of spot instances.
 
-`python -m tests.aws_server ADDRESS FOLDER` listens on port 5000. Each request for machines (RunInstances) becomes a line of
-FOLDER/launches.jsonl, an object of its fields. While FOLDER/no_spot exists, one for spot machines is refused as AWS does it.
+`python -m tests.aws_server ADDRESS FOLDER` listens on port 5000. Each request for instances (RunInstances) becomes a line of
+FOLDER/launches.jsonl, an object of its fields. While FOLDER/no_spot exists, the server refuses requests for spot instances as AWS does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _REFUSED = """<?xml version="1.0" encoding="UTF-8"?><Response><Errors><Error><Co
 
 
 def main() -> None:
-    """Serves until it is killed."""
+    """Serve until someone kills the process."""
     address, folder = sys.argv[1], Path(sys.argv[2])
     moto = DomainDispatcherApplication(create_backend_app)
 

@@ -1,7 +1,7 @@
-"""Web pages as a user sees them, in Chromium without a screen: `python -m tests.browser STEPS`, on one of the tests' machines.
+"""Web pages as a user sees them, in headless Chromium: `python -m tests.browser STEPS`, on a test host.
 
-STEPS is a list in JSON; each step opens an address (`open`), or types a line (`type`) into the field of the dialog that is there, and waits
-until the page has all of some `words`. What the page says then is printed, as a list in JSON with one text for each step.
+STEPS is a list in JSON. Each step opens an address (`open`), or types a line (`type`) into the field of the page's dialog, and waits until
+the page contains all of some `words`. The program prints the page's text after each step, as a list in JSON.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _PATIENCE = 120.0  # seconds for a page to come
 
 
 def missing() -> str | None:
-    """Why there is no browser here; None if there is."""
+    """Return why this machine has no browser; None if it has one."""
     absent = [program for program in ("chromium", "chromedriver") if shutil.which(program) is None]
     return f"{', '.join(absent)} is not installed (Debian: chromium, chromium-driver)" if absent else None
 
 
 def look(host: Host, *steps: dict[str, Any]) -> list[str]:
-    """What pages say to a browser on a machine, after each step (see above)."""
-    told = host.run(f"cd {ROOT}; python -m tests.browser {shlex.quote(json.dumps(steps))}").stdout
-    said: list[str] = json.loads(told.splitlines()[-1])
-    return said
+    """Return the page's text after each step of a browser on a host; for the steps see above."""
+    printed = host.run(f"cd {ROOT}; python -m tests.browser {shlex.quote(json.dumps(steps))}").stdout
+    texts: list[str] = json.loads(printed.splitlines()[-1])
+    return texts
 
 
 def _walk(steps: list[dict[str, Any]]) -> list[str]:
@@ -41,7 +41,7 @@ def _walk(steps: list[dict[str, Any]]) -> list[str]:
     for option in ("headless", "no-sandbox", "window-size=1400,1000"):
         options.add_argument(f"--{option}")
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    said = []
+    texts = []
 
     def body() -> str:
         return driver.find_element(By.TAG_NAME, "body").text
@@ -58,11 +58,11 @@ def _walk(steps: list[dict[str, Any]]) -> list[str]:
             try:
                 wait.until(lambda _, words=step["words"]: all(word in body() for word in words))
             except TimeoutException:
-                sys.exit(f"{step}: the page says only\n{body()}")
-            said.append(body())
+                sys.exit(f"{step}: the page contains only\n{body()}")
+            texts.append(body())
     finally:
         driver.quit()
-    return said
+    return texts
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Machines for tests of a cluster, made on this one: each a network, process and mount namespace with an SSH server of its own.
+"""Test hosts on this machine: each is a network, process and mount namespace with an SSH server in it.
 
-Their traffic stays between them: they hang on a bridge in a namespace of its own. Each sees this machine's files, and its own changes
-to them; `SHARED` is one folder for all. Needs root, iproute2, openssh-server and rsync.
+Their traffic stays among them, on a bridge in its own namespace. Each host sees this machine's files, and keeps its own changes to them;
+`SHARED` is one folder for all hosts. Needs root, iproute2, openssh-server and rsync.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = "/mnt/msrn"  # on every machine
-PATIENCE = 400.0  # seconds until something that takes some on a quiet machine
+SHARED = "/mnt/msrn"  # on every host
+PATIENCE = 400.0  # seconds to wait for what takes a few on an idle machine
 PROGRAMS = ("ip", "unshare", "nsenter", "setpriv", "sshd", "ssh", "ssh-keygen", "rsync")
 
-_MACHINE = r"""
+_SET_UP_HOST = r"""
 set -eu
 base=$1; root=$base/root; address=$2; name=$3; key=$4; shared=$5; path=$6; home=$7
 mount --make-rprivate /
@@ -52,13 +52,13 @@ exec chroot $root /usr/sbin/sshd -D -e -h /run/sshd/host_key -o PermitRootLogin=
 
 @dataclass
 class Host:
-    """One machine.
+    """A test host.
 
     Attributes:
         name: its host name.
-        address: on the bridge.
-        port: where it hangs on the bridge: namespace and interface.
-        init: its first process, by this machine's number; with it ends everything on the machine.
+        address: its IP address on the bridge.
+        port: its plug on the bridge: namespace and interface.
+        init: its first process, by this machine's number. When it ends, every process of the host ends.
     """
 
     name: str
@@ -67,20 +67,10 @@ class Host:
     init: int
 
     def run(self, command: str, timeout: float = PATIENCE, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Runs a command line on the machine, in a login shell, with the output of both kinds as `stdout`."""
-        words = [
-            "nsenter",
-            f"--target={self.init}",
-            "--mount",
-            "--uts",
-            "--net",
-            "--pid",
-            "--root",
-            "--wd",
-            *_shell(command),
-        ]
-        done = subprocess.run(
-            words,
+        """Run a command line on the host, in a login shell; `stdout` holds its output and its errors."""
+        enter = ["nsenter", f"--target={self.init}", "--mount", "--uts", "--net", "--pid", "--root", "--wd"]
+        completed = subprocess.run(
+            [*enter, "bash", "--login", "-c", f"cd; source ~/.bashrc; {command}"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -89,50 +79,54 @@ class Host:
             stdin=subprocess.DEVNULL,
             cwd="/",
         )
-        assert done.returncode == 0 or not check, f"{self.name}: {command}\n{done.stdout}"
-        return done
+        assert completed.returncode == 0 or not check, f"{self.name}: {command}\n{completed.stdout}"
+        return completed
+
+    def from_here(self, path: str) -> Path:
+        """Return an absolute path of the host as this machine sees it; symbolic links with absolute targets lead astray."""
+        return Path(f"/proc/{self.init}/root{path}")
 
     def processes(self, pattern: str) -> list[int]:
-        """Processes whose command line has the regular expression, by the machine's numbers."""
+        """Return the processes whose command line matches the regular expression, by the host's numbers."""
         listed = [line.split(maxsplit=1) for line in self.run("ps -ewwo pid=,args=").stdout.splitlines()]
         return [int(pid) for pid, command in listed if re.search(pattern, command) and "<defunct>" not in command]
 
     def kill(self, pattern: str) -> None:
-        """SIGKILL of all such processes; some have to be there."""
-        numbers = self.processes(pattern)
-        assert numbers, f"{self.name}: no process {pattern}"
-        # with the first, others may go by themselves
-        self.run(f"kill -KILL {' '.join(map(str, numbers))}", check=False)
+        """Send SIGKILL to all such processes; at least one must exist."""
+        pids = self.processes(pattern)
+        assert pids, f"{self.name}: no process {pattern}"
+        # the others may end as soon as the first does
+        self.run(f"kill -KILL {' '.join(map(str, pids))}", check=False)
 
     def cut_off(self) -> None:
-        """Takes the network away: what the machine sends is lost, and nothing tells it or the others."""
+        """Take the network away: packets of and to the host are lost, and no one is notified."""
         _ip("-n", self.port[0], "link", "set", self.port[1], "nomaster")
 
-    def join(self) -> None:
-        """Gives the network back."""
+    def reconnect(self) -> None:
+        """Give the network back."""
         _ip("-n", self.port[0], "link", "set", self.port[1], "master", "br0")
 
 
 @dataclass
 class Hosts:
-    """All of them, the first one the head of a cluster.
+    """All test hosts.
 
     Attributes:
-        machines: by number.
-        shared: `SHARED`, as it is called on this machine.
+        hosts: by number.
+        shared: `SHARED` as this machine sees it.
         key: the private key that opens them.
     """
 
-    machines: list[Host]
+    hosts: list[Host]
     shared: Path
     key: Path
 
     def __getitem__(self, number: int) -> Host:
-        return self.machines[number]
+        return self.hosts[number]
 
 
 def missing() -> str | None:
-    """Why there can be no such machines here; None if there can."""
+    """Return why this machine cannot make test hosts; None if it can."""
     if os.geteuid() != 0:
         return "test hosts need root"
     absent = [program for program in PROGRAMS if _which(program) is None]
@@ -148,10 +142,10 @@ def missing() -> str | None:
 
 @contextmanager
 def started(number: int) -> Iterator[Hosts]:
-    """Machines 10.77.0.2, 10.77.0.3, ...; all of them and their processes are gone at the end."""
+    """Start hosts 10.77.0.2, 10.77.0.3, ...; at the end, remove all of them and their processes."""
     folder = Path(tempfile.mkdtemp(prefix="msrn-hosts-"))
     key, shared, bridge = folder / "key", folder / "shared", f"msrn-{os.getpid()}-b"
-    machines: list[Host] = []
+    hosts: list[Host] = []
     shells: list[subprocess.Popen[bytes]] = []
     namespaces = [bridge]
     try:
@@ -162,39 +156,15 @@ def started(number: int) -> Iterator[Hosts]:
         _ip("-n", bridge, "link", "set", "br0", "up")
         for index in range(number):
             address, namespace, name = f"10.77.0.{index + 2}", f"msrn-{os.getpid()}-{index}", f"host-{index}"
-            base = folder / name
+            base, log = folder / name, folder / f"{name}.log"
             base.mkdir()
             namespaces.append(namespace)
-            _ip("netns", "add", namespace)
-            _ip("-n", namespace, "link", "set", "lo", "up")
-            _ip("-n", bridge, "link", "add", f"v{index}", "type", "veth", "peer", "name", "eth0", "netns", namespace)
-            _ip("-n", bridge, "link", "set", f"v{index}", "master", "br0", "up")
-            _ip("-n", namespace, "addr", "add", f"{address}/24", "dev", "eth0")
-            _ip("-n", namespace, "link", "set", "eth0", "up")
-            inside = [
-                *("setpriv", "--pdeathsig", "KILL"),  # where the test itself is killed
-                "unshare",
-                "--mount",
-                "--pid",
-                "--uts",
-                "--ipc",
-                "--fork",
-                "--kill-child",
-                "bash",
-                "-c",
-                _MACHINE,
-                "machine",
-            ]
+            _connect(namespace, bridge, index, address)
             settings = [base, address, name, key, shared, Path(sys.executable).parent, Path.home()]
-            with (folder / f"{name}.log").open("wb") as log:
-                shell = subprocess.Popen(
-                    ["ip", "netns", "exec", namespace, *inside, *map(str, settings)],
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                )  # fmt: skip
-            shells.append(shell)
-            init = _first_process(shell, folder / f"{name}.log")
-            machines.append(Host(name, address, (bridge, f"v{index}"), init))
-        yield Hosts(machines, shared, key)
+            shells.append(_start_shell(namespace, [str(setting) for setting in settings], log))
+            init = _first_process(shells[-1], log)
+            hosts.append(Host(name, address, (bridge, f"v{index}"), init))
+        yield Hosts(hosts, shared, key)
     finally:
         for shell in shells:
             _end(shell)
@@ -203,8 +173,32 @@ def started(number: int) -> Iterator[Hosts]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _connect(namespace: str, bridge: str, index: int, address: str) -> None:
+    """Make a host's network namespace and plug it into the bridge."""
+    _ip("netns", "add", namespace)
+    _ip("-n", namespace, "link", "set", "lo", "up")
+    _ip("-n", bridge, "link", "add", f"v{index}", "type", "veth", "peer", "name", "eth0", "netns", namespace)
+    _ip("-n", bridge, "link", "set", f"v{index}", "master", "br0", "up")
+    _ip("-n", namespace, "addr", "add", f"{address}/24", "dev", "eth0")
+    _ip("-n", namespace, "link", "set", "eth0", "up")
+
+
+def _start_shell(namespace: str, settings: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start the process that makes a host and becomes its SSH server."""
+    inside = [
+        *("setpriv", "--pdeathsig", "KILL"),  # a killed test run leaves no host
+        *("unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child"),
+        *("bash", "-c", _SET_UP_HOST, "host"),
+    ]
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            ["ip", "netns", "exec", namespace, *inside, *settings],
+            stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
+        )  # fmt: skip
+
+
 def _end(shell: subprocess.Popen[bytes]) -> None:
-    """Ends a machine and waits for that: with its process 1, a child of the shell, goes every process on it."""
+    """End a host and wait for that: its process 1, a child of the shell, takes every process of the host with it."""
     first = _children(shell)
     shell.send_signal(signal.SIGKILL)  # --kill-child
     shell.wait()
@@ -215,12 +209,12 @@ def _end(shell: subprocess.Popen[bytes]) -> None:
 def _children(shell: subprocess.Popen[bytes]) -> list[int]:
     try:
         return [int(word) for word in Path(f"/proc/{shell.pid}/task/{shell.pid}/children").read_text().split()]
-    except FileNotFoundError:  # it has ended
+    except FileNotFoundError:  # the shell has ended
         return []
 
 
 def _first_process(shell: subprocess.Popen[bytes], log: Path) -> int:
-    """The machine's process 1, once its SSH server listens."""
+    """Return the host's process 1 as soon as its SSH server listens."""
     end = time.monotonic() + 120
     while "Server listening" not in log.read_text():
         assert shell.poll() is None, f"a test host did not start: {log.read_text()}"
@@ -238,12 +232,8 @@ def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True)
 
 
-def _shell(command: str) -> list[str]:
-    return ["bash", "--login", "-c", f"cd; source ~/.bashrc; {command}"]
-
-
 def _environment() -> dict[str, str]:
-    """Nothing of this process's Ray reaches the machines."""
+    """Return an environment without this process's Ray."""
     return {
         "HOME": str(Path.home()),
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",

@@ -73,10 +73,8 @@ def filled_in(path: Path, folder: Path, change: Change | None = None) -> Path:
         (LOCAL_YAML, ["metadata.head", "metadata.workers", "metadata.user"]),
     ],
 )
-def test_what_a_user_must_change_is_named_and_nothing_else_is_wrong(
-    file: Path, places: list[str], tmp_path: Path
-) -> None:
-    """Each place once, at the top of the file, though the rest of it repeats them."""
+def test_check_reports_the_placeholders_only(file: Path, places: list[str], tmp_path: Path) -> None:
+    """Once for each field at the top of the file, though the rest of the file repeats them."""
     findings = check_cluster(file)
     assert [line.split(":")[0] for line in findings] == places
     assert all("still says" in line and PLACEHOLDER in line for line in findings)
@@ -85,7 +83,7 @@ def test_what_a_user_must_change_is_named_and_nothing_else_is_wrong(
     assert text.rindex(PLACEHOLDER) < text.index("\ncluster_name:"), "all at the top"
 
 
-def test_a_placeholder_further_down_is_found_too(tmp_path: Path) -> None:
+def test_check_finds_placeholders_further_down(tmp_path: Path) -> None:
     copy = filled_in(GPU_YAML, tmp_path, lambda config: config["setup_commands"].append(f"mount {PLACEHOLDER}:/ /x"))
     assert check_cluster(copy) == [f"setup_commands: still says {PLACEHOLDER}:/; put your own there"]
 
@@ -190,7 +188,7 @@ def open_port(first: int, last: int, source: str) -> Change:
         ),
     ],
 )  # fmt: skip
-def test_what_would_go_wrong_is_told_before(file: Path, change: Change, words: list[str], tmp_path: Path) -> None:
+def test_check_reports_what_would_go_wrong(file: Path, change: Change, words: list[str], tmp_path: Path) -> None:
     findings = check_cluster(filled_in(file, tmp_path, change))
     assert [word for word in words if not any(word in line for line in findings)] == [], findings
     assert len(findings) <= len(words), "nothing else"
@@ -200,7 +198,7 @@ def test_what_would_go_wrong_is_told_before(file: Path, change: Change, words: l
     "change",
     [open_port(22, 22, "0.0.0.0/0"), open_port(8265, 8265, "192.0.2.7/32"), in_type("decode", InstanceType="x1.new")],
 )
-def test_what_is_allowed(change: Change, tmp_path: Path) -> None:
+def test_check_allows(change: Change, tmp_path: Path) -> None:
     assert check_cluster(filled_in(GPU_YAML, tmp_path, change)) == []
 
 
@@ -213,37 +211,37 @@ def test_what_is_allowed(change: Change, tmp_path: Path) -> None:
         ("provider: aws", "names no provider"),
     ],
 )
-def test_what_is_no_cluster_file(content: str | None, words: str, tmp_path: Path) -> None:
+def test_check_refuses_other_files(content: str | None, words: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "x.yaml").write_text(content)
     with pytest.raises(UserError, match=words):
         check_cluster(tmp_path / "x.yaml")
 
 
-def test_the_machines_are_what_their_maker_says() -> None:
-    """Against the list of AWS's machines that moto ships."""
+def test_instance_types_match_the_list_of_aws() -> None:
+    """moto ships that list."""
     moto = pytest.importorskip("moto", reason="moto[server] is not installed")
     types = json.loads(
         gzip.decompress((Path(moto.__file__).parent / "ec2/resources/instance_types.json.gz").read_bytes())
     )
     compared = 0
-    for name, said in types.items():
+    for name, listed in types.items():
         ours = instance_resources(name)
         if ours is not None:
             compared += 1
-            gpus = sum(one["Count"] for one in said.get("GpuInfo", {}).get("Gpus", []))
-            assert ours == {"CPU": said["VCpuInfo"]["DefaultVCpus"], "GPU": gpus}, name
+            gpus = sum(gpu["Count"] for gpu in listed.get("GpuInfo", {}).get("Gpus", []))
+            assert ours == {"CPU": listed["VCpuInfo"]["DefaultVCpus"], "GPU": gpus}, name
     assert compared > 50
     assert instance_resources("g5.large") is instance_resources("quantum.2xlarge") is None
 
 
-def test_spot_and_on_demand_machines_stand_in_for_each_other(tmp_path: Path) -> None:
-    """4 machines at most, not 4 of each kind; those that decode are of that number."""
+def test_spot_and_on_demand_nodes_share_a_limit(tmp_path: Path) -> None:
+    """4 nodes at most, not 4 of each type; nodes that decode count too."""
     file = filled_in(GPU_YAML, tmp_path)
-    kinds = read_cluster(file)["available_node_types"]
-    spot, other = kinds["gpu_spot"], kinds["gpu_on_demand"]
+    types = read_cluster(file)["available_node_types"]
+    spot, on_demand = types["gpu_spot"], types["gpu_on_demand"]
     assert spot["node_config"].pop("InstanceMarketOptions") == {"MarketType": "spot"}
-    assert spot == other
+    assert spot == on_demand
     assert most_resources(read_cluster(file)) == can_grow_to(file) == {"CPU": 64, "GPU": 4}
     decoding = lambda c: c["available_node_types"]["decode"].update(min_workers=1, max_workers=1)  # noqa: E731
     assert most_resources(read_cluster(filled_in(GPU_YAML, tmp_path, decoding))) == {"CPU": 64, "GPU": 3}
@@ -261,25 +259,23 @@ def test_spot_and_on_demand_machines_stand_in_for_each_other(tmp_path: Path) -> 
         (["gpu_spot", "gpu_on_demand"], {"gpu_spot": 2}),
     ],
 )
-def test_where_spot_machines_are_refused_the_same_is_asked_for_on_demand(
-    refused: list[str], expected: dict[str, int]
-) -> None:
-    """Ray's own loop over the file's machines, with the rule that the file names, for two workers and a CPU that decodes."""
+def test_refused_spot_nodes_are_requested_on_demand(refused: list[str], expected: dict[str, int]) -> None:
+    """Ray chooses among the file's node types, with the scorer that the file names, for two workers and a CPU that decodes."""
     config = read_cluster(GPU_YAML)
     tracker = NodeProviderAvailabilityTracker()
     for name in refused:
         tracker.update_node_availability(
             name, int(time.time()), NodeLaunchException("InsufficientInstanceCapacity", "", None)
         )
-    (rule,) = re.findall(r"RAY_AUTOSCALER_UTILIZATION_SCORER=([\w.]+)", " ".join(config["head_start_ray_commands"]))
+    (scorer,) = re.findall(r"RAY_AUTOSCALER_UTILIZATION_SCORER=([\w.]+)", " ".join(config["head_start_ray_commands"]))
     chosen, missing = get_nodes_for(
         config["available_node_types"], {}, config["head_node_type"], 4, [{"CPU": 1, "GPU": 1}] * 2 + [{"CPU": 1}],
-        partial(load_function_or_class(rule), node_availability_summary=tracker.summary()),
+        partial(load_function_or_class(scorer), node_availability_summary=tracker.summary()),
     )  # fmt: skip
     assert (chosen, missing) == (expected, [])
 
 
-def test_what_a_preset_gets(tmp_path: Path) -> None:
+def test_check_reports_what_a_preset_gets(tmp_path: Path) -> None:
     file, config = filled_in(GPU_YAML, tmp_path), PRESETS["coco2014"].config
     assert check_preset(file, config) == (
         "coco2014: 4 workers with a GPU each, 4 images per step each, and 15 CPUs per worker that decode"
@@ -292,7 +288,9 @@ def test_what_a_preset_gets(tmp_path: Path) -> None:
         check_preset(filled_in(LOCAL_YAML, tmp_path), config)
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def run(*argv: str | Path) -> int:
         monkeypatch.setattr(sys, "argv", ["msrn", "cluster", "check", *map(str, argv)])
         try:
@@ -310,12 +308,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "at its largest has 4" in capsys.readouterr().err
 
 
-def test_the_versions_on_the_machines_are_ones_that_the_project_takes() -> None:
+def test_pinned_versions_are_within_the_project_bounds() -> None:
     """Both cluster files install the pins of requirements.txt, and no other version."""
-    takes = {one.name: one.specifier for one in map(Requirement, requires("msrn-ray") or []) if one.marker is None}
+    needed = [Requirement(line) for line in requires("msrn-ray") or []]
+    bounds = {requirement.name: requirement.specifier for requirement in needed if requirement.marker is None}
     pins = dict(re.findall(r"([\w-]+)==([\w.]+)", (ROOT / "cluster/requirements.txt").read_text(encoding="utf-8")))
     assert set(pins) >= {"ray", "torch", "torchvision", "numpy", "pyarrow"}
-    assert [name for name in takes if pins[name.lower()] not in takes[name]] == []
+    assert [name for name in bounds if pins[name.lower()] not in bounds[name]] == []
     assert pins["ray"] == ray.__version__
     for file in (GPU_YAML, LOCAL_YAML):
         text = file.read_text(encoding="utf-8")
@@ -323,8 +322,8 @@ def test_the_versions_on_the_machines_are_ones_that_the_project_takes() -> None:
         assert "==" not in text
 
 
-def test_what_a_job_uploads_is_the_code_and_nothing_else(tmp_path: Path) -> None:
-    """Ray's own packaging of `--working-dir .`, in a folder in which one has worked."""
+def test_job_uploads_the_code_only(tmp_path: Path) -> None:
+    """Ray packs `--working-dir .` of a project's folder that was in use."""
     names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     if names.returncode:
         pytest.skip("not a git checkout")

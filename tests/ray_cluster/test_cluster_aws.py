@@ -1,7 +1,7 @@
-"""`cluster/gpu.yaml` against an AWS that the test makes: `ray up`, a run that has a machine started for it, `ray down`.
+"""`cluster/gpu.yaml` on an AWS that the test makes: `ray up`, a run for which Ray starts an instance, `ray down`.
 
-AWS's answers are moto's. Its machines 10.77.0.4, 10.77.0.5, ... are those that `hosts` made. What moto cannot tell is whether the image
-has a driver, whether apt and pip find their packages, and whether EFS mounts.
+moto answers for AWS. Its instances 10.77.0.4, 10.77.0.5, ... are test hosts. These tests cannot show whether the image has a driver,
+whether apt and pip find their packages, and whether EFS mounts.
 """
 
 from __future__ import annotations
@@ -19,15 +19,19 @@ import yaml
 from msrn_ray.datasets.scenes.generate import generate_scenes
 from tests import hosts
 from tests.aws_server import LAUNCHES, NO_SPOT, PORT
-from tests.hosts import ROOT, SHARED, Hosts
+from tests.hosts import ROOT, SHARED, Host, Hosts
+from tests.made_cluster import WORKERS_START
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
-PATIENCE = 600.0  # seconds until something that takes some on a quiet machine
+PATIENCE = 600.0  # seconds to wait for what takes some on an idle machine
 FILE = f"{SHARED}/gpu.yaml"
-FAR_AWAY = ("apt-get", "nfs4", "pip install", "sudo mkdir")  # in set-up commands that need what is not here
-KEY_PAIR = "ray-autoscaler_us-west-2"  # as Ray calls the one that it makes where there is none
-# One network, of the test's machines; the pair of their key; prints an image
+NEEDS_INTERNET = ("apt-get", "nfs4", "pip install", "sudo mkdir")  # words of set-up commands that cannot work here
+KEY_PAIR = "ray-autoscaler_us-west-2"  # the name that Ray gives to a key pair that it makes
+# What tests look for in the program's messages
+TOO_MANY_GPUS = "num_workers=5 needs as many GPUs, the cluster at its largest has 4"
+WAITING = "waiting for nodes for 1 workers; the cluster has 0 CPUs and 0 GPUs now"
+# Makes one network, for the test hosts, and imports their key; prints an image
 _ACCOUNT = """
 import sys
 from pathlib import Path
@@ -44,27 +48,44 @@ print(ec2.describe_images()["Images"][0]["ImageId"])
 
 @dataclass
 class Cloud:
-    """The user's machine with AWS on it is `hosts[0]`, the head `hosts[2]`, and the first other machine `hosts[3]`."""
+    """The laptop, with AWS's server on it, and the hosts that become instances: first the head, then a worker node.
+
+    moto gives its first instance the address of `hosts[2]`.
+    """
 
     hosts: Hosts
     image: str
 
+    @property
+    def head(self) -> Host:
+        """The first instance."""
+        return self.hosts[2]
+
+    @property
+    def worker(self) -> Host:
+        """The second instance."""
+        return self.hosts[3]
+
     def on_laptop(self, command: str) -> str:
-        """What a user's command prints, in the project's folder."""
+        """Return what a user's command prints, in the project's folder."""
         return self.hosts[0].run(f"cd {ROOT}; export RAY_AUTH_MODE=token; {command}", timeout=PATIENCE).stdout
 
     def ask(self, service: str, call: str, **arguments: Any) -> Any:
-        """An answer of AWS."""
+        """Return an answer of AWS."""
         code = f"import boto3, json; print(json.dumps(boto3.client({service!r}).{call}(**{arguments!r}), default=str))"
         return json.loads(self.hosts[0].run(f'python -c "{code}"').stdout)
 
-    def machines(self) -> dict[str, str]:
-        """State of every machine that ever was, by its address."""
-        found = [one for answer in self.ask("ec2", "describe_instances")["Reservations"] for one in answer["Instances"]]
-        return {one.get("PrivateIpAddress", one["InstanceId"]): one["State"]["Name"] for one in found}
+    def instances(self) -> dict[str, str]:
+        """Return the state of every instance, present or past, by its address."""
+        reservations = self.ask("ec2", "describe_instances")["Reservations"]
+        instances = [instance for reservation in reservations for instance in reservation["Instances"]]
+        return {
+            instance.get("PrivateIpAddress", instance["InstanceId"]): instance["State"]["Name"]
+            for instance in instances
+        }
 
     def launches(self) -> list[dict[str, str]]:
-        """Every request for machines so far."""
+        """Return every request for instances so far."""
         return [json.loads(line) for line in (self.hosts.shared / LAUNCHES).read_text().splitlines()]
 
 
@@ -75,12 +96,12 @@ def cloud() -> Iterator[Cloud]:
     if reason:
         pytest.skip(reason)
     pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    with hosts.started(4) as machines:
-        laptop, head = machines[0], machines[2]
+    with hosts.started(4) as made:
+        laptop, head = made[0], made[2]
         aws = f"AWS_ENDPOINT_URL=http://{laptop.address}:{PORT} AWS_DEFAULT_REGION=us-west-2 AWS_ACCESS_KEY_ID=x AWS_SECRET_ACCESS_KEY=x"
-        for host in (laptop, head):  # the head's rights come with its profile
+        for host in (laptop, head):  # on AWS, the head's rights come with its profile
             host.run(f"echo 'export {aws}' >> ~/.bashrc")
-        for host in machines.machines[2:]:
+        for host in made.hosts[2:]:
             # in place of `pip install`
             host.run(f"ln -s {sys.prefix} ~/venv; echo 'export PYTHONPATH=~/msrn_ray' >> ~/.bashrc")
         laptop.run(
@@ -90,34 +111,32 @@ def cloud() -> Iterator[Cloud]:
         laptop.run(
             f"until curl -so /dev/null http://{laptop.address}:{PORT}/moto-api/; do sleep 0.2; done", timeout=PATIENCE
         )
-        (machines.shared / "account.py").write_text(_ACCOUNT)
+        (made.shared / "account.py").write_text(_ACCOUNT)
         image = laptop.run(f"python {SHARED}/account.py {KEY_PAIR}").stdout.strip()
         laptop.run(f"cp ~/.ssh/id ~/.ssh/{KEY_PAIR}.pem")
 
         text = (ROOT / "cluster/gpu.yaml").read_text(encoding="utf-8")
         text = text.replace("ami-CHANGE-ME", image).replace("fs-CHANGE-ME", "fs-0abc")
-        (machines.shared / "checked.yaml").write_text(text)
+        (made.shared / "checked.yaml").write_text(text)
         content = yaml.safe_load(text.replace("ray start", "ray start --object-store-memory=300000000"))
-        content["setup_commands"] = [_near(line) for line in content["setup_commands"]]
-        content["head_setup_commands"] = [_near(line) for line in content["head_setup_commands"]]
+        for field in ("setup_commands", "head_setup_commands"):
+            content[field] = [
+                "true" if any(word in line for word in NEEDS_INTERNET) else line for line in content[field]
+            ]
         content["auth"]["ssh_user"] = "root"
         content["provider"]["use_internal_ips"] = True
         for name in ("gpu_spot", "gpu_on_demand"):
             content["available_node_types"][name]["resources"] = {"CPU": 4, "GPU": 1}  # fewer processes at once
-        (machines.shared / "gpu.yaml").write_text(yaml.safe_dump(content))
-        made = Cloud(machines, image)
-        made.on_laptop("ray get-auth-token --generate")
-        made.on_laptop(f"python -m msrn_ray cluster check {SHARED}/checked.yaml coco2014")
-        made.on_laptop(f"ray up -y {FILE}")
-        yield made
-
-
-def _near(line: str) -> str:
-    return "true" if any(word in line for word in FAR_AWAY) else line
+        (made.shared / "gpu.yaml").write_text(yaml.safe_dump(content))
+        cloud = Cloud(made, image)
+        cloud.on_laptop("ray get-auth-token --generate")
+        cloud.on_laptop(f"python -m msrn_ray cluster check {SHARED}/checked.yaml coco2014")
+        cloud.on_laptop(f"ray up -y {FILE}")
+        yield cloud
 
 
 def tags(launch: dict[str, str]) -> dict[str, str]:
-    """Those of the machines themselves."""
+    """Return the tags of the requested instances."""
     start = "TagSpecification.1."
     assert launch[f"{start}ResourceType"] == "instance"
     assert "TagSpecification.2.ResourceType" not in launch
@@ -126,7 +145,7 @@ def tags(launch: dict[str, str]) -> dict[str, str]:
 
 
 def check_common(launch: dict[str, str], cloud: Cloud) -> None:
-    """What all machines of the cluster have."""
+    """Assert what every instance of the cluster has."""
     assert launch["ImageId"] == cloud.image
     assert launch["KeyName"] == KEY_PAIR
     assert tags(launch)["ray-cluster-name"] == "msrn"
@@ -140,41 +159,41 @@ def check_common(launch: dict[str, str], cloud: Cloud) -> None:
     assert "SecurityGroupId.2" not in launch
     (found,) = cloud.ask("ec2", "describe_security_groups", GroupIds=[group])["SecurityGroups"]
     opened = {
-        (rule.get("FromPort"), rule.get("ToPort"), one["CidrIp"])
+        (rule.get("FromPort"), rule.get("ToPort"), source["CidrIp"])
         for rule in found["IpPermissions"]
-        for one in rule["IpRanges"]
+        for source in rule["IpRanges"]
     }
     assert opened == {(22, 22, "0.0.0.0/0")}, "only SSH"
     assert {pair["GroupId"] for rule in found["IpPermissions"] for pair in rule["UserIdGroupPairs"]} == {group}
     assert not any(rule.get("Ipv6Ranges") for rule in found["IpPermissions"])
 
 
-def test_the_head(cloud: Cloud) -> None:
+def test_head_is_as_the_file_says(cloud: Cloud) -> None:
     (launch,) = cloud.launches()
     check_common(launch, cloud)
     assert launch["InstanceType"] == "m6i.2xlarge"
     assert launch["MaxCount"] == "1"
-    assert not any(name.startswith("InstanceMarketOptions") for name in launch), "not a spot machine"
+    assert not any(name.startswith("InstanceMarketOptions") for name in launch), "not a spot instance"
     assert {name: tags(launch)[name] for name in ("Name", "ray-node-type", "ray-user-node-type")} == {
         "Name": "ray-msrn-head", "ray-node-type": "head", "ray-user-node-type": "head",
     }  # fmt: skip
     profile = launch["IamInstanceProfile.Arn"].rsplit("/")[-1]
     (role,) = cloud.ask("iam", "get_instance_profile", InstanceProfileName=profile)["InstanceProfile"]["Roles"]
     policies = cloud.ask("iam", "list_attached_role_policies", RoleName=role["RoleName"])["AttachedPolicies"]
-    assert "AmazonEC2FullAccess" in {policy["PolicyName"] for policy in policies}, "it may start machines"
-    assert cloud.machines() == {cloud.hosts[2].address: "running"}
+    assert "AmazonEC2FullAccess" in {policy["PolicyName"] for policy in policies}, "it may start instances"
+    assert cloud.instances() == {cloud.head.address: "running"}
 
 
-def test_a_run_that_asks_for_more_than_the_file_allows_is_refused(cloud: Cloud) -> None:
+def test_run_larger_than_the_file_allows_is_refused(cloud: Cloud) -> None:
     run = "RAY_AUTH_MODE=token RAY_ADDRESS=auto python -m msrn_ray train scenes --resources.num-workers 5"
-    told = cloud.hosts[2].run(f"cd ~/msrn_ray; {run} --train.storage {SHARED}/runs", check=False)
-    assert told.returncode == 2
-    assert "num_workers=5 needs as many GPUs, the cluster at its largest has 4" in told.stdout
+    refused = cloud.head.run(f"cd ~/msrn_ray; {run} --train.storage {SHARED}/runs", check=False)
+    assert refused.returncode == 2
+    assert TOO_MANY_GPUS in refused.stdout
     assert len(cloud.launches()) == 1
 
 
-def test_a_run_gets_its_machine_on_demand_where_there_is_no_spot_one(cloud: Cloud) -> None:
-    """It trains there to its end; the GPU is in name only, so it is told to use none."""
+def test_run_gets_on_demand_instance_without_spot_capacity(cloud: Cloud) -> None:
+    """It trains there to its end. The instance has its GPU in name only, so the run uses none."""
     generate_scenes(cloud.hosts.shared / "scenes", num_train=30, num_val=10, num_test=10)
     (cloud.hosts.shared / NO_SPOT).touch()
     run = (
@@ -182,9 +201,9 @@ def test_a_run_gets_its_machine_on_demand_where_there_is_no_spot_one(cloud: Clou
         " --model.compile off --train.amp off --train.epochs 2 --train.batch-size 10 --resources.num-workers 1"
         f" --resources.use-gpu False --train.storage {SHARED}/runs --train.run-name first"
     )
-    told = cloud.hosts[2].run(f"cd ~/msrn_ray; RAY_AUTH_MODE=token RAY_ADDRESS=auto {run}", timeout=PATIENCE).stdout
-    assert "waiting for nodes for 1 workers; the cluster has 0 CPUs and 0 GPUs now" in told
-    assert "training on 1 x cpu" in told
+    printed = cloud.head.run(f"cd ~/msrn_ray; RAY_AUTH_MODE=token RAY_ADDRESS=auto {run}", timeout=PATIENCE).stdout
+    assert WAITING in printed
+    assert WORKERS_START.format(workers=1) in printed
     assert json.loads((cloud.hosts.shared / "runs/first/state.json").read_text())["state"] == "finished"
 
     _, *spot, on_demand = cloud.launches()
@@ -193,18 +212,18 @@ def test_a_run_gets_its_machine_on_demand_where_there_is_no_spot_one(cloud: Clou
         check_common(launch, cloud)
         assert (launch["InstanceType"], launch["MaxCount"]) == ("g5.4xlarge", "1")
         assert tags(launch)["ray-node-type"] == "worker"
-        assert not any(name.startswith("IamInstanceProfile") for name in launch), "it starts no machines"
+        assert not any(name.startswith("IamInstanceProfile") for name in launch), "it may start no instances"
     assert {launch.get("InstanceMarketOptions.MarketType") for launch in spot} == {"spot"}
     assert "InstanceMarketOptions.MarketType" not in on_demand
     assert tags(spot[0])["ray-user-node-type"] == "gpu_spot"
     assert tags(on_demand)["ray-user-node-type"] == "gpu_on_demand"
-    assert cloud.machines() == {cloud.hosts[2].address: "running", cloud.hosts[3].address: "running"}
+    assert cloud.instances() == {cloud.head.address: "running", cloud.worker.address: "running"}
 
 
-def test_down_gives_all_machines_back(cloud: Cloud) -> None:
+def test_ray_down_ends_all_instances(cloud: Cloud) -> None:
     """Last of this file: it ends the cluster."""
     cloud.on_laptop(f"ray down -y {FILE}")
     end = time.monotonic() + 60
-    while set(cloud.machines().values()) != {"terminated"}:
-        assert time.monotonic() < end, f"still there: {cloud.machines()}"
+    while set(cloud.instances().values()) != {"terminated"}:
+        assert time.monotonic() < end, f"still running: {cloud.instances()}"
         time.sleep(1)

@@ -1,4 +1,4 @@
-"""The machines that tests of a cluster run on leave nothing behind."""
+"""The test hosts leave nothing behind."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ MAKER = """
 import signal
 from tests.hosts import started
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
-with started(1) as machines:
-    print(machines.shared.parent, machines[0].init, flush=True)
-    machines[0].run("sleep 600 & sleep 600")
+with started(1) as hosts:
+    print(hosts.shared.parent, hosts[0].init, flush=True)
+    hosts[0].run("sleep 600 & sleep 600")
 """
 
 
-def test_an_interrupted_test_leaves_no_machine() -> None:
-    """Ctrl-C while something runs on it: no process, namespace or file is left."""
+def test_interrupted_test_leaves_no_host() -> None:
+    """Ctrl-C while a command runs on the host: no process, namespace or file is left."""
     reason = hosts.missing()
     if reason:
         pytest.skip(reason)
@@ -36,8 +36,8 @@ def test_an_interrupted_test_leaves_no_machine() -> None:
     folder, init = maker.stdout.readline().split()
     assert Path(f"/proc/{init}").exists()
     maker.send_signal(signal.SIGINT)
-    told = maker.communicate(timeout=60)[1]
-    assert "KeyboardInterrupt" in told
+    errors = maker.communicate(timeout=60)[1]
+    assert "KeyboardInterrupt" in errors
     assert not Path(folder).exists()
     assert not Path(f"/proc/{init}").exists()
     names = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
@@ -48,5 +48,5 @@ def test_an_interrupted_test_leaves_no_machine() -> None:
 def _arguments(pid: str) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_text()
-    except (FileNotFoundError, ProcessLookupError):  # it has just ended
+    except (FileNotFoundError, ProcessLookupError):  # the process has just ended
         return ""

@@ -1,4 +1,4 @@
-"""What `cluster/monitoring` offers, against a real Prometheus that watches a real run: every panel has its figures."""
+"""`cluster/monitoring` with a real Prometheus that watches a real run: every panel shows its figures."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ EXPRESSIONS = {panel["title"]: target["expr"] for panel in DASHBOARD["panels"] f
 NAMES = {f"ray_{name}" for name, _ in (GAUGES | EPOCH_GAUGES).values()}
 
 
-def test_every_gauge_has_a_panel_and_no_panel_shows_what_does_not_exist() -> None:
+def test_panels_and_gauges_match() -> None:
     shown = {name for expression in EXPRESSIONS.values() for name in re.findall(r"ray_msrn_\w+", expression)}
     assert shown == NAMES
     assert [panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24 for panel in DASHBOARD["panels"]] == [True] * len(
         EXPRESSIONS
     )
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(EXPRESSIONS) == len(DASHBOARD["panels"])
-    (run,) = [one for one in DASHBOARD["templating"]["list"] if one["name"] == "run"]
+    (run,) = [variable for variable in DASHBOARD["templating"]["list"] if variable["name"] == "run"]
     assert run["query"]["query"] == "label_values(ray_msrn_epoch, run)"
 
 
 @dataclass(frozen=True)
 class Watched:
-    """A run of two ranks on CPUs, and the server that watched it.
+    """A run of two ranks on CPUs, and the Prometheus server that watched it.
 
     Attributes:
         url: of the server.
@@ -56,12 +56,12 @@ class Watched:
     start: float
 
     def ask(self, path: str, **query: str) -> Any:
-        """An answer of the server."""
+        """Return an answer of the server."""
         with urllib.request.urlopen(f"{self.url}/{path}?{urllib.parse.urlencode(query)}", timeout=30) as answer:
             return json.load(answer)["data"]
 
     def panel(self, title: str, run: str = ".+") -> dict[tuple[str | None, str | None], set[float]]:
-        """What a panel draws from the run's start until now: the different values of each line, by run and rank."""
+        """Return what a panel draws since the run's start: the distinct values of each line, by run and rank."""
         expression = EXPRESSIONS[title].replace("$run", run)
         times = {"start": str(self.start), "end": str(time.time()), "step": "1"}
         return {
@@ -72,16 +72,16 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    """Ray, with the list of machines that its dashboard writes for Prometheus, in a folder of its own."""
+    """Ray keeps its files in a separate folder, with the list of nodes that its dashboard writes for Prometheus."""
     if shutil.which("prometheus") is None:
         pytest.skip("prometheus is not installed (Debian: prometheus)")
     folder = tmp_path_factory.mktemp("prometheus")
     generate_scenes(folder / "scenes", num_train=50, num_val=13, num_test=10)
-    with tempfile.TemporaryDirectory(prefix="ray-") as temporary:  # a short name: Ray makes sockets below it
+    with tempfile.TemporaryDirectory(prefix="ray-") as temporary:  # a short name: Ray makes sockets in it
         url, server = start_prometheus(folder, Path(temporary))
         try:
             start = time.time()
-            done = subprocess.run(
+            completed = subprocess.run(
                 [
                     sys.executable, "-m", "msrn_ray", "train", "scenes", "--data.dataset", "coco", "--data.root", folder / "scenes",
                     "--data.image-size", "64", "--model.embed-dim", "32", "--model.compile", "off", "--train.amp", "off",
@@ -91,7 +91,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
                 env=os.environ | {"RAY_TMPDIR": temporary, "RAY_metrics_report_interval_ms": "1000"},
                 cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )  # fmt: skip
-            assert done.returncode == 0, done.stdout
+            assert completed.returncode == 0, completed.stdout
             lines = (folder / "runs/watched/metrics.jsonl").read_text(encoding="utf-8").splitlines()
             yield Watched(url, list(map(json.loads, lines)), start)
         finally:
@@ -100,7 +100,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
 
 
 def start_prometheus(folder: Path, temporary: Path) -> tuple[str, subprocess.Popen[bytes]]:
-    """A server that has read the project's file, with Ray's folder for temporary files in place of /tmp; its URL."""
+    """Start a server with the project's file, and Ray's temporary folder in place of /tmp; return its URL and process."""
     text = (MONITORING / "prometheus.yml").read_text(encoding="utf-8")
     place = "[/tmp/ray/prom_metrics_service_discovery.json]"
     assert place in text
@@ -118,7 +118,7 @@ def start_prometheus(folder: Path, temporary: Path) -> tuple[str, subprocess.Pop
         return f"http://{address}/api/v1", subprocess.Popen(["prometheus", *options], stdout=log, stderr=log)
 
 
-# times are each rank's own
+# metrics that all ranks share; times differ from rank to rank
 EXACT = (
     "epoch",
     "val/mAP",
@@ -131,15 +131,15 @@ EXACT = (
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
 @pytest.mark.ray
-def test_a_panel_draws_the_run(watched: Watched, title: str) -> None:
-    """Nothing but what the run has written down for itself."""
+def test_panel_draws_the_run(watched: Watched, title: str) -> None:
+    """A panel draws only what the run recorded itself."""
     lines = watched.panel(title)
     (name,) = re.findall(r"ray_\w+", EXPRESSIONS[title])
     if name == "ray_msrn_gpu_memory_bytes":
         assert lines == {}, "there is no GPU"
         return
     if name == "ray_node_cpu_utilization":
-        (drawn,) = lines.values()  # of the one machine
+        (drawn,) = lines.values()  # of the only node
         assert drawn
         assert all(value >= 0 for value in drawn)
         return
@@ -150,12 +150,15 @@ def test_a_panel_draws_the_run(watched: Watched, title: str) -> None:
     for drawn in lines.values():
         assert drawn
         if metric in EXACT:
-            assert all(any(value == pytest.approx(one, rel=1e-4) for one in known) for value in drawn), (drawn, known)
+            assert all(any(value == pytest.approx(recorded, rel=1e-4) for recorded in known) for value in drawn), (
+                drawn,
+                known,
+            )
         elif metric == "bad_images":
             assert drawn == {0.0}
         elif metric == "data_wait_fraction":
             assert all(0 <= value <= 1 for value in drawn), drawn
-        elif metric == "loss":  # of a step; the epochs' are means
+        elif metric == "loss":  # of a step; the recorded losses are means over epochs
             means = [line["train/loss"] for line in watched.lines]
             assert all(min(means) / 2 < value < 2 * max(means) for value in drawn), (drawn, means)
         else:
@@ -165,8 +168,8 @@ def test_a_panel_draws_the_run(watched: Watched, title: str) -> None:
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
 @pytest.mark.ray
-def test_the_runs_to_choose_from(watched: Watched) -> None:
-    """The dashboard's list of runs, and a run that is not chosen."""
+def test_runs_to_choose_from(watched: Watched) -> None:
+    """The dashboard lists the run; another choice hides it."""
     assert watched.ask("label/run/values", **{"match[]": "ray_msrn_epoch"}) == ["watched"]
     assert set(watched.panel("val mAP", "watched")) == {("watched", None)}
     assert watched.panel("val mAP", "another") == {}
