@@ -1,6 +1,6 @@
-"""Faults of a made cluster, one after another, during one run that would train for long: no timing depends on this machine's speed.
+"""Faults of a made cluster, one after another, during runs that would train for long: no timing depends on this machine's speed.
 
-Each test takes the run over from the test before. In the end its scores are those of a run that nothing disturbed.
+Each test takes a run over from the test before. In the end, the scores of the runs are those of a run that nothing disturbed.
 """
 
 from __future__ import annotations
@@ -49,33 +49,40 @@ http.server.HTTPServer(("127.0.0.1", 8123), Metadata).serve_forever()
 """
 
 
-@pytest.fixture(scope="module")
-def first_start(cluster: Cluster) -> Iterator[Run]:
-    """The long run, with two workers in its second epoch or later."""
-    run = submit(cluster, "long", f"{OPTIONS} --resources.num-workers 1..2")
+def start(cluster: Cluster, name: str, workers: str) -> Run:
+    """Submit a run and wait until two workers are in its second epoch or later."""
+    run = submit(cluster, name, f"{OPTIONS} --resources.num-workers {workers}")
     run.wait_for_start(0, workers=2)
     run.wait_for_checkpoint(1)
+    return run
+
+
+@pytest.fixture(scope="module")
+def long_run(cluster: Cluster) -> Iterator[Run]:
+    """A run that loses a node, gets it back, is stopped and resumed, and loses the node again after a notice."""
+    run = start(cluster, "long", "1..2")
     yield run
     run.stop()
 
 
-@pytest.fixture
-def long_run(first_start: Run) -> Run:
-    """The long run as the test before has left it: still running."""
-    assert first_start.summary().state == "running"
-    return first_start
+@pytest.fixture(scope="module")
+def warned_run(cluster: Cluster) -> Iterator[Run]:
+    """A run that moves to the other node after AWS's notice."""
+    run = start(cluster, "warned", "1..2")
+    yield run
+    run.stop()
 
 
 @pytest.fixture(scope="module")
 def calm_run(cluster: Cluster) -> Iterator[Run]:
-    """A run like the long one that nothing disturbs."""
-    run = submit(cluster, "calm", f"{OPTIONS} --resources.num-workers 2")
-    run.wait_for_checkpoint(1)
+    """A run like the other two that nothing disturbs."""
+    run = start(cluster, "calm", "2")
     yield run
     run.stop()
 
 
 def test_lost_node_leaves_one_worker(cluster: Cluster, long_run: Run, report: Report) -> None:
+    assert long_run.summary().state == "running"
     # without the key Ray cannot reach the node, and does not restart it before the run continues with one worker
     cluster.head.run("mv ray_bootstrap_key.pem away.pem")
     try:
@@ -93,28 +100,11 @@ def test_returned_node_gets_a_worker(cluster: Cluster, long_run: Run, report: Re
     report("returned node", long_run.recovered(starts, workers=2) - returned)
 
 
-def test_preemption_notice_saves_within_the_epoch(cluster: Cluster, long_run: Run, report: Report) -> None:
-    """AWS's server announces that it takes the node away; the run continues on the other node."""
-    assert not long_run.checkpoints_within_epochs()
-    (cluster.hosts.shared / "metadata.py").write_text(_METADATA_SERVER)
-    cluster.worker.run(f"nohup python {SHARED}/metadata.py >/tmp/metadata.log 2>&1 </dev/null &")
-    cluster.worker.run(watch("http://127.0.0.1:8123/latest", seconds=40))
-    time.sleep(10)
-    assert long_run.worker_starts()[-1] == 2, "there is no notice yet"
-    starts, fault = len(long_run.worker_starts()), time.time()
-    cluster.worker.run("touch /tmp/instance-action")
-    saved = long_run.wait_for_checkpoint(1, after=fault, within_epoch=True)
-    report("preemption notice, and saved", saved - fault)
-    report("preemption notice, and on the other node", long_run.recovered(starts, workers=1) - fault)
-    cluster.worker.run("rm /tmp/instance-action")
-
-
 def test_stopped_job_resumes_where_it_stopped(cluster: Cluster, long_run: Run) -> None:
     long_run.stop()
     assert long_run.summary().state == "interrupted"
     finished = len(long_run.epochs())
     assert finished >= 20
-    cluster.restart_ray()  # AWS takes the node away, and it comes back
     long_run.resume()
     log = long_run.wait_for(EPOCHS_LEFT.format(first=r"\d+", last=LAST_EPOCH))
     (first,) = re.findall(EPOCHS_LEFT.format(first=r"(\d+)", last=LAST_EPOCH), log)
@@ -138,6 +128,25 @@ def test_sigterm_for_the_watcher_is_a_notice(cluster: Cluster, long_run: Run, re
     cluster.restart_ray()
 
 
+def test_preemption_notice_saves_within_the_epoch(cluster: Cluster, warned_run: Run, report: Report) -> None:
+    """AWS's server announces that it takes the node away; the run continues on the other node."""
+    assert not warned_run.checkpoints_within_epochs()
+    (cluster.hosts.shared / "metadata.py").write_text(_METADATA_SERVER)
+    cluster.worker.run(f"nohup python {SHARED}/metadata.py >/tmp/metadata.log 2>&1 </dev/null &")
+    cluster.worker.run(watch("http://127.0.0.1:8123/latest", seconds=40))
+    time.sleep(10)
+    assert warned_run.worker_starts()[-1] == 2, "there is no notice yet"
+    starts, fault = len(warned_run.worker_starts()), time.time()
+    cluster.worker.run("touch /tmp/instance-action")
+    saved = warned_run.wait_for_checkpoint(1, after=fault, within_epoch=True)
+    report("preemption notice, and saved", saved - fault)
+    report("preemption notice, and on the other node", warned_run.recovered(starts, workers=1) - fault)
+    cluster.worker.run("rm /tmp/instance-action")
+    warned_run.stop()
+    assert warned_run.summary().state == "interrupted"
+    cluster.restart_ray()  # AWS takes the node away, and it comes back
+
+
 def test_browser_shows_the_run_with_the_token_only(cluster: Cluster, calm_run: Run) -> None:
     """Through `ray dashboard`: nothing without the token; with it, the run by its name, and both nodes."""
     reason = browser.missing()
@@ -155,11 +164,15 @@ def test_browser_shows_the_run_with_the_token_only(cluster: Cluster, calm_run: R
     assert "--train.run-name calm" in jobs
 
 
-def test_disturbed_run_scores_like_the_calm_run(first_start: Run, calm_run: Run, quiet: list[Epoch]) -> None:
+@pytest.mark.parametrize("name", ["long_run", "warned_run"])
+def test_disturbed_run_scores_like_the_calm_run(
+    request: pytest.FixtureRequest, name: str, calm_run: Run, quiet: list[Epoch]
+) -> None:
     """Over so many epochs, rounding in another order grows: of later epochs the test compares means over ten."""
-    first_start.assert_whole()
-    first_start.assert_same_scores(quiet)
-    disturbed = first_start.epochs()
+    run: Run = request.getfixturevalue(name)
+    run.assert_whole()
+    run.assert_same_scores(quiet)
+    disturbed = run.epochs()
     for epoch in (*range(10, len(disturbed), 10), len(disturbed)):  # patience for ten at a time: a busy machine is slow
         calm_run.wait_for_checkpoint(epoch)
     calm_run.wait_for(EPOCH_END.format(epoch=len(disturbed), last=LAST_EPOCH))
