@@ -20,11 +20,16 @@ from .config import (
 
 
 class Preset(NamedTuple):
-    """A config, what it is, and the mAP to expect with its source."""
+    """A config, what it is, the mAP to expect with its source, and how many labels and train images the data have, where that is known.
+
+    The train images are those published. Only scenes has a val split beside them; the protocol takes val from them for the others.
+    """
 
     config: ExperimentConfig
     about: str
     expected: str
+    num_labels: int | None = None
+    num_train: int | None = None
 
 
 def _benchmark(name: str, dataset: Dataset, group_ratio: float) -> ExperimentConfig:
@@ -73,21 +78,29 @@ PRESETS: dict[str, Preset] = {
         _SCENES,
         "generated scenes of 2,000 + 500 + 500 images, a small network from scratch; minutes on a laptop",
         "0.90 or more on val",
+        num_labels=16,
+        num_train=2_000,
     ),
     "voc2007": Preset(
         _benchmark("voc2007", "voc", 0.2),
         "PASCAL VOC 2007, 20 classes, trainval 5,011 + test 4,952 images",
         "96.0 when pre-trained on COCO (paper, table 3)",
+        num_labels=20,
+        num_train=5_011,
     ),
     "coco2014": Preset(
         _benchmark("coco2014", "coco", 0.05),
         "MS-COCO 2014, 80 classes, train 82,783 + val 40,504 images",
         "83.4 (paper, table 1)",
+        num_labels=80,
+        num_train=82_081,
     ),
     "nuswide": Preset(
         _benchmark("nuswide", "nuswide", 0.05),
         "NUS-WIDE, 81 concepts, official train and test lists",
         "61.5 on the csv variant of the lists (paper, table 2)",
+        num_labels=81,
+        num_train=161_789,
     ),
     "apparel": Preset(
         _benchmark("apparel", "apparel", 0.2),

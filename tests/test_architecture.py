@@ -17,6 +17,7 @@ import msrn_ray
 
 PACKAGE = Path(msrn_ray.__file__).parent
 ROOT = PACKAGE.parent
+LAZY = msrn_ray._MODULES  # names that `msrn_ray` loads from its modules at their first use
 TOP_LEVEL = {"msrn_ray", "cluster", "tuning", "tests", "pyproject.toml", "README.md"}
 
 # From the ground up: a room may import only from earlier rings
@@ -72,8 +73,9 @@ def imports(node: ast.AST, *, in_functions: bool = True) -> Iterator[ast.Import 
         if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) and not in_functions:
             continue
         if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
-            continue
-        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            for statement in child.orelse:
+                yield from imports(ast.Module([statement], []), in_functions=in_functions)
+        elif isinstance(child, (ast.Import, ast.ImportFrom)):
             yield child
         else:
             yield from imports(child, in_functions=in_functions)
@@ -97,12 +99,20 @@ def imported(module: str, tree: ast.AST, is_package: bool, *, in_functions: bool
     return {target for node in nodes for target in targets(node, module, is_package)}
 
 
+def module_of(target: str) -> str:
+    """Return the module that holds an imported name. A lazy name of `msrn_ray` lies in another module."""
+    package, _, name = target.rpartition(".")
+    if package == "msrn_ray" and name in LAZY:
+        return f"msrn_ray.{LAZY[name]}"
+    return target if target in MODULES else package
+
+
 def import_graph(*, in_functions: bool = True) -> dict[str, set[str]]:
-    """Return the modules of the product that every module imports. The lazy names of `msrn_ray` itself count as no import."""
+    """Return the modules of the product that every module imports. The lazy names of `msrn_ray` count for who imports them."""
     graph: dict[str, set[str]] = {}
     for name, path in MODULES.items():
         wanted = imported(name, TREES[name], path.name == "__init__.py", in_functions=in_functions)
-        graph[name] = {target if target in MODULES else target.rpartition(".")[0] for target in wanted} & set(MODULES)
+        graph[name] = {module_of(target) for target in wanted} & set(MODULES)
     graph["msrn_ray"] = set()
     return graph
 
@@ -156,6 +166,13 @@ def test_upward_import_would_be_found() -> None:
     assert upward_imports(graph) == ["msrn_ray.io.storage -> msrn_ray.ray_train.driver"]
 
 
+def test_lazy_name_is_an_import_of_its_module() -> None:
+    wanted = imported("msrn_ray.io.storage", ast.parse("from .. import train"), False)
+    assert {module_of(target) for target in wanted} == {"msrn_ray.ray_train.driver"}
+    assert module_of("msrn_ray.model") == "msrn_ray.model"
+    assert module_of("msrn_ray.errors.UserError") == "msrn_ray.errors"
+
+
 def test_no_import_cycle() -> None:
     assert find_cycle(import_graph()) == []
     rooms: dict[str, set[str]] = {}
@@ -173,10 +190,10 @@ def test_cycle_would_be_found() -> None:
 
 def test_imports_in_functions_and_type_checking_differ() -> None:
     tree = ast.parse(
-        "if TYPE_CHECKING:\n    import a\ntry:\n    import b\nfinally:\n    pass\ndef f():\n    from . import c\n"
+        "if TYPE_CHECKING:\n    import a\nelse:\n    import e\ntry:\n    import b\nfinally:\n    pass\ndef f():\n    from . import c\n"
     )
-    assert imported("pack.module", tree, False) == {"b", "pack.c"}
-    assert imported("pack.module", tree, False, in_functions=False) == {"b"}
+    assert imported("pack.module", tree, False) == {"b", "e", "pack.c"}
+    assert imported("pack.module", tree, False, in_functions=False) == {"b", "e"}
     assert imported("pack.inner", ast.parse("from ..low import d"), True) == {"pack.low.d"}
 
 

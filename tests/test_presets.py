@@ -14,7 +14,7 @@ BENCHMARKS = ("voc2007", "coco2014", "nuswide", "apparel")
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_valid_and_complete(tmp_path: Path, name: str) -> None:
-    config, about, expected = PRESETS[name]
+    config, about, expected, *_ = PRESETS[name]
     assert config.preset == name
     assert about
     assert expected

@@ -69,7 +69,8 @@ def test_readme_shows_every_command() -> None:
 
 def test_test_command_is_one_marked_line() -> None:
     (block,) = re.findall(r"<!-- test command -->\n```bash\n(.*?)```$", README, re.S | re.M)
-    assert block == "python3 -m venv .venv && .venv/bin/pip install -e '.[dev]' && .venv/bin/pytest\n"
+    install = ".venv/bin/pip install -e '.[dev]' -c cluster/requirements.txt"
+    assert block == f"python3 -m venv .venv && {install} && .venv/bin/pytest\n"
 
 
 @pytest.mark.parametrize(("page", "command"), [(page, command) for page in PAGES for command in commands(PAGES[page])])

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import optuna
+import ray.tune
 import ray.util
 from optuna.trial import TrialState
 from rich.console import Console

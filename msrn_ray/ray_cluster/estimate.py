@@ -16,14 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..config import ExperimentConfig
 from ..errors import UserError
 from ..model import build_model
+from ..presets import PRESETS
 
-# Labels and train images, as published. Only scenes has a val split beside train; the protocol takes val from train for the others
-SIZES = {
-    "scenes": (16, 2_000),
-    "voc2007": (20, 5_011),
-    "coco2014": (80, 82_081),
-    "nuswide": (81, 161_789),
-}
 ATTENTION = 0.1  # of the backbone's time: measured on CPUs with the elementwise head
 BACKWARD = 2 / 3  # of a step's computing: workers exchange the gradients that are ready during the backward pass
 UPDATE_BYTES = (
@@ -193,7 +187,8 @@ def describe_plan(request: Request) -> list[str]:
 def _data_size(request: Request) -> tuple[int, int]:
     """Return the number of train images and of labels."""
     config = request.config
-    labels, images = SIZES.get(config.preset, (None, None))
+    preset = PRESETS.get(config.preset)
+    labels, images = (preset.num_labels, preset.num_train) if preset else (None, None)
     if images is not None and config.preset != "scenes" and config.protocol != "paper":
         images = round(images * (1 - config.data.val_fraction))
     images, labels = request.images or images, request.labels or labels

@@ -81,7 +81,7 @@ def inspect_images(samples: pa.Table, max_pixels: int) -> Iterator[pa.Table]:
         max_pixels: larger images count as unreadable, as in training.
 
     Yields:
-        Tables of schema `doctor.FACTS`; their column `row` counts from the first row of `samples`.
+        Tables of schema `doctor.diagnosis.FACTS`; their column `row` counts from the first row of `samples`.
     """
     limit_ray_data(ray.cluster_resources()["CPU"])
     rows = int(np.clip(-(-len(samples) // _TASKS), _MIN_ROWS, _MAX_ROWS))

@@ -141,13 +141,7 @@ class Worker:
     def progress_made(self, progress: Progress) -> None:
         """See `EpochHooks`."""
         self.send(StepsTrained(epoch=self.epoch + 1, **asdict(progress)))
-        figures = asdict(progress) | {"epoch": self.epoch + 1, "bad_images": self.count_bad_images()}
-        self.gauges.set(
-            {name: figures[name] for name in ("loss", "images_per_second", "data_wait_fraction", "epoch", "bad_images")}
-        )
-        device = self.learner.device
-        if device.type == "cuda":
-            self.gauges.set({"gpu_memory_bytes": torch.cuda.max_memory_allocated(device)})
+        self.gauges.set_progress(progress, self.epoch + 1, self.count_bad_images(), self.learner.device)
         # ranks may have met the same image, so a sum above the limit only asks for a count
         if progress.bad_reports > self.config.data.max_bad_fraction * self.splits["train"].size:
             self.check_bad_images("train")

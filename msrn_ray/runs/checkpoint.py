@@ -65,7 +65,7 @@ class TrainState:
         data: fingerprint of train and val.
         step: finished steps of the unfinished epoch; 0 between two epochs.
         account: finished rows of the unfinished epoch, packed (`row_ledger.Account.pack`); empty between two epochs.
-        stats: sums of the unfinished epoch (`engine.EpochStats`); empty between two epochs.
+        stats: sums of the unfinished epoch (`training.epoch.EpochStats`); empty between two epochs.
         world_size: number of ranks.
         rng: for each rank the states of torch's generators: `cpu`, and `device` if that is a GPU.
     """

@@ -31,7 +31,7 @@ from .events import (
     WorkerFailed,
     WorkersStarted,
 )
-from .history import METRICS_FILE, read_history, to_json, write_history
+from .history import METRICS_FILE, best_index, read_history, to_json, write_history
 
 CURVES_FILE, BAD_FILE, TEST_FILE = "curves.png", "bad_images.csv", "test.json"
 _PLAIN_SECONDS = 10.0  # between two progress lines without a terminal
@@ -115,8 +115,9 @@ class RunLog:
         write_history(self.folder / METRICS_FILE, self.history)
         self.best = None
         (self.folder / BEST_FILE).unlink(missing_ok=True)
-        for line in self.history:
-            self._update_best(line, line["checkpoint"])
+        scored = [line for line in self.history if not math.isnan(line["val/mAP"])]
+        if scored:
+            self._set_best(scored[best_index([line["val/mAP"] for line in scored])])
         self.say(event.description)
         if self.console.is_terminal and not self._bar:
             self._start_bar()
@@ -159,7 +160,7 @@ class RunLog:
             if isinstance(value, (int, float)):
                 self._tensorboard.add_scalar(name, value, metrics["epoch"])
         self._tensorboard.flush()
-        mark = " *" if self._update_best(metrics, event.checkpoint) else ""
+        mark = " *" if self._is_best(metrics) else ""
         note = " (val is the test split)" if metrics["protocol"] == "paper" else ""
         self._last_line = time.monotonic()
         self.say(
@@ -171,14 +172,18 @@ class RunLog:
             draw_curves(self.history, self.folder / CURVES_FILE)
             self._last_curves = time.monotonic()
 
-    def _update_best(self, metrics: Mapping[str, Any], checkpoint: str) -> bool:
-        """Return whether an epoch is the best so far; of equals the later one is, because Ray Train deletes the earlier checkpoint."""
-        if math.isnan(metrics["val/mAP"]) or (self.best is not None and metrics["val/mAP"] < self.best[0]):
-            return False
-        self.best = (metrics["val/mAP"], checkpoint)
+    def _is_best(self, metrics: Mapping[str, Any]) -> bool:
+        """Return whether a new epoch is the best so far, and then keep its checkpoint's name."""
+        best = -math.inf if self.best is None else self.best[0]
+        is_best = not math.isnan(metrics["val/mAP"]) and best_index([best, metrics["val/mAP"]]) == 1
+        if is_best:
+            self._set_best(metrics)
+        return is_best
+
+    def _set_best(self, metrics: Mapping[str, Any]) -> None:
+        self.best = (metrics["val/mAP"], metrics["checkpoint"])
         with atomic_write(self.folder / BEST_FILE) as partial:
-            partial.write_text(checkpoint + "\n", encoding="utf-8")
-        return True
+            partial.write_text(metrics["checkpoint"] + "\n", encoding="utf-8")
 
     def _list_bad_images(self, event: BadImagesFound) -> None:
         path = self.folder / BAD_FILE

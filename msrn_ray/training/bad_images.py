@@ -32,7 +32,7 @@ class BadImages:
     Attributes:
         seen: the first report of each row; later epochs meet the same file again.
         in_epoch: rows met since `begin_epoch`.
-        reported: row -> reason, over all ranks, as `gather_new` returned them.
+        reported: row -> reason, over all ranks, as `take_new` returned them.
     """
 
     seen: dict[int, BadImage] = field(default_factory=dict)

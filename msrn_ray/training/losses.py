@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -23,14 +24,18 @@ _TINY = 1e-8  # the slope of 0 ** gamma is infinite for gamma < 1, and infinity 
 
 def build_loss(settings: LossSettings) -> ClassificationLoss:
     """Return the classification loss that the settings name."""
-    if settings.name == "soft_margin":
-        return classification_loss
-    return partial(
-        asymmetric_loss,
-        gamma_positive=settings.gamma_positive,
-        gamma_negative=settings.gamma_negative,
-        clip=settings.clip,
-    )
+    match settings.name:
+        case "soft_margin":
+            return classification_loss
+        case "asl":
+            return partial(
+                asymmetric_loss,
+                gamma_positive=settings.gamma_positive,
+                gamma_negative=settings.gamma_negative,
+                clip=settings.clip,
+            )
+        case _:
+            assert_never(settings.name)
 
 
 def classification_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import assert_never
 
 import torch
 from torch import nn
@@ -27,9 +28,13 @@ def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Op
         for is_backbone in (True, False)
     ]
     groups = [group for group in groups if group["params"]]
-    if settings.name == "adamw":
-        return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
-    return torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True)
+    match settings.name:
+        case "adamw":
+            return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
+        case "sgd":
+            return torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True)
+        case _:
+            assert_never(settings.name)
 
 
 def lr_factor(settings: OptimSettings, step: int, steps_per_epoch: int, epochs: int) -> float:
@@ -38,16 +43,20 @@ def lr_factor(settings: OptimSettings, step: int, steps_per_epoch: int, epochs: 
     warmup = settings.warmup_epochs * steps_per_epoch
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    if settings.schedule == "step":
-        return settings.step_factor ** sum(step >= epoch * steps_per_epoch for epoch in settings.step_epochs)
-    if settings.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, total - warmup))))
-    if settings.schedule == "onecycle":
-        rise = _ONECYCLE_RISE * total
-        if step < rise:
-            return _ONECYCLE_START + (1 - _ONECYCLE_START) * 0.5 * (1 - math.cos(math.pi * step / rise))
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1.0, total - rise))))
-    return 1.0
+    match settings.schedule:
+        case "constant":
+            return 1.0
+        case "step":
+            return settings.step_factor ** sum(step >= epoch * steps_per_epoch for epoch in settings.step_epochs)
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, total - warmup))))
+        case "onecycle":
+            rise = _ONECYCLE_RISE * total
+            if step < rise:
+                return _ONECYCLE_START + (1 - _ONECYCLE_START) * 0.5 * (1 - math.cos(math.pi * step / rise))
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1.0, total - rise))))
+        case _:
+            assert_never(settings.schedule)
 
 
 def build_scheduler(
