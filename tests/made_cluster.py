@@ -18,7 +18,7 @@ from msrn_ray.datasets.scenes.generate import generate_scenes
 from . import hosts
 from .hosts import PATIENCE, ROOT, SHARED, Host, Hosts
 
-NUM_IMAGES = 50
+NUM_IMAGES = 50  # of train; val has as many, since one swapped pair of its images must not move a score far
 FILE = f"{SHARED}/local.yaml"
 RUNS = f"{SHARED}/runs"
 # A constant rate and frozen statistics: an epoch ends in the same weights with any number of workers and any length of the whole run
@@ -201,7 +201,7 @@ def brought_up() -> Iterator[Cluster]:
     """Bring a cluster up from the project's own file; three logical CPUs per node, so that workers with two lie on different nodes."""
     with hosts.started(3) as made:
         cluster = Cluster(made)
-        generate_scenes(made.shared / "scenes", num_train=NUM_IMAGES, num_val=13, num_test=10)
+        generate_scenes(made.shared / "scenes", num_train=NUM_IMAGES, num_val=51, num_test=10)
         text = (ROOT / "cluster/local.yaml").read_text(encoding="utf-8")
         for place, value in (("HEAD", cluster.head.address), ("WORKER", cluster.worker.address), ("USER", "root")):
             text = text.replace(f"{place}-CHANGE-ME", value)
