@@ -17,8 +17,6 @@ from pydantic import ValidationError, model_validator
 from .errors import UserError
 from .io.files import read_yaml
 from .settings import (
-    LEVELS,
-    Dataset,
     DataSettings,
     LossSettings,
     ModelSettings,
@@ -27,22 +25,6 @@ from .settings import (
     Settings,
     TrainSettings,
 )
-
-__all__ = [
-    "LEVELS",
-    "DataSettings",
-    "Dataset",
-    "ExperimentConfig",
-    "LossSettings",
-    "ModelSettings",
-    "OptimSettings",
-    "ResourceSettings",
-    "Settings",
-    "TrainSettings",
-    "config_from_dict",
-    "describe_errors",
-    "load_config",
-]
 
 
 class ExperimentConfig(Settings):

@@ -23,3 +23,8 @@ class StoppedEarlyError(Exception):
 
 class AccountingError(RuntimeError):
     """Images of an epoch were trained on twice, too early or not at all; training stops rather than continue a wrong epoch."""
+
+
+def is_stopped_early(failure: BaseException) -> bool:
+    """Return whether a run's failure is Ray Train's TrainingFailedError around a StoppedEarlyError."""
+    return isinstance(getattr(failure, "controller_failure", None), StoppedEarlyError)

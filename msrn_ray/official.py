@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config import LEVELS, Dataset, ExperimentConfig
+from .config import ExperimentConfig
 from .datasets.apparel import APPAREL_LABELS
 from .datasets.nuswide import NUSWIDE_LABELS
 from .datasets.voc import VOC_LABELS
@@ -24,6 +24,7 @@ from .labels.word_vectors import load_word_vectors
 from .model import build_model
 from .presets import PRESETS
 from .runs.checkpoint import Checkpoint, save_checkpoint
+from .settings import LEVELS, Dataset
 
 # alphabetical by name, unlike COCO's category ids
 COCO_LABELS = (

@@ -9,14 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from .config import (
-    Dataset,
-    DataSettings,
-    ExperimentConfig,
-    ModelSettings,
-    OptimSettings,
-    TrainSettings,
-)
+from .config import ExperimentConfig
+from .settings import Dataset, DataSettings, ModelSettings, OptimSettings, TrainSettings
 
 
 class Preset(NamedTuple):

@@ -11,19 +11,17 @@ import pytest
 from pydantic import ValidationError
 
 from msrn_ray import config as config_module
-from msrn_ray.config import (
+from msrn_ray.config import ExperimentConfig, config_from_dict, load_config
+from msrn_ray.errors import UserError
+from msrn_ray.settings import (
     DataSettings,
-    ExperimentConfig,
     LossSettings,
     ModelSettings,
     OptimSettings,
     ResourceSettings,
     Settings,
     TrainSettings,
-    config_from_dict,
-    load_config,
 )
-from msrn_ray.errors import UserError
 
 GROUPS = {
     "data": DataSettings,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from msrn_ray.config import ModelSettings
 from msrn_ray.errors import UserError
 from msrn_ray.model import MSRN, build_model
 from msrn_ray.official import convert_state_dict, read_official
+from msrn_ray.settings import ModelSettings
 from msrn_ray.training.losses import classification_loss, group_loss
 from msrn_ray.types import MSRNOutput
 

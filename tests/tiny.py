@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from msrn_ray.config import DataSettings, ExperimentConfig, ModelSettings
+from msrn_ray.config import ExperimentConfig
 from msrn_ray.labels.graph import LabelCounts, attend_mask
 from msrn_ray.model import build_model
 from msrn_ray.runs.checkpoint import Checkpoint, save_checkpoint
+from msrn_ray.settings import DataSettings, ModelSettings
 
 CATEGORIES = ("apple", "bench", "cat")
 

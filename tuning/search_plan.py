@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from msrn_ray.config import ExperimentConfig, Settings
+from msrn_ray.config import ExperimentConfig
+from msrn_ray.settings import Settings
 
 from .space import Space
 from .space_file import build_space

@@ -10,9 +10,10 @@ from typing import Annotated, Any, get_args, get_origin
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic import Field, ValidationError
 
-from msrn_ray.config import ExperimentConfig, Settings, describe_errors
+from msrn_ray.config import ExperimentConfig, describe_errors
 from msrn_ray.errors import UserError
 from msrn_ray.io.files import read_yaml
+from msrn_ray.settings import Settings
 
 from .space import Parameter, Space, choice_name, value_of
 

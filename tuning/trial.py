@@ -11,7 +11,7 @@ import ray.train
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from msrn_ray.config import ExperimentConfig
-from msrn_ray.errors import StoppedEarlyError
+from msrn_ray.errors import is_stopped_early
 from msrn_ray.ray_cluster.allocation import Allocation
 from msrn_ray.ray_train.driver import run_in_folder
 from msrn_ray.ray_train.worker_input import StoredInputs
@@ -56,6 +56,6 @@ def run_trial(tune_config: Mapping[str, Any], inputs: TrialInputs, study_client:
     try:
         run_in_folder(config, inputs.stored, inputs.allocation, [callback])
     except ray.train.TrainingFailedError as failure:
-        if isinstance(getattr(failure, "controller_failure", None), StoppedEarlyError):
+        if is_stopped_early(failure):
             return
         raise

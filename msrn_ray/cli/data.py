@@ -11,9 +11,10 @@ from typing import ClassVar, Literal
 
 import tyro
 
-from ..config import DataSettings, ExperimentConfig
+from ..config import ExperimentConfig
 from ..errors import UserError
 from ..presets import PRESETS, PresetName
+from ..settings import DataSettings
 from .output import new_console
 from .start import StartsFromConfig
 

@@ -11,8 +11,9 @@ from typing import ClassVar, Literal
 import tyro
 from rich.table import Table
 
-from ..config import DataSettings, ExperimentConfig, ResourceSettings
+from ..config import ExperimentConfig
 from ..presets import PRESETS, PresetName
+from ..settings import DataSettings, ResourceSettings
 from .output import new_console, print_summary, write_json
 from .start import StartsFromConfig
 

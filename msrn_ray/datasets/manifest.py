@@ -153,7 +153,9 @@ def _choose_columns(
     header = f"its columns are {', '.join(map(repr, names)) or 'none'}"
     for option, column in (("image", image_column), ("label", label_column)):
         if column is not None and column not in names:
-            raise UserError(f"{manifest}: there is no column {column!r} (data.{option}_column); {header}")
+            raise UserError(
+                f"{manifest}: there is no column {column!r} (data.{option}_column); {header}; name one of them"
+            )
 
     def find_usual(option: str, usual: Sequence[str]) -> str | None:
         found = [name for name in names if name.lower() in usual and name not in (image_column, label_column)]
@@ -207,8 +209,8 @@ def _require_unique(manifest: Location, name: str, column: pa.ChunkedArray) -> N
     repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
     rows = np.flatnonzero(pc.equal(column, repeated[0]).to_numpy())
     raise UserError(
-        f"{manifest}: {repeated[0].as_py()!r} in column {name!r} is in rows {rows[0] + 1} and {rows[1] + 1}, and {len(repeated)}"
-        " images are in more than one row; write one row per image with all its labels"
+        f"{manifest}: {repeated[0].as_py()!r} in column {name!r} is in rows {rows[0] + 1} and {rows[1] + 1}"
+        f" (images in several rows: {len(repeated)}); write one row per image with all its labels"
     )
 
 

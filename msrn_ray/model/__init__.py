@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..config import ModelSettings
+from ..settings import ModelSettings
 from .backbone import Backbone, load_pretrained
 from .baselines import PooledLinear
 from .msrn import MSRN

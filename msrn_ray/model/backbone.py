@@ -14,8 +14,8 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from ..config import LEVELS
 from ..errors import UserError
+from ..settings import LEVELS
 
 STAGES = ("stem", *LEVELS)
 FAMILY = ("resnet", "resnext", "wide_resnet")
@@ -146,7 +146,9 @@ def read_pretrained(name: str, source: str) -> Mapping[str, Tensor]:
                 f"model.pretrained {path}: its state_dict is not a dict of tensors but {type(state).__name__}"
             )
     elif name == "resnet10":
-        raise UserError("model.pretrained: there are no ImageNet weights for resnet10; give a file or None")
+        raise UserError(
+            "model.pretrained: there are no ImageNet weights for resnet10; give a file, or None for random weights"
+        )
     else:
         try:
             weights = getattr(torchvision.models.get_model_weights(name), source)
@@ -159,7 +161,7 @@ def read_pretrained(name: str, source: str) -> Mapping[str, Tensor]:
             state = weights.get_state_dict(progress=False, check_hash=True)
         except OSError as error:  # URLError included
             raise UserError(
-                f"model.pretrained {source}: could not be downloaded ({_first_line(error)}); give a file or None"
+                f"model.pretrained {source}: could not be downloaded ({_first_line(error)}); give a file, or None for random weights"
             ) from None
     return {
         key: value.float() if torch.is_tensor(value) and value.is_floating_point() else value

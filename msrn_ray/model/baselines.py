@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..config import ModelSettings
+from ..settings import ModelSettings
 from ..types import MSRNOutput
 from .backbone import Backbone
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # the field's name for it
 
-from ..config import ModelSettings
+from ..settings import ModelSettings
 from ..types import MSRNOutput
 from .backbone import Backbone
 from .label_semantics import GroupSemantics, LabelSemantics

@@ -70,7 +70,9 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
         check_resumable(folder, config)
         check_stopped(folder)
     elif folder.exists():
-        raise UserError(f"{folder} exists already; give another train.run_name, or --resume {folder}")
+        raise UserError(
+            f"{folder} exists already; give another train.run_name, or resume it: --resume {folder}, or --or-resume"
+        )
     inputs = gather_inputs(config)
     check_batch(config, len(inputs.splits.train))
     data = describe_data(inputs.splits, config)

@@ -14,10 +14,10 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from ..config import ResourceSettings
 from ..errors import NoDecodeCpuError, UserError
 from ..ray_cluster.allocation import Allocation, with_fewer
 from ..ray_cluster.private_api import WorkerGroupStartupTimeoutError
+from ..settings import ResourceSettings
 from .failures import is_final, wrapped_errors
 
 # Ray Train's view of the cluster is up to 20 s stale. So it tries that long to start workers before it counts the cluster again, and

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ class Worker:
 
     def progress_made(self, progress: Progress) -> None:
         """See `EpochHooks`."""
-        self.send(StepsTrained(epoch=self.epoch + 1, **asdict(progress)))
+        self.send(StepsTrained(self.epoch + 1, progress))
         self.gauges.set_progress(progress, self.epoch + 1, self.count_bad_images(), self.learner.device)
         # ranks may have met the same image, so a sum above the limit only asks for a count
         if progress.bad_reports > self.config.data.max_bad_fraction * self.splits["train"].size:

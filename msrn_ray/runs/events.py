@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..training.epoch import Progress
+
 
 @dataclass(frozen=True)
 class WorkersStarted:
@@ -30,23 +32,10 @@ class WorkersStarted:
 
 @dataclass(frozen=True)
 class StepsTrained:
-    """Progress within an epoch; means over all ranks since the last such event.
-
-    Attributes:
-        epoch: 1-based.
-        step: finished steps of the epoch.
-        loss: classification and group loss.
-        images_per_second: over all ranks.
-        data_wait_fraction: part of the time that a rank waited for images, in [0, 1].
-        bad_reports: bad images, summed over the ranks; ranks may have met the same image.
-    """
+    """Progress within an epoch (1-based), since the last such event."""
 
     epoch: int
-    step: int
-    loss: float
-    images_per_second: float
-    data_wait_fraction: float
-    bad_reports: int
+    progress: Progress
 
 
 @dataclass(frozen=True)

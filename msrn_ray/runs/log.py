@@ -136,13 +136,14 @@ class RunLog:
         self._bar.start()
 
     def _show_progress(self, event: StepsTrained) -> None:
-        done = (event.epoch - 1) * self._steps_per_epoch + event.step
+        progress = event.progress
+        done = (event.epoch - 1) * self._steps_per_epoch + progress.step
         elapsed = time.monotonic() - self._start_time
         remaining = elapsed / max(1, done - self._first_step) * (self._total_steps - done)
-        bad = f"  {event.bad_reports} bad" if event.bad_reports else ""
+        bad = f"  {progress.bad_reports} bad" if progress.bad_reports else ""
         text = (
-            f"step {event.step}/{self._steps_per_epoch}  loss {event.loss:.4f}  {event.images_per_second:.1f} img/s"
-            f"  data wait {event.data_wait_fraction:.0%}{bad}  ETA {_clock(remaining)}"
+            f"step {progress.step}/{self._steps_per_epoch}  loss {progress.loss:.4f}  {progress.images_per_second:.1f} img/s"
+            f"  data wait {progress.data_wait_fraction:.0%}{bad}  ETA {_clock(remaining)}"
         )
         title = f"epoch {event.epoch}/{self._epochs}"
         if self._bar:

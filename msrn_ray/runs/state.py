@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import StoppedEarlyError, UserError
+from ..errors import UserError, is_stopped_early
 from ..io.files import atomic_write
 from .folder import cannot_be_written
 
@@ -65,7 +65,7 @@ def kept_state(folder: Path, heartbeat_seconds: float = _HEARTBEAT_SECONDS) -> I
         ending = {"state": "interrupted", "reason": "stopped"}
         raise
     except BaseException as error:
-        if isinstance(getattr(error, "controller_failure", None), StoppedEarlyError):
+        if is_stopped_early(error):
             ending = {"state": "finished", "reason": "stopped early"}
             raise
         ending["reason"] = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,14 +13,14 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Progress:
-    """Means over all ranks since the last check; `bad_reports` is the sum of the bad images that each rank met.
+    """Training since the last check, over all ranks.
 
     Attributes:
         step: finished steps of the epoch.
-        loss: classification and group loss.
+        loss: classification and group loss, mean over ranks.
         images_per_second: over all ranks.
-        data_wait_fraction: in [0, 1].
-        bad_reports: ranks may have met the same image.
+        data_wait_fraction: part of the time that a rank waited for images, in [0, 1], mean over ranks.
+        bad_reports: bad images, summed over the ranks; ranks may have met the same image.
     """
 
     step: int

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..config import LossSettings
+from ..settings import LossSettings
 from ..types import MSRNOutput
 
 ClassificationLoss = Callable[[Tensor, Tensor], Tensor]

@@ -8,7 +8,7 @@ from typing import assert_never
 import torch
 from torch import nn
 
-from ..config import OptimSettings
+from ..settings import OptimSettings
 
 _BACKBONE = ("backbone.", "buffer_convs.")  # the release trains the buffer convolutions at the backbone's rate
 _ONECYCLE_RISE, _ONECYCLE_START = 0.3, 1 / 25  # share of the run that rises, first rate / peak (Smith & Topin, 2018)

@@ -24,9 +24,9 @@ import torchvision
 from torch import Tensor, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from msrn_ray.config import OptimSettings
 from msrn_ray.model import MSRN
 from msrn_ray.presets import PRESETS
+from msrn_ray.settings import OptimSettings
 from msrn_ray.training import distributed
 from msrn_ray.training.build import build_learner, build_network
 from msrn_ray.training.engine import train_step

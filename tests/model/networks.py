@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msrn_ray.config import ModelSettings
 from msrn_ray.model import build_model
+from msrn_ray.settings import ModelSettings
 from msrn_ray.training.losses import classification_loss, group_loss
 from msrn_ray.types import MSRNOutput
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from msrn_ray.config import LEVELS
 from msrn_ray.errors import UserError
 from msrn_ray.model import build_model
 from msrn_ray.model.backbone import STAGES, Backbone, build_resnet, load_pretrained
+from msrn_ray.settings import LEVELS
 
 from .networks import MASK, NUM_LABELS, VECTOR, random, small_network, small_settings, total_loss
 

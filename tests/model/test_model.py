@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from msrn_ray.config import LEVELS
 from msrn_ray.model import MSRN, PooledLinear, build_model, set_prior_bias
 from msrn_ray.model.msrn import ElementwiseHead, MLPHead
+from msrn_ray.settings import LEVELS
 
 from .networks import NUM_LABELS, WIDTH, random, small_network, small_settings, total_loss
 

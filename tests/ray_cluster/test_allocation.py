@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import ray
 
-from msrn_ray.config import ResourceSettings
 from msrn_ray.errors import UserError
 from msrn_ray.ray_cluster.allocation import Allocation, allocate, decode_cpus
 from msrn_ray.ray_train.torch_trainer import scaling_config
+from msrn_ray.settings import ResourceSettings
 
 from .fake_cluster import LARGEST, cluster
 

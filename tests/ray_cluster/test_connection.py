@@ -9,10 +9,10 @@ import pytest
 import ray
 import torch
 
-from msrn_ray.config import ResourceSettings
 from msrn_ray.errors import UserError
 from msrn_ray.ray_cluster.allocation import allocate
 from msrn_ray.ray_cluster.connection import connect, default_workers
+from msrn_ray.settings import ResourceSettings
 
 from .fake_cluster import cluster
 

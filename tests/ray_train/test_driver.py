@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
 
-from msrn_ray.config import ExperimentConfig, ResourceSettings, load_config
+from msrn_ray.config import ExperimentConfig, load_config
 from msrn_ray.errors import AccountingError, BadImagesError, NoDecodeCpuError, UserError
 from msrn_ray.presets import PRESETS
 from msrn_ray.ray_cluster.allocation import Allocation
@@ -26,6 +26,7 @@ from msrn_ray.runs import state as run_state
 from msrn_ray.runs.events import Event, WorkerFailed
 from msrn_ray.runs.folder import CONFIG_FILE, make_folder
 from msrn_ray.runs.listing import list_runs
+from msrn_ray.settings import ResourceSettings
 from tests.ray_cluster.test_allocation import cluster
 from tests.tiny import make_coco
 

@@ -14,7 +14,7 @@ import ray.train
 import torch
 from torch import nn
 
-from msrn_ray.config import ExperimentConfig, ModelSettings
+from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
 from msrn_ray.model import build_model, choose_attention_kernels
 from msrn_ray.ray_train.checkpoints import StartPoint, load_start
@@ -23,6 +23,7 @@ from msrn_ray.ray_train.worker_input import StoredSplit
 from msrn_ray.runs.checkpoint import TrainState, save_train_state
 from msrn_ray.runs.events import BadImagesFound, Event
 from msrn_ray.runs.snapshot import get_rng
+from msrn_ray.settings import ModelSettings
 from msrn_ray.training.bad_images import RECALLED, BadImage, BadImages
 from msrn_ray.training.build import amp_dtype
 from msrn_ray.training.epoch import EpochStats

@@ -21,6 +21,7 @@ from msrn_ray.runs.curves import draw_curves
 from msrn_ray.runs.events import BadImagesFound, EpochFinished, StepsTrained, TestScored, WorkerFailed, WorkersStarted
 from msrn_ray.runs.log import RunLog
 from msrn_ray.training.bad_images import RECALLED
+from msrn_ray.training.epoch import Progress
 
 
 class Clock:
@@ -77,7 +78,7 @@ def epoch_finished(number: int, mean: float, loss: float = 0.5) -> EpochFinished
 
 
 def steps_trained(number: int, step: int, bad_reports: int = 0) -> StepsTrained:
-    return StepsTrained(number, step, 0.75, 12.34, 0.25, bad_reports)
+    return StepsTrained(number, Progress(step, 0.75, 12.34, 0.25, bad_reports))
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

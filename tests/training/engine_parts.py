@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # the field's name for it
 
-from msrn_ray.config import ModelSettings
 from msrn_ray.model import build_model
+from msrn_ray.settings import ModelSettings
 from msrn_ray.training.engine import train_one_epoch
 from msrn_ray.training.epoch import EpochSchedule, EpochStats, Progress
 from msrn_ray.training.learner import Learner

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F  # the field's name for it
 
-from msrn_ray.config import LossSettings
+from msrn_ray.settings import LossSettings
 from msrn_ray.training.losses import asymmetric_loss, build_loss, classification_loss, group_loss
 from msrn_ray.types import MSRNOutput
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msrn_ray.config import ModelSettings, OptimSettings
 from msrn_ray.model import build_model
+from msrn_ray.settings import ModelSettings, OptimSettings
 from msrn_ray.training.optim import build_optimizer, build_scheduler, lr_factor
 
 NUM_LABELS = 4

@@ -10,9 +10,9 @@ import optuna
 import pytest
 import yaml
 
-from msrn_ray.config import LEVELS
 from msrn_ray.errors import UserError
 from msrn_ray.presets import PRESETS
+from msrn_ray.settings import LEVELS
 from tuning.space import Space
 from tuning.space_file import DEFAULT_SPACE, build_space, read_space
 

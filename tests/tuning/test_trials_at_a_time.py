@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from msrn_ray.config import ResourceSettings
 from msrn_ray.errors import UserError
 from msrn_ray.ray_cluster.allocation import Allocation, local_runs, share_cluster
+from msrn_ray.settings import ResourceSettings
 
 
 def nodes(*sizes: tuple[int, int]) -> list[dict[str, Any]]:
