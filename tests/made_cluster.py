@@ -113,7 +113,7 @@ class Cluster:
         return "".join(path.read_text(encoding="utf-8", errors="replace") for path in logs)
 
     def nodes(self) -> dict[str, str]:
-        """Return Ray's id of each node that is alive, by address; `ray status` goes on counting a lost one.
+        """Return Ray's id of each node that is alive, by address; `ray status` still counts a lost one.
 
         The server that `ray list nodes` asks: that command takes a CPU for seconds, and tests ask often.
         """
