@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from msrn_ray.cli.app import COMMANDS, parse
+from msrn_ray.cli.app import COMMANDS
+from msrn_ray.cli.parser import parse
 from msrn_ray.config import ExperimentConfig
 from msrn_ray.presets import PRESETS
 from tests.test_architecture import RAY_ROOMS, RINGS
@@ -77,13 +78,13 @@ def test_test_command_is_one_marked_line() -> None:
 def test_command_parses(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = shlex.split(command)[1:]
     # the runs and configs of the examples do not exist: parse against the preset that they started from
-    monkeypatch.setattr("msrn_ray.cli.app.starting_config", lambda argv: PRESETS["scenes"].config)
+    monkeypatch.setattr("msrn_ray.cli.parser.starting_config", lambda argv: PRESETS["scenes"].config)
     if "--help" in argv:
         with pytest.raises(SystemExit) as stop:
-            parse(argv)
+            parse(COMMANDS, argv)
         assert stop.value.code == 0
     else:
-        assert type(parse(argv)) is COMMANDS[argv[0]]
+        assert type(parse(COMMANDS, argv)) is COMMANDS[argv[0]]
 
 
 def test_config_options_exist() -> None:

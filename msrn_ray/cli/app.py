@@ -1,30 +1,78 @@
-"""The console command `msrn` (= `python -m msrn_ray`)."""
+"""The console command `msrn` (= `python -m msrn_ray`): its subcommand `train`, and the table of all subcommands."""
 
 from __future__ import annotations
 
-import io
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from functools import reduce
-from operator import or_
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import tyro
 from pydantic import ValidationError
 
-from ..config import describe_errors
+from ..config import ExperimentConfig, describe_errors
 from ..errors import UserError
+from ..presets import PresetName
 from .cluster import Cluster, Plan, Runs
 from .data import Doctor, Graph, Prepare
 from .evaluate import Evaluate, ImportOfficial, Presets
+from .output import from_here, new_console, print_summary
+from .parser import StartsFromConfig, parse
 from .predict import Predict
 from .search import Search
-from .start import StartsFromConfig, require_first, starting_config
-from .train import Train
 
-_ABOUT = "MSRN (arXiv 2106.11596): multi-label image classification with label graphs and semantic attention, on Ray."
+
+@dataclass(frozen=True)
+class Train(StartsFromConfig):
+    """Train on Ray: a preset, changed by options, or a saved config, or an interrupted run."""
+
+    preset: tyro.conf.Positional[PresetName] = "scenes"
+    """Experiment to start from; `msrn presets` lists them."""
+    config: Path | None = None
+    """Start from this saved YAML or JSON instead of a preset (a run folder holds one)."""
+    resume: Path | None = None
+    """Resume this run folder from its last checkpoint."""
+    or_resume: bool = False
+    """Resume the run of this `--train.run-name` if it exists, instead of refusing the name. A job that is submitted again then resumes
+    its own run."""
+    experiment: Annotated[ExperimentConfig, tyro.conf.arg(name="")] = field(default_factory=ExperimentConfig)
+    """The experiment; every option below changes one value of it."""
+
+    @classmethod
+    def from_config(cls, config: ExperimentConfig, argv: Sequence[str]) -> Train:
+        """See `StartsFromConfig`."""
+        return cls(experiment=config)
+
+    def run(self) -> None:
+        """Train, then print where the results are."""
+        from ..ray_train.driver import train
+
+        start = time.monotonic()
+        result = train(self.experiment, resume=self.resume is not None or self._run_exists())
+        out = new_console()
+        print_summary(out, result.metrics)
+        chosen = " (chosen on the test split: protocol paper)" if self.experiment.protocol == "paper" else ""
+        scores = [
+            f"{split} mAP {result.metrics[f'{split}/mAP']:.4f}"
+            for split in ("val", "test")
+            if f"{split}/mAP" in result.metrics
+        ]
+        out.print(f"{', '.join(scores)}{chosen} in {time.monotonic() - start:.0f} s", markup=False)
+        out.print(f"best checkpoint {from_here(result.best_checkpoint)}", markup=False)
+        out.print(f"curves {from_here(result.run_folder / 'curves.png')}", markup=False)
+        out.print(f"all figures {from_here(result.run_folder / 'metrics.jsonl')}", markup=False)
+
+    def _run_exists(self) -> bool:
+        """Return whether `or_resume` finds its run."""
+        name = self.experiment.train.run_name
+        if self.or_resume and name is None:
+            raise UserError("--or-resume: name the run with --train.run-name, so that the next start finds it")
+        return self.or_resume and (Path(self.experiment.train.storage).expanduser() / str(name)).exists()
+
+
 COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "search": Search,
@@ -42,16 +90,9 @@ COMMANDS: dict[str, type[Any]] = {
 
 
 def main() -> None:
-    """Parse the command line and run one subcommand."""
-    with report_errors():
-        parse(sys.argv[1:] or ["--help"]).run()
-
-
-@contextmanager
-def report_errors() -> Iterator[None]:
-    """Exit with 2 and one line for what the user can fix, and with 130 after Ctrl-C; a bug of ours keeps its traceback."""
+    """Run one subcommand. Exit with 2 and one line for what the user can fix, and with 130 after Ctrl-C; a bug keeps its traceback."""
     try:
-        yield
+        parse(COMMANDS, sys.argv[1:] or ["--help"]).run()
     except ValidationError as error:
         _fail("; ".join(describe_errors(error)))
     except UserError as error:
@@ -62,41 +103,6 @@ def report_errors() -> Iterator[None]:
     except BrokenPipeError:  # the reader of our output (head, less) has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-
-
-def parse(argv: list[str]) -> Any:
-    """Return the subcommand that the words `argv` stand for, ready to run.
-
-    Raises:
-        UserError, ValidationError: for a value that is wrong.
-        SystemExit: for help, or for a command line that tyro cannot parse.
-    """
-    subcommands = (_subcommand(name, argv) for name in COMMANDS)
-    settings: dict[str, Any] = {"prog": "msrn", "description": _ABOUT, "args": argv}
-    union = reduce(or_, subcommands)
-    try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            command: Any = tyro.cli(union, **settings)
-    except SystemExit as stop:
-        error: BaseException | None = stop
-        while error is not None:  # of a value out of range pydantic's message is clear; tyro's frame around it is not
-            if isinstance(error, ValidationError):
-                raise error from None
-            error = error.__context__
-        return tyro.cli(union, **settings)  # prints tyro's help or error
-    if isinstance(command, StartsFromConfig):
-        require_first(command, argv)
-    return command
-
-
-def _subcommand(name: str, argv: list[str]) -> Any:
-    """Return a subcommand for tyro; that of the command line gets the defaults of its options."""
-    command = COMMANDS[name]
-    default: Any = tyro.MISSING_NONPROP
-    if argv[0] == name and issubclass(command, StartsFromConfig):
-        default = command.from_config(starting_config(argv), argv)
-    about = (command.__doc__ or "").strip()
-    return Annotated[command, tyro.conf.subcommand(name, default=default, description=about)]
 
 
 def _fail(message: str) -> NoReturn:

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..presets import PRESETS, PresetName
 from ..settings import DataSettings
 from .output import new_console
-from .start import StartsFromConfig
+from .parser import StartsFromConfig
 
 
 @dataclass(frozen=True)

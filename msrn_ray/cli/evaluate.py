@@ -15,7 +15,7 @@ from ..config import ExperimentConfig
 from ..presets import PRESETS, PresetName
 from ..settings import DataSettings, ResourceSettings
 from .output import new_console, print_summary, write_json
-from .start import StartsFromConfig
+from .parser import StartsFromConfig
 
 
 @dataclass(frozen=True)

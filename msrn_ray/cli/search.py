@@ -13,7 +13,7 @@ from tuning.options import SearchOptions
 
 from ..config import ExperimentConfig
 from ..presets import PresetName
-from .start import StartsFromConfig
+from .parser import StartsFromConfig
 
 # So that a first search on two cores ends within ten minutes
 _SMALL = {"data.image_size": 64, "train.epochs": 5}

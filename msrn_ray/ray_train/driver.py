@@ -7,7 +7,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +15,13 @@ from pathlib import Path
 
 import ray
 import ray.train
+from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..config import ExperimentConfig
-from ..errors import UserError
-from ..ray_cluster.allocation import Allocation, allocate
+from ..errors import NoDecodeCpuError, UserError
+from ..ray_cluster.allocation import Allocation, allocate, with_fewer
 from ..ray_cluster.connection import check_shared, connect
 from ..ray_cluster.private_api import get_or_create_stats_actor
 from ..runs.checkpoint import find_model_file, load_checkpoint
@@ -28,10 +29,10 @@ from ..runs.folder import FAILURE_FILE, absolute_paths, cannot_be_written, open_
 from ..runs.log import RunLog
 from ..runs.resume import check_data, check_list, check_resumable, describe_data
 from ..runs.state import check_stopped, kept_state
+from ..settings import ResourceSettings
 from ..training.inputs import check_batch, describe_inputs, gather_inputs
-from .elastic_fit import fit_elastic
 from .event_pump import event_pump
-from .torch_trainer import build_trainer
+from .torch_trainer import build_trainer, plain_errors
 from .watchdog import Watchdog, WatchdogActions, end_process
 from .worker import train_worker
 from .worker_input import StoredInputs, WorkerInput, store_inputs
@@ -162,6 +163,38 @@ def run_in_folder(
         _write_failure(folder, str(error))
         raise
     return log, result
+
+
+def fit_elastic(
+    build: Callable[[Allocation], TorchTrainer],
+    settings: ResourceSettings,
+    allocation: Allocation,
+    log: Callable[[str], None],
+) -> ray.train.Result:
+    """Train, again with fewer workers if Ray Train has started one per CPU, as it does after the loss of a node.
+
+    Args:
+        build: makes the trainer for an allocation; it resumes from the last checkpoint.
+        settings, allocation: what was requested, and what the run takes at first.
+        log: prints a line for the user.
+
+    Raises:
+        NoDecodeCpuError: if fewer workers would not help.
+    """
+    while True:
+        trainer = build(allocation)
+        try:
+            with plain_errors():
+                return trainer.fit()
+        except NoDecodeCpuError:
+            fewer = with_fewer(allocation, settings)
+            if fewer is None:
+                raise
+            allocation = fewer
+            log(
+                f"the workers hold every CPU that is left; continuing with {allocation.num_workers} workers, so that one CPU"
+                " decodes images"
+            )
 
 
 def _build_watchdog(config: ExperimentConfig, log: RunLog) -> Watchdog:

@@ -24,9 +24,8 @@ from ..runs.checkpoint import Checkpoint, load_checkpoint
 from ..runs.folder import absolute_paths
 from ..training.bad_images import BadImages, check_bad_images
 from ..training.evaluate import split_metrics
-from .elastic_fit import fit
 from .scoring import score_split
-from .torch_trainer import run_config, scaling_config
+from .torch_trainer import plain_errors, run_config, scaling_config
 from .worker_input import StoredSplit
 
 
@@ -79,7 +78,8 @@ def evaluate_checkpoint(path: Path, config: ExperimentConfig, split: str) -> dic
             scaling_config=scaling_config(allocation),
             run_config=run_config("evaluate", storage),
         )
-        output: _EvaluationOutput = fit(trainer).return_value  # type: ignore[attr-defined]  # typed as Train V1
+        with plain_errors():
+            output: _EvaluationOutput = trainer.fit().return_value  # type: ignore[attr-defined]  # typed as Train V1
     notes = [*splits.notes, *filter(None, [output.kernels])]
     trained = checkpoint.config
     if split != "test" and (trained.protocol, trained.data.val_fraction, trained.data.split_seed) != (

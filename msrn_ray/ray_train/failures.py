@@ -33,7 +33,7 @@ class FailureCallback(ray.train.UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Raise an error that must not be retried, whatever `train.max_failures` allows.
 
-        Ray Train stops at an error of its callbacks, and `fit` unwraps it.
+        Ray Train stops at an error of its callbacks, and `plain_errors` unwraps it.
         """
         for error in worker_exceptions.values():
             if is_final(error):

@@ -1,23 +1,35 @@
-"""Builds the TorchTrainer that training and search share."""
+"""Builds the TorchTrainer that training and search share, and turns what ends its `fit` into plain errors."""
 
 from __future__ import annotations
 
 import math
 import os
+import signal
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
+from ..errors import UserError
 from ..ray_cluster.allocation import Allocation
 from ..ray_cluster.connection import is_local_cluster
+from ..ray_cluster.private_api import WorkerGroupStartupTimeoutError
 from .checkpoints import SCORE
-from .elastic_fit import ROOM_SECONDS
-from .failures import FailureCallback
+from .failures import FailureCallback, is_final, wrapped_errors
 from .worker_input import WorkerInput
+
+# Ray Train's view of the cluster is up to 20 s stale. So it tries that long to start workers before it counts the cluster again, and
+# checks that often whether there is room for more
+_ROOM_SECONDS = 20.0
+# Grace period before the run exits: Ray Train notices a stop only after it has started its workers, or given up. `cluster/*.yaml` let
+# `ray job stop` wait for 30 s
+_STOP_SECONDS = _ROOM_SECONDS + 5
 
 
 def build_trainer(
@@ -38,14 +50,14 @@ def build_trainer(
     # how soon Ray Train lists a checkpoint and notices a lost worker or the end; its default is 2 s
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # after the loss of a node Ray Train requests as many workers as before once more, for 60 s by default
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{ROOM_SECONDS:g}")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{_ROOM_SECONDS:g}")
     # this process listens for preemption notices; a cluster that was started for this run gets none
     if is_local_cluster():
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # The whole run may search for room without limit, because the watchdog limits each wait. Outside the main thread the watchdog cannot
     # interrupt Ray Train, so its own count limits each wait
     is_main = threading.current_thread() is threading.main_thread()
-    room_failures = -1 if is_main else math.ceil(60 * config.resources.wait_minutes / ROOM_SECONDS)
+    room_failures = -1 if is_main else math.ceil(60 * config.resources.wait_minutes / _ROOM_SECONDS)
     return TorchTrainer(
         train_worker,
         train_loop_config={"input": worker_input},
@@ -84,7 +96,63 @@ def scaling_config(allocation: Allocation) -> ray.train.ScalingConfig:
         resources["GPU"] = allocation.gpus_per_worker
     return ray.train.ScalingConfig(
         num_workers=allocation.elastic or allocation.num_workers,  # type: ignore[arg-type]  # typed as Train V1
-        elastic_resize_monitor_interval_s=ROOM_SECONDS,  # type: ignore[call-arg]  # typed as Train V1
+        elastic_resize_monitor_interval_s=_ROOM_SECONDS,  # type: ignore[call-arg]  # typed as Train V1
         use_gpu=allocation.use_gpu,
         resources_per_worker=resources,
     )
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Raise what ends `trainer.fit()`, run as the block, as plain errors.
+
+    Raises:
+        UserError, AccountingError: of a worker, unwrapped.
+        ray.train.TrainingFailedError: for any other failure.
+        KeyboardInterrupt: after Ctrl-C and after SIGTERM, which `ray job stop` sends.
+    """
+    try:
+        with _sigterm_as_ctrl_c():
+            yield
+    except ray.train.TrainingFailedError as failure:
+        for error in wrapped_errors(failure):
+            if is_final(error):
+                raise error from None
+            if isinstance(error, WorkerGroupStartupTimeoutError):
+                resources = ray.cluster_resources()
+                raise UserError(
+                    f"no room for {error.num_workers} workers for longer than resources.wait_minutes: the cluster has"
+                    f" {resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs now; bring its nodes back, or lower"
+                    " resources.num_workers, and resume with --resume"
+                ) from None
+        raise
+    except SystemExit:  # Ray's handler of SIGINT stops the workers and then exits
+        raise KeyboardInterrupt from None
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Treat SIGTERM as Ctrl-C, so that Ray Train returns the resources that the run requested; else Ray holds them for three minutes.
+
+    If that takes long, or Ray is gone as well (`timeout` ends both), the run exits without it.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Ray sets no handler in other threads
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    second_sigterm = threading.Timer(_STOP_SECONDS, os.kill, (os.getpid(), signal.SIGTERM))
+
+    def stop(_: int, frame: FrameType | None) -> None:
+        ctrl_c = signal.getsignal(signal.SIGINT)
+        if second_sigterm.ident is not None or not callable(ctrl_c):  # a shell's background jobs ignore SIGINT
+            sys.exit()
+        second_sigterm.start()
+        ctrl_c(signal.SIGINT, frame)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        second_sigterm.cancel()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

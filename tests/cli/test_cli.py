@@ -17,7 +17,7 @@ import pytest
 import msrn_ray
 from msrn_ray.cli import evaluate as evaluate_command
 from msrn_ray.cli.app import main
-from msrn_ray.cli.start import starting_config
+from msrn_ray.cli.parser import starting_config
 from msrn_ray.config import ExperimentConfig, load_config
 from msrn_ray.errors import UserError
 from msrn_ray.presets import PRESETS

@@ -19,8 +19,7 @@ from msrn_ray.presets import PRESETS
 from msrn_ray.ray_cluster.allocation import Allocation
 from msrn_ray.ray_cluster.private_api import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 from msrn_ray.ray_train import driver, torch_trainer
-from msrn_ray.ray_train.driver import train
-from msrn_ray.ray_train.elastic_fit import fit, fit_elastic
+from msrn_ray.ray_train.driver import fit_elastic, train
 from msrn_ray.ray_train.failures import FailureCallback
 from msrn_ray.runs import state as run_state
 from msrn_ray.runs.events import Event, WorkerFailed
@@ -29,6 +28,10 @@ from msrn_ray.runs.listing import list_runs
 from msrn_ray.settings import ResourceSettings
 from tests.ray_cluster.test_allocation import cluster
 from tests.tiny import make_coco
+
+
+def fit(trainer: Any) -> None:
+    fit_elastic(lambda _: trainer, ResourceSettings(), Allocation(2, False, 1), print)
 
 
 class RecordingQueue:
@@ -134,7 +137,7 @@ def test_too_few_resources_are_reported_with_numbers(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("hangs", [False, True])
 def test_sigterm_stops_like_ctrl_c(monkeypatch: pytest.MonkeyPatch, hangs: bool) -> None:
     """Ray's handler of SIGINT gives back the resources of the run and exits, or hangs."""
-    monkeypatch.setattr("msrn_ray.ray_train.elastic_fit._STOP_SECONDS", 0.2)
+    monkeypatch.setattr("msrn_ray.ray_train.torch_trainer._STOP_SECONDS", 0.2)
     stop_signals = signal.SIGINT, signal.SIGTERM
     old_handlers = [signal.getsignal(number) for number in stop_signals]
     had_timer = signal.getitimer(signal.ITIMER_REAL)[0] > 0

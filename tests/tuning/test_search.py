@@ -19,7 +19,8 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 
-from msrn_ray.cli.app import parse
+from msrn_ray.cli.app import COMMANDS
+from msrn_ray.cli.parser import parse
 from msrn_ray.cli.search import Search
 from msrn_ray.config import load_config
 from msrn_ray.errors import UserError
@@ -33,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def parse_search(*argv: str) -> Search:
-    command = parse(["search", *argv])
+    command = parse(COMMANDS, ["search", *argv])
     assert isinstance(command, Search)
     return command
 
@@ -87,13 +88,13 @@ def test_script_is_the_command(tmp_path: Path) -> None:
 
 def test_commands_of_the_readme_parse(monkeypatch: pytest.MonkeyPatch) -> None:
     # runs and configs that the README only names are replaced by a preset
-    monkeypatch.setattr("msrn_ray.cli.app.starting_config", lambda argv: PRESETS["scenes"].config)
+    monkeypatch.setattr("msrn_ray.cli.parser.starting_config", lambda argv: PRESETS["scenes"].config)
     readme = (ROOT / "tuning" / "README.md").read_text(encoding="utf-8")
     commands = [line.split("  #")[0] for line in re.findall(r"^ *`?(msrn [^`\n]+)", readme, re.M)]
     commands += re.findall(r"`(msrn [^`\n]+)`", readme)
     assert sum(command.startswith("msrn search") for command in commands) > 3
     for command in commands:
-        parse(shlex.split(command)[1:])
+        parse(COMMANDS, shlex.split(command)[1:])
 
 
 def test_taken_folder_and_folder_without_study_are_refused(tmp_path: Path) -> None:

@@ -1,18 +1,27 @@
-"""The experiment that a command line starts from, before its options are applied.
+"""Parses a command line into a subcommand.
 
 tyro needs the defaults of all options before it parses, and they depend on a word of the command line: the preset, the saved config, the
-run or the checkpoint. So this module reads that word first; `require_first` then checks that tyro read the same word.
+run or the checkpoint. So this module reads that word first; `_require_first` then checks that tyro read the same word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
+
+import tyro
+from pydantic import ValidationError
 
 from ..config import ExperimentConfig, load_config
 from ..errors import UserError
 from ..presets import PRESETS
+
+_ABOUT = "MSRN (arXiv 2106.11596): multi-label image classification with label graphs and semantic attention, on Ray."
 
 
 class StartsFromConfig:
@@ -34,6 +43,44 @@ class StartsFromConfig:
     def start(self) -> str:
         """What the parsed command starts from: its preset or checkpoint."""
         return str(self.preset)
+
+
+def parse(commands: Mapping[str, type[Any]], argv: list[str]) -> Any:
+    """Return the subcommand that the words `argv` stand for, ready to run.
+
+    Args:
+        commands: classes of the subcommands by name.
+        argv: the command line after `msrn`.
+
+    Raises:
+        UserError, ValidationError: for a value that is wrong.
+        SystemExit: for help, or for a command line that tyro cannot parse.
+    """
+    subcommands = (_subcommand(name, command, argv) for name, command in commands.items())
+    settings: dict[str, Any] = {"prog": "msrn", "description": _ABOUT, "args": argv}
+    union = reduce(or_, subcommands)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            command: Any = tyro.cli(union, **settings)
+    except SystemExit as stop:
+        error: BaseException | None = stop
+        while error is not None:  # of a value out of range pydantic's message is clear; tyro's frame around it is not
+            if isinstance(error, ValidationError):
+                raise error from None
+            error = error.__context__
+        return tyro.cli(union, **settings)  # prints tyro's help or error
+    if isinstance(command, StartsFromConfig):
+        _require_first(command, argv)
+    return command
+
+
+def _subcommand(name: str, command: type[Any], argv: list[str]) -> Any:
+    """Return a subcommand for tyro; that of the command line gets the defaults of its options."""
+    default: Any = tyro.MISSING_NONPROP
+    if argv[0] == name and issubclass(command, StartsFromConfig):
+        default = command.from_config(starting_config(argv), argv)
+    about = (command.__doc__ or "").strip()
+    return Annotated[command, tyro.conf.subcommand(name, default=default, description=about)]
 
 
 def starting_config(argv: Sequence[str]) -> ExperimentConfig:
@@ -65,7 +112,7 @@ def starting_config(argv: Sequence[str]) -> ExperimentConfig:
     return PRESETS[named if named in PRESETS else "scenes"].config
 
 
-def require_first(command: StartsFromConfig, argv: Sequence[str]) -> None:
+def _require_first(command: StartsFromConfig, argv: Sequence[str]) -> None:
     """Refuse a preset or checkpoint after a flag: `starting_config` did not see it, so its settings would not be used.
 
     Raises:
