@@ -86,7 +86,9 @@ class Worker:
             self.bad["train"].recall(start.account.unreadable, ray.get(self.splits["train"].table)["uri"])
             clear_leftovers(self.input.folder)
         self.plan = replace(self.plan, first_epoch=start.epoch, first_step=start.stats.steps)
-        self.send(_started(self.plan, self.learner, self.kernels))
+        plan = self.plan
+        progress = plan.first_epoch, plan.first_step, plan.epochs, plan.num_steps
+        self.send(WorkersStarted(*progress, reported_epochs(), _describe(plan, self.learner, self.kernels)))
         train = self.splits["train"]
         self.gap_start: float | None = None  # end of the last step of the previous epoch, without scoring and saving
         with StoreMeter() if self.plan.rank == 0 else nullcontext() as self.store:
@@ -216,17 +218,6 @@ def _whole_plan(worker_input: WorkerInput) -> TrainPlan:
         epochs=config.train.epochs,
         block_size=BLOCK_ROWS,
         drop_last=config.data.drop_last,
-    )
-
-
-def _started(plan: TrainPlan, learner: Learner, kernels: str) -> WorkersStarted:
-    return WorkersStarted(
-        first_epoch=plan.first_epoch,
-        first_step=plan.first_step,
-        epochs=plan.epochs,
-        steps_per_epoch=plan.num_steps,
-        reported=reported_epochs(),
-        description=_describe(plan, learner, kernels),
     )
 
 
