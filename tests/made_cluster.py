@@ -38,7 +38,7 @@ RESULT = r"val mAP \d"
 DISK_FULL = (
     r"node {address}: the disk of /tmp/ray/.* is full; Ray starts nothing there until it is restarted on that node"
 )
-NO_HEARTBEAT = r"no heartbeat of any worker"
+NO_HEARTBEAT = r"no heartbeat"
 BAD_TOKEN = r"the cluster refuses this machine's token \(401\)"
 NO_TOKEN = r"no token for the cluster on this machine"
 TOO_MANY_WORKERS = r"num_workers=4 x 2 CPUs, and one for decoding, .* has 6 CPUs"

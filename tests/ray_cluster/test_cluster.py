@@ -144,6 +144,8 @@ def open_port(first: int, last: int, source: str) -> Change:
         (GPU_YAML, open_port(0, 65535, "0.0.0.0/0"), ["ports 0 to 65535"]),
         (GPU_YAML, lambda c: in_all(c, PINS, f"torch==2.14.1 {OTHER_PINS}"), ["install ray in one version"]),
         (LOCAL_YAML, lambda c: in_all(c, PINS, f"ray==2.60.0 {OTHER_PINS}"), ["install torch in one version"]),
+        (GPU_YAML, lambda c: in_all(c, PINS, f"ray torch==2.14.1 {OTHER_PINS}"), ["install ray in one version"]),
+        (LOCAL_YAML, lambda c: in_all(c, PINS, f"ray==2.60.0 torch>=2 {OTHER_PINS}"), ["install torch in one version"]),
         (GPU_YAML, lambda c: in_all(c, PINS, f"{PINS} torch==1.9.0"), ["torch==1.9.0, but the project needs >=2.9"]),
         (GPU_YAML, lambda c: in_all(c, PINS, f"{PINS} ray==2.61.0"), [f"ray==2.61.0, but `ray up` here is {ray.__version__}"]),
         (GPU_YAML, lambda c: c["rsync_exclude"].remove(".venv"), ["rsync_exclude: add .venv"]),

@@ -81,6 +81,17 @@ def calm_run(cluster: Cluster, quiet: list[Epoch]) -> Iterator[Run]:
     run.stop()
 
 
+def resume(run: Run) -> str:
+    """Resume a stopped run where it stopped, and wait for its next checkpoint; return the log until its first epoch."""
+    finished = len(run.epochs())
+    run.resume()
+    log = run.wait_for(EPOCHS_LEFT.format(first=r"\d+", last=LAST_EPOCH))
+    (first,) = re.findall(EPOCHS_LEFT.format(first=r"(\d+)", last=LAST_EPOCH), log)
+    assert finished <= int(first) <= finished + 2, "a line may be a little older or newer than its checkpoint"
+    run.wait_for_checkpoint(int(first))
+    return log
+
+
 def test_lost_node_leaves_one_worker(cluster: Cluster, long_run: Run, report: Report) -> None:
     assert long_run.summary().state == "running"
     # without the key Ray cannot reach the node, and does not restart it before the run continues with one worker
@@ -98,19 +109,15 @@ def test_returned_node_gets_a_worker(cluster: Cluster, long_run: Run, report: Re
     cluster.wait_for_nodes()
     returned = time.time()
     report("returned node", long_run.recovered(starts, workers=2) - returned)
+    assert not long_run.checkpoints_within_epochs(), "until a notice, only the ends of epochs are saved"
 
 
 def test_stopped_job_resumes_where_it_stopped(cluster: Cluster, long_run: Run) -> None:
     long_run.stop()
     assert long_run.summary().state == "interrupted"
-    finished = len(long_run.epochs())
-    assert finished >= 20
-    long_run.resume()
-    log = long_run.wait_for(EPOCHS_LEFT.format(first=r"\d+", last=LAST_EPOCH))
-    (first,) = re.findall(EPOCHS_LEFT.format(first=r"(\d+)", last=LAST_EPOCH), log)
+    assert len(long_run.epochs()) >= 20
+    log = resume(long_run)
     assert long_run.worker_starts() == [2]
-    assert finished <= int(first) <= finished + 2, "a line may be a little older or newer than its checkpoint"
-    long_run.wait_for_checkpoint(int(first))
     assert not re.search(NO_HEARTBEAT, log), "the cluster had back what the stopped job requested"
 
 
@@ -145,6 +152,8 @@ def test_preemption_notice_saves_within_the_epoch(cluster: Cluster, warned_run: 
     warned_run.stop()
     assert warned_run.summary().state == "interrupted"
     cluster.restart_ray()  # AWS takes the node away, and it comes back
+    resume(warned_run)
+    warned_run.stop()
 
 
 def test_browser_shows_the_run_with_the_token_only(cluster: Cluster, calm_run: Run) -> None:
