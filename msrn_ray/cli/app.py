@@ -52,6 +52,7 @@ def report_errors() -> Iterator[None]:
     """Exit with 2 and one line for what the user can fix, and with 130 after Ctrl-C; a bug of ours keeps its traceback."""
     try:
         yield
+        sys.stdout.flush()  # here, so that an error of it is caught below
     except ValidationError as error:
         _fail("; ".join(describe_errors(error)))
     except UserError as error:

@@ -36,6 +36,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def write_output(path: Path) -> Iterator[Path]:
+    """Like `atomic_write`, for a file that the user names.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    try:
+        with atomic_write(path) as partial:
+            yield partial
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
 def read_arrays(path: Path, fields: Sequence[str]) -> list[npt.NDArray[Any]]:
     """Return the named arrays of an .npz file without unpickling anything.
 

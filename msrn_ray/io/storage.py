@@ -121,9 +121,8 @@ class Location:
                 stream.write(data)
             filesystem.move(partial, path)
         except (OSError, pa.ArrowException) as error:
-            with suppress(
-                OSError, pa.ArrowException
-            ):  # leave a full disk no fuller; the first error is the one to report
+            # leave a full disk no fuller; the first error is the one to report
+            with suppress(OSError, pa.ArrowException):
                 filesystem.delete_file(partial)
             raise UserError(f"{self}: cannot be written ({' '.join(str(error).split())[:300]})") from None
 

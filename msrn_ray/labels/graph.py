@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from ..errors import UserError
-from ..io.files import read_arrays
+from ..io.files import read_arrays, write_output
 from ..types import PRESENT
 
 _BLOCK_ROWS = 65_536  # the floats of millions of rows at once would not fit into memory
@@ -155,11 +155,8 @@ def save_counts(path: Path, counts: LabelCounts) -> None:
     if counts.provenance is not None:
         origin = counts.provenance
         fields |= {"source": origin.source, "images": origin.num_images, "fingerprint": origin.fingerprint}
-    try:
-        with path.open("wb") as file:  # numpy would append .npz to a path
-            np.savez_compressed(file, **fields)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    with write_output(path) as partial, partial.open("wb") as file:  # numpy would append .npz to a path
+        np.savez_compressed(file, **fields)
 
 
 def load_counts(path: Path, names: Sequence[str] | None = None) -> LabelCounts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -13,7 +14,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from ..errors import UserError
+from ..io.files import write_output
 from .graph import LabelCounts, attend_mask, conditional_probability, how_to_add_edges
 
 Edge = tuple[int, int, float]  # i, j, P(i | j): label i attends to label j
@@ -76,10 +77,8 @@ def draw_graph(counts: LabelCounts, tau: float, target: Path | BinaryIO) -> None
     )
     axis.axis("off")
     figure.colorbar(colour, ax=axis, label="P(i | j)", shrink=0.4, pad=0.01)
-    try:
-        figure.savefig(target, format="png")
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror})") from None
+    with write_output(target) if isinstance(target, Path) else nullcontext(target) as file:
+        figure.savefig(file, format="png")
 
 
 def _draw_arrows(axis: Axes, found: list[Edge], angle: _Numbers, area: _Numbers, colour: ScalarMappable) -> None:

@@ -27,11 +27,6 @@ class MLPHead(nn.Module):
         self.hidden = nn.Linear((num_labels + num_groups) * width, hidden_dim)
         self.output = nn.Linear(hidden_dim, num_labels)
 
-    @property
-    def output_bias(self) -> nn.Parameter:
-        """Return [C], the bias of the logits."""
-        return self.output.bias
-
     def forward(self, labels: Tensor, groups: Tensor, assignment: Tensor) -> Tensor:
         """Return logits [B, C]; labels: [B, C, L*D], groups: [B, G, L*D], assignment (not used): [C, G]."""
         flat = torch.cat([labels, groups], 1).tanh().flatten(1)
@@ -47,11 +42,6 @@ class ElementwiseHead(nn.Module):
         bound = 1 / math.sqrt(2 * width)
         self.weight = nn.Parameter(torch.empty(num_labels, 2 * width).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(num_labels).uniform_(-bound, bound))
-
-    @property
-    def output_bias(self) -> nn.Parameter:
-        """Return [C], the bias of the logits."""
-        return self.bias
 
     def forward(self, labels: Tensor, groups: Tensor, assignment: Tensor) -> Tensor:
         """Return logits [B, C]; labels: [B, C, L*D], groups: [B, G, L*D], assignment: [C, G]."""

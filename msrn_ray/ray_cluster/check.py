@@ -44,12 +44,8 @@ def check_cluster(path: Path) -> list[str]:
         return [*findings, f"{place or 'the file'}: {error.message.splitlines()[0]}"]
     except (ValueError, click.ClickException) as error:
         return [*findings, f"Ray refuses it: {error}"]
-    except (
-        AttributeError,
-        KeyError,
-        NotImplementedError,
-        TypeError,
-    ) as error:  # Ray's schema does not check every field
+    # Ray's schema does not check every field
+    except (AttributeError, KeyError, NotImplementedError, TypeError) as error:
         return [*findings, f"Ray cannot read it, a field has a value of another kind than it should ({error})"]
     checks = (check_versions, _check_starts, _check_openings, _check_files, _check_addresses, _check_aws)
     return [*findings, *(finding for check in checks for finding in check(config))]
@@ -67,7 +63,7 @@ def check_preset(path: Path, config: ExperimentConfig) -> str:
             f"{path}: provider local does not say what its nodes have; the run itself fails if that is not enough"
         )
     cpus, gpus = most["CPU"], most["GPU"]
-    allocation = fit(config.resources, cpus, gpus, owner=f"{path} at its largest has")
+    allocation = fit(config.resources, cpus, gpus, f"{path} at its largest")
     workers, batch = allocation.num_workers, config.train.batch_size
     if workers > batch:
         raise UserError(f"train.batch_size={batch} leaves some of {workers} workers without an image; raise it")
@@ -133,7 +129,7 @@ def _check_starts(config: Mapping[str, Any]) -> Iterator[str]:
     spot = any(_is_spot(node_type) for node_type in config["available_node_types"].values())
     if spot and not (scorer in head and old_autoscaler in head):
         yield (
-            f"head_start_ray_commands: add `export {old_autoscaler} {scorer};` before ray start; else Ray requests spot instances for ever"
+            f"head_start_ray_commands: add `export {old_autoscaler} {scorer};` before ray start; else Ray requests spot instances forever"
             " where AWS has none left"
         )
 
