@@ -63,14 +63,8 @@ class Evaluate(StartsFromConfig):
         if self.out is not None:
             check_output(self.out, (".json",))
         trained = load_checkpoint(self.checkpoint).config
-        config = trained.model_copy(
-            update={
-                "data": self.data,
-                "resources": self.resources,
-                "protocol": self.protocol,
-                "train": trained.train.model_copy(update={"eval_batch_size": self.batch_size}),
-            }
-        )
+        config = trained.with_overrides({"protocol": self.protocol, "train.eval_batch_size": self.batch_size})
+        config = config.model_copy(update={"data": self.data, "resources": self.resources})
         metrics = evaluate_checkpoint(self.checkpoint, config, self.split)
         out = new_console()
         for line in [*metrics.pop("notes"), *(f"left out: {image}" for image in metrics.pop("bad"))]:

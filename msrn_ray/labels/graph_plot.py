@@ -106,15 +106,8 @@ def _draw_labels(axis: Axes, counts: LabelCounts, found: list[Edge], angle: _Num
     place, radius = _on_circle(angle), _radius(area)
     linked = np.zeros(len(angle), bool)
     linked[[index for i, j, _ in found for index in (i, j)]] = True
-    axis.scatter(
-        place[:, 0],
-        place[:, 1],
-        s=area,
-        c=np.where(linked, "tab:orange", "lightgrey"),
-        edgecolors="black",
-        linewidths=0.5,
-        zorder=3,
-    )
+    colours = np.where(linked, "tab:orange", "lightgrey")
+    axis.scatter(*place.T, s=area, c=colours, edgecolors="black", linewidths=0.5, zorder=3)
     for index, (name, turn) in enumerate(zip(counts.names, angle, strict=True)):
         right = np.cos(turn) >= 0
         axis.annotate(

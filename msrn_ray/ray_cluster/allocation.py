@@ -200,7 +200,9 @@ def _wait_for_nodes(settings: ResourceSettings, largest: Mapping[str, int]) -> N
     if _shortage(settings) is None:
         return
     workers = worker_range[0] * [{"CPU": settings.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})]
-    print(f"waiting for nodes for {len(workers)} workers; the cluster has {cpus:g} CPUs and {gpus} GPUs now", flush=True)
+    print(
+        f"waiting for nodes for {len(workers)} workers; the cluster has {cpus:g} CPUs and {gpus} GPUs now", flush=True
+    )
     deadline, next_request = time.monotonic() + 60 * settings.wait_minutes, 0.0
     try:
         while (shortage := _shortage(settings)) is not None:

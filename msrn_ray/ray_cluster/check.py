@@ -7,21 +7,29 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
 import click
 import jsonschema
+import ray
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from ..config import ExperimentConfig
 from ..errors import UserError
 from .allocation import fit
-from .check_versions import check_versions
 from .cluster_yaml import FAMILIES, commands, instance_resources, most_resources, read_cluster
 from .private_api import prepare_config, validate_config
 from .spot_scorer import SPOT, score
 
 PLACEHOLDER = "CHANGE-ME"
+# What a node that joins later must have in the same version
+_PINNED = ("ray", "torch", "torchvision", "numpy", "pyarrow")
+_PIN = re.compile(r"(?<![\w.-])([A-Za-z][\w.-]*)(?:\[[\w,]+\])?==([\w.]+)")
+_PIP = re.compile(r"pip install[^;&|\n]*")
+_PINS_FILE = re.compile(r"\s(?:-[cr]|--constraint|--requirement)[ =]?(\S+)")
 _EXCLUDED = (".git", ".venv", "runs")  # gigabytes that no node needs
 _SECRET = (".ssh", ".aws")
 _OPEN_TO_ALL = ("0.0.0.0/0", "::/0")
@@ -103,6 +111,40 @@ def _check_placeholders(tree: Any, place: str = "") -> Iterator[str]:
     elif PLACEHOLDER in str(tree):
         word = next(word for word in str(tree).split() if PLACEHOLDER in word)
         yield f"{place}: still says {word}; put your own there"
+
+
+def check_versions(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a finding per package that is not pinned, or pinned to a version that does not fit."""
+    text = commands(config, "setup_commands", "head_setup_commands", "worker_setup_commands")
+    pip = "\n".join(_PIP.findall(text))
+    if not pip:
+        return  # the nodes have an environment already; its versions are out of reach here
+    texts = []
+    for target in _PINS_FILE.findall(pip):
+        path = _find_source(target, config["file_mounts"])
+        if path is None or not path.is_file():
+            yield f"setup_commands: pip reads {target}, which file_mounts does not copy; add it there"
+            return
+        texts.append(path.read_text(encoding="utf-8"))
+    pins = {canonicalize_name(name): version for name, version in _PIN.findall("\n".join([*texts, text]))}
+    for requirement in map(Requirement, requires("msrn-ray") or []):
+        name = canonicalize_name(requirement.name)
+        if requirement.marker is not None or name not in {*_PINNED, *pins}:
+            continue
+        if name not in pins:
+            yield f"setup_commands: install {name} in one version (==), so that a node that joins later has the same"
+        elif name == "ray" and pins[name] != ray.__version__:
+            yield f"setup_commands: ray=={pins[name]}, but `ray up` here is {ray.__version__}; both must be the same"
+        elif not requirement.specifier.contains(pins[name]):
+            yield f"setup_commands: {name}=={pins[name]}, but the project needs {requirement.specifier}"
+
+
+def _find_source(target: str, file_mounts: Mapping[str, str]) -> Path | None:
+    """Return the local file that `file_mounts` copies to a path on the nodes, or None."""
+    for mount, source in file_mounts.items():
+        if target == mount or target.startswith(f"{mount.rstrip('/')}/"):
+            return Path(source).expanduser() / target[len(mount) :].lstrip("/")
+    return None
 
 
 def _check_starts(config: Mapping[str, Any]) -> Iterator[str]:
