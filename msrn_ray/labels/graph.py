@@ -197,17 +197,15 @@ def load_counts(path: Path, names: Sequence[str] | None = None) -> LabelCounts:
             f"{count[row]} with {labels[row]}; take both counts from the same images,"
             f" or P({labels[column]} | {labels[row]}) is above 1"
         )
-    order = list(range(num_labels))
-    if names is not None:
-        place = {label: position for position, label in enumerate(labels.tolist())}
-        lacking, surplus = sorted(set(names) - set(place)), sorted(set(place) - set(names))
-        if lacking or surplus:
-            raise UserError(
-                f'{path}: "names" are not the labels of the data set (lacking: {", ".join(lacking) or "none"}; '
-                f"not in the data set: {', '.join(surplus) or 'none'}); give the counts of this data set"
-            )
-        order = [place[name] for name in names]
-    chosen = tuple(str(labels[position]) for position in order)
+    place: dict[str, int] = {label: position for position, label in enumerate(labels.tolist())}
+    chosen = tuple(place if names is None else names)
+    lacking, surplus = sorted(set(chosen) - set(place)), sorted(set(place) - set(chosen))
+    if lacking or surplus:
+        raise UserError(
+            f'{path}: "names" are not the labels of the data set (lacking: {", ".join(lacking) or "none"}; '
+            f"not in the data set: {', '.join(surplus) or 'none'}); give the counts of this data set"
+        )
+    order = [place[name] for name in chosen]
     return LabelCounts(chosen, pairs[np.ix_(order, order)], count[order], _load_provenance(path))
 
 

@@ -79,14 +79,7 @@ class MSRN(nn.Module):
         self.projections = nn.ModuleDict(
             {level: nn.Conv2d(channels[level], settings.embed_dim, 1) for level in settings.levels}
         )
-        self.label_semantics = LabelSemantics(
-            word_vectors,
-            attend_mask,
-            hidden_dim=settings.label_hidden_dim,
-            graph_hidden_dim=settings.graph_hidden_dim,
-            embed_dim=settings.embed_dim,
-            train_vectors=train_vectors,
-        )
+        self.label_semantics = LabelSemantics(settings, word_vectors, attend_mask, train_vectors=train_vectors)
         self.group_semantics = GroupSemantics(settings.embed_dim, num_groups)
         self.attention = SemanticAttention()
         self.head: MLPHead | ElementwiseHead = (
