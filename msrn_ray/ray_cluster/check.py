@@ -32,7 +32,7 @@ _PIP = re.compile(r"pip install[^;&|\n]*")
 _PINS_FILE = re.compile(r"\s(?:-[cr]|--constraint|--requirement)[ =]?(\S+)")
 _EXCLUDED = (".git", ".venv", "runs")  # gigabytes that no node needs
 _SECRET = (".ssh", ".aws")
-_OPEN_TO_ALL = ("0.0.0.0/0", "::/0")
+_OPEN_TO_ALL = {"0.0.0.0/0", "::/0"}
 _SCORER = f"{score.__module__}.{score.__name__}"
 _MOVED = {"msrn_ray.spot_first.score": _SCORER}  # what older cluster files name
 
@@ -181,13 +181,10 @@ def _check_openings(config: Mapping[str, Any]) -> Iterator[str]:
     if host is not None and host[1] not in ("127.0.0.1", "localhost"):
         yield f"head_start_ray_commands: --dashboard-host={host[1]} opens the dashboard to others; write 127.0.0.1 and use `ray dashboard`"
     for rule in config["provider"].get("security_group", {}).get("IpPermissions", []):
-        ranges = [
-            source.get("CidrIp", source.get("CidrIpv6"))
-            for key in ("IpRanges", "Ipv6Ranges")
-            for source in rule.get(key, [])
-        ]
+        sources = [*rule.get("IpRanges", []), *rule.get("Ipv6Ranges", [])]
+        ranges = {source.get("CidrIp", source.get("CidrIpv6")) for source in sources}
         ports = (rule.get("FromPort"), rule.get("ToPort"))
-        if set(ranges) & set(_OPEN_TO_ALL) and ports != (22, 22):
+        if ranges & _OPEN_TO_ALL and ports != (22, 22):
             yield f"provider.security_group: ports {ports[0]} to {ports[1]} are open to everyone; open only SSH (22)"
 
 
@@ -225,9 +222,8 @@ def _check_aws(config: Mapping[str, Any]) -> Iterator[str]:
         if region != provider["region"]:
             yield f"setup_commands: the file system is in {region}, the cluster in {provider['region']}; both must be the same"
     for name, node_type in config["available_node_types"].items():
-        is_head = name == config["head_node_type"]
-        findings = _check_node_type(name, node_type, is_head)
-        yield from (f"available_node_types.{name}: {finding}" for finding in findings)
+        for finding in _check_node_type(name, node_type, is_head=name == config["head_node_type"]):
+            yield f"available_node_types.{name}: {finding}"
         if _is_spot(node_type) and provider.get("cache_stopped_nodes", True):
             yield "provider.cache_stopped_nodes: must be false with spot instances, which cannot be stopped"
 
