@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from .errors import UserError
-from .io.files import read_yaml
+from .io.files import atomic_write, read_yaml
 from .settings import (
     DataSettings,
     LossSettings,
@@ -57,16 +57,12 @@ class ExperimentConfig(Settings):
         Raises:
             UserError: for an unknown path or a value out of range, with the field, the value and what is allowed.
         """
-        tree = self.model_dump(mode="json")
+        tree = self.to_dict()
         for path, value in overrides.items():
             *parents, leaf = path.split(".")
             node: Any = tree
-            for parent in parents:
-                if not isinstance(node.get(parent), dict):
-                    break
-                node = node[parent]
-            else:
-                parents = []
+            while parents and isinstance(node.get(parents[0]), dict):
+                node = node[parents.pop(0)]
             if parents or leaf not in node:
                 raise UserError(f"unknown setting {path!r}; allowed here: {', '.join(sorted(node))}")
             if isinstance(node[leaf], dict):
@@ -80,12 +76,10 @@ class ExperimentConfig(Settings):
 
     def save(self, path: Path) -> None:
         """Write JSON (`.json`) or YAML (any other suffix)."""
-        text = (
-            json.dumps(self.to_dict(), indent=2)
-            if path.suffix == ".json"
-            else yaml.safe_dump(self.to_dict(), sort_keys=False)
-        )
-        path.write_text(text, encoding="utf-8")
+        tree = self.to_dict()
+        text = json.dumps(tree, indent=2) if path.suffix == ".json" else yaml.safe_dump(tree, sort_keys=False)
+        with atomic_write(path) as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 def config_from_dict(tree: Mapping[str, Any], source: str = "config") -> ExperimentConfig:

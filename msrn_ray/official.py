@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from .config import ExperimentConfig
 from .datasets.apparel import APPAREL_LABELS
@@ -26,17 +27,9 @@ from .presets import PRESETS
 from .runs.checkpoint import Checkpoint, save_checkpoint
 from .settings import LEVELS, Dataset
 
-# alphabetical by name, unlike COCO's category ids
-COCO_LABELS = (
-    "airplane", "apple", "backpack", "banana", "baseball bat", "baseball glove", "bear", "bed", "bench", "bicycle",
-    "bird", "boat", "book", "bottle", "bowl", "broccoli", "bus", "cake", "car", "carrot", "cat", "cell phone",
-    "chair", "clock", "couch", "cow", "cup", "dining table", "dog", "donut", "elephant", "fire hydrant", "fork",
-    "frisbee", "giraffe", "hair drier", "handbag", "horse", "hot dog", "keyboard", "kite", "knife", "laptop",
-    "microwave", "motorcycle", "mouse", "orange", "oven", "parking meter", "person", "pizza", "potted plant",
-    "refrigerator", "remote", "sandwich", "scissors", "sheep", "sink", "skateboard", "skis", "snowboard", "spoon",
-    "sports ball", "stop sign", "suitcase", "surfboard", "teddy bear", "tennis racket", "tie", "toaster", "toilet",
-    "toothbrush", "traffic light", "train", "truck", "tv", "umbrella", "vase", "wine glass", "zebra",
-)  # fmt: skip
+# the 80 names of COCO's objects, alphabetical, unlike COCO's category ids
+_COCO_CATEGORIES = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+COCO_LABELS = tuple(sorted(set(_COCO_CATEGORIES) - {"__background__", "N/A"}))
 LABEL_NAMES: dict[Dataset, tuple[str, ...]] = {
     "voc": VOC_LABELS,
     "coco": COCO_LABELS,
@@ -45,24 +38,13 @@ LABEL_NAMES: dict[Dataset, tuple[str, ...]] = {
 }
 
 # released name -> name in `model.MSRN`
-_SEMANTICS = {
-    "fc_label.weight": "label_semantics.input.weight",
-    "fc_label.bias": "label_semantics.input.bias",
-    "label_embed.layers.0.W": "label_semantics.first.weight",
-    "label_embed.layers.0.a": "label_semantics.first.score",
-    "label_embed.layers.1.W": "label_semantics.second.weight",
-    "label_embed.layers.1.a": "label_semantics.second.score",
-    "group_embed.layers.0.embed.W": "group_semantics.embed.weight",
-    "group_embed.layers.0.embed.a": "group_semantics.embed.score",
-    "group_embed.layers.0.assign_mat.W": "group_semantics.assign.weight",
-    "group_embed.layers.0.assign_mat.a": "group_semantics.assign.score",
+_GRAPH_ATTENTION = {
+    "label_embed.layers.0": "label_semantics.first",
+    "label_embed.layers.1": "label_semantics.second",
+    "group_embed.layers.0.embed": "group_semantics.embed",
+    "group_embed.layers.0.assign_mat": "group_semantics.assign",
 }
-_MLP = {
-    "fc1.weight": "head.hidden.weight",
-    "fc1.bias": "head.hidden.bias",
-    "fc2.weight": "head.output.weight",
-    "fc2.bias": "head.output.bias",
-}
+_MLP = {"fc1": "head.hidden", "fc2": "head.output"}
 _ELEMENTWISE = {"W": "head.weight", "B": "head.bias"}
 
 
@@ -105,12 +87,16 @@ def convert_state_dict(official: Mapping[str, Tensor], *, levels: int = 3) -> di
     if not 1 <= levels <= len(LEVELS):
         raise UserError(f"levels={levels}: a number from 1 to {len(LEVELS)} is expected")
     source = {name.removeprefix("module."): tensor for name, tensor in official.items()}
-    names = _SEMANTICS | (_MLP if "fc1.weight" in source else _ELEMENTWISE)
+    has_mlp = "fc1.weight" in source
+    layers = {"fc_label": "label_semantics.input"} | (_MLP if has_mlp else {})
     for index, level in enumerate(LEVELS[-levels:]):
-        for kind in ("weight", "bias"):
-            names[f"ProjectM.{index}.{kind}"] = f"projections.{level}.{kind}"
-            if level != "layer4":
-                names[f"resnet_101.conv_buffer{LEVELS.index(level)}.{kind}"] = f"buffer_convs.{level}.{kind}"
+        layers[f"ProjectM.{index}"] = f"projections.{level}"
+        if level != "layer4":
+            layers[f"resnet_101.conv_buffer{LEVELS.index(level)}"] = f"buffer_convs.{level}"
+    names = {f"{old}.{part}": f"{new}.{part}" for old, new in layers.items() for part in ("weight", "bias")}
+    for old, new in _GRAPH_ATTENTION.items():
+        names |= {f"{old}.W": f"{new}.weight", f"{old}.a": f"{new}.score"}
+    names |= {} if has_mlp else _ELEMENTWISE
     missing = [name for name in names if name not in source]
     if missing:
         raise UserError(

@@ -34,10 +34,10 @@ def _benchmark(name: str, dataset: Dataset, group_ratio: float) -> ExperimentCon
     )
 
 
-def _custom_images(name: str, dataset: Dataset) -> ExperimentConfig:
+def _custom_images(dataset: Dataset) -> ExperimentConfig:
     """Return a recipe for a few hundred to a few hundred thousand images, on one GPU or (slowly) on a CPU."""
     return ExperimentConfig(
-        preset=name,
+        preset=dataset,
         data=DataSettings(
             dataset=dataset,
             image_size=224,
@@ -54,18 +54,18 @@ _SCENES = ExperimentConfig(
     preset="scenes",
     # no crop: it would cut labelled objects out of small scenes
     data=DataSettings(dataset="scenes", image_size=96, crop_scales=()),
-    model=ModelSettings(
-        backbone="resnet10",
-        pretrained=None,
-        head="elementwise",
-        embed_dim=128,
-        group_ratio=0.2,
-    ),
+    model=ModelSettings(backbone="resnet10", pretrained=None, head="elementwise", embed_dim=128, group_ratio=0.2),
     # a backbone from scratch needs a higher rate than the semantics that attend to it
     optim=OptimSettings(name="adamw", lr=5e-4, backbone_lr_factor=4.0, weight_decay=1e-2, schedule="onecycle"),
     train=TrainSettings(epochs=6, batch_size=16, eval_batch_size=50),
 )
 
+_CUSTOM: dict[Dataset, str] = {
+    "manifest": "your own images, listed with their labels in a CSV, TSV, JSON Lines or Parquet file",
+    "folders": "your own images in a folder for each label, with or without train/, val/, test/ around them",
+    "huggingface": "a Hugging Face data set: what `save_to_disk` wrote, or Parquet files with the images inside",
+    "webdataset": "WebDataset tars with an image and its labels (.json or .cls) side by side",
+}
 # the only list of presets: the choices of the command line are derived from it
 PRESETS: dict[str, Preset] = {
     "scenes": Preset(
@@ -101,26 +101,7 @@ PRESETS: dict[str, Preset] = {
         "Apparel, 6 colours + 5 garments in <colour>_<garment>/ folders, split by seed",
         "none published on this split",
     ),
-    "manifest": Preset(
-        _custom_images("manifest", "manifest"),
-        "your own images, listed with their labels in a CSV, TSV, JSON Lines or Parquet file",
-        "depends on the data",
-    ),
-    "folders": Preset(
-        _custom_images("folders", "folders"),
-        "your own images in a folder for each label, with or without train/, val/, test/ around them",
-        "depends on the data",
-    ),
-    "huggingface": Preset(
-        _custom_images("huggingface", "huggingface"),
-        "a Hugging Face data set: what `save_to_disk` wrote, or Parquet files with the images inside",
-        "depends on the data",
-    ),
-    "webdataset": Preset(
-        _custom_images("webdataset", "webdataset"),
-        "WebDataset tars with an image and its labels (.json or .cls) side by side",
-        "depends on the data",
-    ),
+    **{name: Preset(_custom_images(name), about, "depends on the data") for name, about in _CUSTOM.items()},
 }
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -17,11 +18,9 @@ Count = Annotated[int, Field(ge=1)]
 
 def _check_tau(value: Any) -> Any:
     """Return tau or raise a single message: pydantic would write one for each type of the union."""
-    try:
+    with suppress(TypeError, ValueError):
         if value == "auto" or 0 < float(value) <= 1:
             return value
-    except (TypeError, ValueError):
-        pass
     raise ValueError(f"model.tau: must be greater than 0 and at most 1, or auto (got {value!r})")
 
 

@@ -45,7 +45,6 @@ RAY_FREE = {  # modules of these rooms that do not import Ray themselves
         "ray_cluster",
         "ray_cluster.check",
         "ray_cluster.cluster_yaml",
-        "ray_cluster.estimate",
         "ray_cluster.private_api",
     ),
     *("ray_cluster.spot_scorer", "ray_data", "ray_train", "ray_train.object_store"),
@@ -306,7 +305,7 @@ def in_fresh_process(code: str, folder: Path) -> dict[str, object]:
 
 
 def test_importing_the_core_avoids_ray_and_side_effects(tmp_path: Path) -> None:
-    without_ray = {"msrn_ray.ray_cluster.cluster_yaml", "msrn_ray.ray_cluster.estimate"}
+    without_ray = {"msrn_ray.ray_cluster.cluster_yaml"}
     core = [name for name in MODULES if room_of(name) not in RAY_ROOMS or name in without_ray]
     assert len(core) > 30
     libraries_and_modules = {

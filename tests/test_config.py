@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,18 @@ def test_saved_config_loads_unchanged(tmp_path: Path, name: str) -> None:
     )
     if name.endswith(".json"):
         assert json.loads(path.read_text(encoding="utf-8")) == unusual().to_dict()
+
+
+def test_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError("no space left on device")
+
+    path = tmp_path / "config.yaml"
+    path.write_text("old")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no space left"):
+        unusual().save(path)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {path.name: "old"}
 
 
 def test_dict_is_plain_data() -> None:

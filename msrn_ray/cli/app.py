@@ -52,18 +52,17 @@ class Train(StartsFromConfig):
 
         start = time.monotonic()
         result = train(self.experiment, resume=self.resume is not None or self._run_exists())
-        out = new_console()
-        print_summary(out, result.metrics)
+        print_summary(new_console(), result.metrics)
         chosen = " (chosen on the test split: protocol paper)" if self.experiment.protocol == "paper" else ""
         scores = [
             f"{split} mAP {result.metrics[f'{split}/mAP']:.4f}"
             for split in ("val", "test")
             if f"{split}/mAP" in result.metrics
         ]
-        out.print(f"{', '.join(scores)}{chosen} in {time.monotonic() - start:.0f} s", markup=False)
-        out.print(f"best checkpoint {from_here(result.best_checkpoint)}", markup=False)
-        out.print(f"curves {from_here(result.run_folder / 'curves.png')}", markup=False)
-        out.print(f"all figures {from_here(result.run_folder / 'metrics.jsonl')}", markup=False)
+        print(f"{', '.join(scores)}{chosen} in {time.monotonic() - start:.0f} s")
+        print(f"best checkpoint {from_here(result.best_checkpoint)}")
+        print(f"curves {from_here(result.run_folder / 'curves.png')}")
+        print(f"all figures {from_here(result.run_folder / 'metrics.jsonl')}")
 
     def _run_exists(self) -> bool:
         """Return whether `or_resume` finds its run."""
@@ -93,6 +92,7 @@ def main() -> None:
     """Run one subcommand. Exit with 2 and one line for what the user can fix, and with 130 after Ctrl-C; a bug keeps its traceback."""
     try:
         parse(COMMANDS, sys.argv[1:] or ["--help"]).run()
+        sys.stdout.flush()  # here, so that an error of it is caught below
     except ValidationError as error:
         _fail("; ".join(describe_errors(error)))
     except UserError as error:

@@ -86,28 +86,19 @@ class Plan:
 
     def run(self) -> None:
         """Print the plan."""
-        from ..ray_cluster.estimate import Hardware, Request, describe_plan
+        from ..training.estimate import Hardware, describe_plan
 
-        for option in (
-            "gpus",
-            "gpu_tflops",
-            "network_gbps",
-            "memory_gbs",
-            "efficiency",
-            "decode_rate",
-            "images",
-            "labels",
-            "dollars",
-        ):
-            value = getattr(self, option)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"--{option.replace('_', '-')} {value:g}: must be greater than 0, and finite")
-        if self.efficiency > 1:
-            raise UserError(f"--efficiency {self.efficiency:g}: a part of the peak, 1 at most")
         config = PRESETS[self.preset].config
         if self.batch_size is not None:
             config = config.with_overrides({"train.batch_size": self.batch_size})
-        hardware = Hardware(self.gpus, self.gpu_tflops, self.network_gbps, self.memory_gbs, self.efficiency)
-        request = Request(config, hardware, self.decode_rate, self.images, self.labels, self.dollars)
-        for line in describe_plan(request):
-            print(line)
+        for option, value in vars(self).items():
+            if isinstance(value, (int, float)) and not 0 < value < math.inf:
+                raise UserError(f"--{option.replace('_', '-')} {value:g}: must be greater than 0, and finite")
+        if self.efficiency > 1:
+            raise UserError(f"--efficiency {self.efficiency:g}: a part of the peak, 1 at most")
+        flops, link, memory = self.gpu_tflops * 1e12, self.network_gbps / 8 * 1e9, self.memory_gbs * 1e9
+        hardware = Hardware(self.gpus, flops, link, memory, self.efficiency)
+        plan = describe_plan(
+            config, hardware, decode_rate=self.decode_rate, images=self.images, labels=self.labels, dollars=self.dollars
+        )
+        print(*plan, sep="\n")

@@ -50,20 +50,16 @@ class Prepare(StartsFromConfig):
             if value is not None and value < 1:
                 raise UserError(f"{option} {value}: must be at least 1")
         start = time.monotonic()
-        out = new_console()
         place = Location.of(self.out)
-        info = prepare(self.data, place, short_side=self.short_side, rows_per_shard=self.rows_per_shard, console=out)
+        info = prepare(self.data, place, short_side=self.short_side, rows_per_shard=self.rows_per_shard)
         for name, split in info.splits.items():
             for line in split.notes:
-                out.print(line, markup=False)
+                print(line)
             left_out = f", {split.bad_images} left out (bad_images.csv)" if split.bad_images else ""
             size = f"{sum(split.shard_bytes) / 1e6:.1f} MB in {plural(len(split.shard_bytes), 'shard')}"
-            out.print(f"{name}: {split.images} images{left_out}, {size}", markup=False)
-        out.print(
-            f"{len(info.label_names)} labels, content {info.content[:12]}, {time.monotonic() - start:.0f} s",
-            markup=False,
-        )
-        out.print(f"train on it with: msrn train {self.preset} --data.root {shlex.quote(str(place))}", markup=False)
+            print(f"{name}: {split.images} images{left_out}, {size}")
+        print(f"{len(info.label_names)} labels, content {info.content[:12]}, {time.monotonic() - start:.0f} s")
+        print(f"train on it with: msrn train {self.preset} --data.root {shlex.quote(str(place))}")
 
 
 @dataclass(frozen=True)
@@ -102,26 +98,25 @@ class Graph(StartsFromConfig):
             check_output(self.save_counts, (".npz",), option="--save-counts")
         config = PRESETS[self.preset].config.model_copy(update={"data": self.data, "protocol": self.protocol})
         graph = config.with_overrides({"model.tau": self.tau, "model.tau_degree": self.tau_degree}).model
-        out = new_console()
         if self.data.label_counts is not None:
             counts = load_counts(Path(self.data.label_counts).expanduser())
         else:
             splits = load_splits(config)
             counts = label_counts(splits.train, None)
             for line in splits.notes:
-                out.print(line, markup=False)
+                print(line)
         if counts.provenance is not None:
-            out.print(f"counted on {counts.provenance}", markup=False)
+            print(f"counted on {counts.provenance}")
         tau = choose_tau(counts, graph.tau, graph.tau_degree)
         if graph.tau == "auto":
-            out.print(f"tau auto: {tau:.4g} for a mean degree of {graph.tau_degree:g} or more", markup=False)
+            print(f"tau auto: {tau:.4g} for a mean degree of {graph.tau_degree:g} or more")
         for line in describe_graph(counts, tau):
-            out.print(line, markup=False)
+            print(line)
         if self.save_counts is not None:
             save_counts(self.save_counts, counts)
-            out.print(f"counts {self.save_counts}", markup=False)
+            print(f"counts {self.save_counts}")
         draw_graph(counts, tau, self.out)
-        out.print(f"picture {self.out}", markup=False)
+        print(f"picture {self.out}")
 
 
 @dataclass(frozen=True)
@@ -151,10 +146,9 @@ class Doctor(StartsFromConfig):
             check_output(self.out, (".html",))
         config = PRESETS[self.preset].config.model_copy(update={"data": self.data, "protocol": self.protocol})
         diagnosis = diagnose_data(config)
-        out = new_console()
-        print_diagnosis(out, diagnosis)
+        print_diagnosis(new_console(), diagnosis)
         if self.out is not None:
             write_page(self.out, diagnosis, self.data.max_pixels)
-            out.print(f"page {self.out}", markup=False)
+            print(f"page {self.out}")
         if diagnosis.num_findings("error"):
             raise SystemExit(1)

@@ -14,7 +14,7 @@ from rich.table import Table
 from ..config import ExperimentConfig
 from ..presets import PRESETS, PresetName
 from ..settings import DataSettings, ResourceSettings
-from .output import new_console, print_summary, write_json
+from .output import new_console, print_summary
 from .parser import StartsFromConfig
 
 
@@ -55,25 +55,20 @@ class Evaluate(StartsFromConfig):
 
     def run(self) -> None:
         """Print the metrics and each label's AP."""
-        from ..io.files import check_output
+        from ..io.files import check_output, write_output
         from ..ray_train.evaluate import evaluate_checkpoint
         from ..runs.checkpoint import load_checkpoint
+        from ..runs.history import to_json
 
         if self.out is not None:
             check_output(self.out, (".json",))
         trained = load_checkpoint(self.checkpoint).config
-        config = trained.model_copy(
-            update={
-                "data": self.data,
-                "resources": self.resources,
-                "protocol": self.protocol,
-                "train": trained.train.model_copy(update={"eval_batch_size": self.batch_size}),
-            }
-        )
+        config = trained.with_overrides({"protocol": self.protocol, "train.eval_batch_size": self.batch_size})
+        config = config.model_copy(update={"data": self.data, "resources": self.resources})
         metrics = evaluate_checkpoint(self.checkpoint, config, self.split)
         out = new_console()
         for line in [*metrics.pop("notes"), *(f"left out: {image}" for image in metrics.pop("bad"))]:
-            out.print(line, markup=False)
+            print(line)
         table = Table("label", "AP")
         prefix = f"{self.split}/AP/"
         for name, value in metrics.items():
@@ -82,9 +77,10 @@ class Evaluate(StartsFromConfig):
         out.print(table)
         print_summary(out, metrics)
         scored = metrics[f"{self.split}/images"]
-        out.print(f"{self.split} mAP {metrics[f'{self.split}/mAP']:.6f} over {scored} images", markup=False)
+        print(f"{self.split} mAP {metrics[f'{self.split}/mAP']:.6f} over {scored} images")
         if self.out is not None:
-            write_json(self.out, metrics)
+            with write_output(self.out) as partial:
+                partial.write_text(to_json(metrics, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -111,9 +107,7 @@ class ImportOfficial:
         label_names = import_official(
             self.file, self.preset, word_vectors=self.word_vectors, graph=self.graph, out=self.out, levels=self.levels
         )
-        new_console().print(
-            f"wrote {self.out}: {len(label_names)} labels; score it with `msrn evaluate {self.out}`", markup=False
-        )
+        print(f"wrote {self.out}: {len(label_names)} labels; score it with `msrn evaluate {self.out}`")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What several commands print and write."""
+"""What several commands print."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-
-from ..errors import UserError
-from ..io.files import atomic_write
 
 
 def new_console() -> Console:
@@ -40,18 +37,3 @@ def print_summary(out: Console, metrics: Mapping[str, Any]) -> None:
         out.print(
             f"{split}: mAP {values['mAP']:.4f}, VOC 11-point {values['mAP_voc11']:.4f}, envelope {values['mAP_envelope']:.4f}"
         )
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write plain values as JSON, nan as null.
-
-    Raises:
-        UserError: if the file cannot be written.
-    """
-    from ..runs.history import to_json
-
-    try:
-        with atomic_write(path) as partial:
-            partial.write_text(to_json(values, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None

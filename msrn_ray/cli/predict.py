@@ -53,9 +53,9 @@ class Predict:
         out.print(table)
         skipped = sum(bool(prediction.error) for prediction in predictions)
         if skipped:
-            out.print(f"{skipped} of {len(predictions)} images skipped")
+            print(f"{skipped} of {len(predictions)} images skipped")
         if skipped == len(predictions):
             raise UserError("none of the images could be read")
         if self.out is not None:
             write_predictions(self.out, predictions, predictor.label_names)
-            out.print(f"wrote {self.out}", markup=False)
+            print(f"wrote {self.out}")

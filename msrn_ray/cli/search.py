@@ -37,9 +37,8 @@ class Search(SearchOptions, StartsFromConfig):
         if "--resume" in given:
             return cls(experiment=config)
         if config.resources.num_workers is None:
-            config = config.with_overrides(
-                {"resources.num_workers": 1}
-            )  # trials side by side need no gradient exchange
+            # trials side by side need no gradient exchange
+            config = config.with_overrides({"resources.num_workers": 1})
         if config.preset == "scenes" and "--config" not in given:
             config = config.with_overrides(_SMALL)
         return cls(experiment=config)

@@ -37,7 +37,7 @@ def uris_below(folder: Location, names: Sequence[str] | pa.ChunkedArray) -> pa.C
     """
     column = _strings(names)
     before, after = str(folder / "\0").split("\0")  # a URI's options come after the path
-    if not folder.is_on_disk and (row := pc.index(pc.match_substring(column, "?"), True).as_py()) >= 0:
+    if not folder.is_local and (row := pc.index(pc.match_substring(column, "?"), True).as_py()) >= 0:
         _ = folder / column[row].as_py()  # raises UserError with the name
     return pc.binary_join_element_wise(before, column, after, "")
 

@@ -16,7 +16,7 @@ import torch
 from ..datasets.image_uris import IMAGE_SUFFIXES, is_image
 from ..errors import UserError
 from ..io.byte_ranges import read_bytes
-from ..io.files import atomic_write, check_output
+from ..io.files import check_output, write_output
 from .predictor import Predictor
 
 OUTPUTS = (".csv", ".json", ".parquet")
@@ -86,13 +86,10 @@ def write_predictions(path: Path, predictions: Sequence[Prediction], label_names
         columns[label] = [row.probabilities[index] if row.probabilities else None for row in predictions]
     columns[reason] = [row.error for row in predictions]
     table = pa.table(columns)
-    try:
-        with atomic_write(path) as partial:
-            if path.suffix == ".csv":
-                pyarrow.csv.write_csv(table, partial)
-            elif path.suffix == ".parquet":
-                pyarrow.parquet.write_table(table, partial)
-            else:
-                partial.write_text(json.dumps(table.to_pylist(), indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    with write_output(path) as partial:
+        if path.suffix == ".csv":
+            pyarrow.csv.write_csv(table, partial)
+        elif path.suffix == ".parquet":
+            pyarrow.parquet.write_table(table, partial)
+        else:
+            partial.write_text(json.dumps(table.to_pylist(), indent=1) + "\n", encoding="utf-8")

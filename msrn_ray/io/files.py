@@ -36,6 +36,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def write_output(path: Path) -> Iterator[Path]:
+    """Like `atomic_write`, for a file that the user names.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    try:
+        with atomic_write(path) as partial:
+            yield partial
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
 def read_arrays(path: Path, fields: Sequence[str]) -> list[npt.NDArray[Any]]:
     """Return the named arrays of an .npz file without unpickling anything.
 
@@ -44,18 +58,15 @@ def read_arrays(path: Path, fields: Sequence[str]) -> list[npt.NDArray[Any]]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; give an .npz file with {', '.join(fields)}")
-    arrays = []
     try:
         with np.load(path, allow_pickle=False) as content:
-            for field in fields:
-                if field not in content:
-                    raise UserError(f'{path}: has no "{field}"; give an .npz file with {", ".join(fields)}')
-                arrays.append(content[field])
-    except UserError:
-        raise
+            arrays = {field: content[field] for field in fields if field in content}
     except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: not an .npz file of plain arrays ({error}); write it with numpy.savez") from error
-    return arrays
+    for field in fields:
+        if field not in arrays:
+            raise UserError(f'{path}: has no "{field}"; give an .npz file with {", ".join(fields)}')
+    return list(arrays.values())
 
 
 def check_output(path: Path, suffixes: Sequence[str], option: str = "--out") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl, unquote
@@ -49,12 +50,10 @@ def _connect(scheme: str, bucket: str, options: str) -> pafs.FileSystem:
     if scheme in _GOOGLE and "retry_limit_seconds" not in dict(parse_qsl(options)):  # pyarrow's own limit is 15 minutes
         options = "&".join(filter(None, (options, f"retry_limit_seconds={_REQUEST_SECONDS}")))
     uri = f"{scheme}://{bucket}" + (f"?{options}" if options else "")
-    try:
+    with suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError):  # not a scheme of pyarrow: fsspec may know it
         if scheme == "s3":
             return _connect_s3(options)
         return pafs.FileSystem.from_uri(uri)[0]
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # not a scheme of pyarrow: fsspec may know it
-        pass
     try:
         limits = {"client_kwargs": {"timeout": _web_timeout()}} if scheme in _WEB else {}
         return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.core.url_to_fs(uri, **limits)[0]))

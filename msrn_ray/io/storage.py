@@ -48,7 +48,7 @@ class Location:
 
     def __truediv__(self, part: str) -> Location:
         head, mark, options = self._split()
-        if "?" in part and not self.is_on_disk:
+        if "?" in part and not self.is_local:
             raise UserError(f"{self}: the name {part!r} has a '?', which ends the path of a URI; rename it")
         return Location(posixpath.join(head, part) + mark + options)
 
@@ -121,9 +121,8 @@ class Location:
                 stream.write(data)
             filesystem.move(partial, path)
         except (OSError, pa.ArrowException) as error:
-            with suppress(
-                OSError, pa.ArrowException
-            ):  # leave a full disk no fuller; the first error is the one to report
+            # leave a full disk no fuller; the first error is the one to report
+            with suppress(OSError, pa.ArrowException):
                 filesystem.delete_file(partial)
             raise UserError(f"{self}: cannot be written ({' '.join(str(error).split())[:300]})") from None
 
@@ -208,14 +207,9 @@ class Location:
             where = f" in {path}" if above else ""
             raise UserError(f"{self}: cannot be reached ({error.strerror}{where})") from None
 
-    @property
-    def is_on_disk(self) -> bool:
-        """Return whether it is on this machine, as a path or a file:// URI."""
-        return self.is_local or self.text.startswith("file://")
-
     def _split(self) -> tuple[str, str, str]:
         """Return path, mark and the file system's options, which only URIs of other machines have."""
-        return (self.text, "", "") if self.is_on_disk else self.text.partition("?")
+        return (self.text, "", "") if self.is_local else self.text.partition("?")
 
     def _info(self) -> pafs.FileInfo:
         filesystem, path = filesystem_of(self.text)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from ..errors import UserError
-from ..io.files import read_arrays
+from ..io.files import read_arrays, write_output
 from ..types import PRESENT
 
 _BLOCK_ROWS = 65_536  # the floats of millions of rows at once would not fit into memory
@@ -155,11 +155,8 @@ def save_counts(path: Path, counts: LabelCounts) -> None:
     if counts.provenance is not None:
         origin = counts.provenance
         fields |= {"source": origin.source, "images": origin.num_images, "fingerprint": origin.fingerprint}
-    try:
-        with path.open("wb") as file:  # numpy would append .npz to a path
-            np.savez_compressed(file, **fields)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    with write_output(path) as partial, partial.open("wb") as file:  # numpy would append .npz to a path
+        np.savez_compressed(file, **fields)
 
 
 def load_counts(path: Path, names: Sequence[str] | None = None) -> LabelCounts:
@@ -200,17 +197,15 @@ def load_counts(path: Path, names: Sequence[str] | None = None) -> LabelCounts:
             f"{count[row]} with {labels[row]}; take both counts from the same images,"
             f" or P({labels[column]} | {labels[row]}) is above 1"
         )
-    order = list(range(num_labels))
-    if names is not None:
-        place = {label: position for position, label in enumerate(labels.tolist())}
-        lacking, surplus = sorted(set(names) - set(place)), sorted(set(place) - set(names))
-        if lacking or surplus:
-            raise UserError(
-                f'{path}: "names" are not the labels of the data set (lacking: {", ".join(lacking) or "none"}; '
-                f"not in the data set: {', '.join(surplus) or 'none'}); give the counts of this data set"
-            )
-        order = [place[name] for name in names]
-    chosen = tuple(str(labels[position]) for position in order)
+    place: dict[str, int] = {label: position for position, label in enumerate(labels.tolist())}
+    chosen = tuple(place if names is None else names)
+    lacking, surplus = sorted(set(chosen) - set(place)), sorted(set(place) - set(chosen))
+    if lacking or surplus:
+        raise UserError(
+            f'{path}: "names" are not the labels of the data set (lacking: {", ".join(lacking) or "none"}; '
+            f"not in the data set: {', '.join(surplus) or 'none'}); give the counts of this data set"
+        )
+    order = [place[name] for name in chosen]
     return LabelCounts(chosen, pairs[np.ix_(order, order)], count[order], _load_provenance(path))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -13,7 +14,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from ..errors import UserError
+from ..io.files import write_output
 from .graph import LabelCounts, attend_mask, conditional_probability, how_to_add_edges
 
 Edge = tuple[int, int, float]  # i, j, P(i | j): label i attends to label j
@@ -67,8 +68,9 @@ def draw_graph(counts: LabelCounts, tau: float, target: Path | BinaryIO) -> None
     colour = ScalarMappable(Normalize(0, 1), "viridis_r")
     share = counts.count / max(1, counts.count.max())
     area = 12 + 900 * share * min(1, 30 / num_labels)
-    _draw_arrows(axis, found, angle, area, colour)
-    _draw_labels(axis, counts, found, angle, area)
+    place = np.stack([np.cos(angle), np.sin(angle)], 1)
+    _draw_arrows(axis, found, place, area, colour)
+    _draw_labels(axis, counts, found, place, area)
     axis.set(xlim=(-1.45, 1.45), ylim=(-1.45, 1.45), aspect="equal")
     axis.set_title(
         f"{len(found)} edges at tau {tau:.4g}: an arrow goes from j to i, which attends to it, where P(i | j) >= tau\n"
@@ -76,15 +78,13 @@ def draw_graph(counts: LabelCounts, tau: float, target: Path | BinaryIO) -> None
     )
     axis.axis("off")
     figure.colorbar(colour, ax=axis, label="P(i | j)", shrink=0.4, pad=0.01)
-    try:
-        figure.savefig(target, format="png")
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror})") from None
+    with write_output(target) if isinstance(target, Path) else nullcontext(target) as file:
+        figure.savefig(file, format="png")
 
 
-def _draw_arrows(axis: Axes, found: list[Edge], angle: _Numbers, area: _Numbers, colour: ScalarMappable) -> None:
-    """Draw the edges; angle: [C] radians on the unit circle, area: [C] square points."""
-    place, radius = _on_circle(angle), _radius(area)
+def _draw_arrows(axis: Axes, found: list[Edge], place: _Numbers, area: _Numbers, colour: ScalarMappable) -> None:
+    """Draw the edges; place: [C, 2] points of the unit circle, area: [C] square points."""
+    radius = _radius(area)
     tints = colour.to_rgba(np.array([probability for _, _, probability in found]))
     for (i, j, probability), tint in zip(reversed(found), reversed(tints), strict=True):  # the strongest last, on top
         axis.annotate(
@@ -102,38 +102,27 @@ def _draw_arrows(axis: Axes, found: list[Edge], angle: _Numbers, area: _Numbers,
         )
 
 
-def _draw_labels(axis: Axes, counts: LabelCounts, found: list[Edge], angle: _Numbers, area: _Numbers) -> None:
-    """Draw the labels as discs, with name and count outside the circle; angle and area as in `_draw_arrows`."""
-    place, radius = _on_circle(angle), _radius(area)
-    linked = np.zeros(len(angle), bool)
+def _draw_labels(axis: Axes, counts: LabelCounts, found: list[Edge], place: _Numbers, area: _Numbers) -> None:
+    """Draw the labels as discs, with name and count outside the circle; place and area as in `_draw_arrows`."""
+    radius = _radius(area)
+    linked = np.zeros(len(place), bool)
     linked[[index for i, j, _ in found for index in (i, j)]] = True
-    axis.scatter(
-        place[:, 0],
-        place[:, 1],
-        s=area,
-        c=np.where(linked, "tab:orange", "lightgrey"),
-        edgecolors="black",
-        linewidths=0.5,
-        zorder=3,
-    )
-    for index, (name, turn) in enumerate(zip(counts.names, angle, strict=True)):
-        right = np.cos(turn) >= 0
+    colours = np.where(linked, "tab:orange", "lightgrey")
+    axis.scatter(place[:, 0], place[:, 1], s=area, c=colours, edgecolors="black", linewidths=0.5, zorder=3)
+    for index, (name, (x, y)) in enumerate(zip(counts.names, place, strict=True)):
+        right = x >= 0
         axis.annotate(
             f"{name} {counts.count[index]:,}",
             xy=tuple(place[index]),
             xytext=tuple(place[index] * (radius[index] + 6)),
             textcoords="offset points",
-            rotation=np.degrees(turn) + (0 if right else 180),
+            rotation=np.degrees(np.arctan2(y, x)) + (0 if right else 180),
             rotation_mode="anchor",
             va="center",
             ha="left" if right else "right",
             color="black" if linked[index] else "dimgrey",
             parse_math=False,
         )
-
-
-def _on_circle(angle: _Numbers) -> _Numbers:
-    return np.stack([np.cos(angle), np.sin(angle)], 1)
 
 
 def _radius(area: _Numbers) -> _Numbers:

@@ -106,8 +106,7 @@ def _spellings(name: str) -> Iterator[list[str]]:
     yield [name]
     yield [lower]
     yield [lower.replace("_", " ")]
-    words = [word for word in re.split(r"[\s_-]+", lower) if word]
-    if words:
+    if words := re.findall(r"[^\s_-]+", lower):
         yield words
     if lower in ALIASES:
         yield from _spellings(ALIASES[lower])
@@ -130,12 +129,8 @@ def _read_package(wanted: set[str]) -> tuple[dict[str, Vector], int]:
 
 def _read_npz(path: Path) -> tuple[dict[str, Vector], int]:
     names, vectors = read_arrays(path, ("names", "vectors"))
-    if (
-        vectors.ndim != 2
-        or names.shape != vectors.shape[:1]
-        or names.dtype.kind != "U"
-        or vectors.dtype.kind not in "fiu"
-    ):
+    fits = vectors.ndim == 2 and names.shape == vectors.shape[:1]
+    if not fits or names.dtype.kind != "U" or vectors.dtype.kind not in "fiu":
         raise UserError(
             f'{path}: "names" {names.shape} {names.dtype} and "vectors" {vectors.shape} {vectors.dtype} do not fit; '
             "write K texts and K x V numbers"

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..settings import ModelSettings
 from .backbone import Backbone, load_pretrained
 from .baselines import PooledLinear
-from .msrn import MSRN
+from .msrn import MSRN, MLPHead
 from .semantic_attention import semantic_attention
 
 __all__ = [
@@ -80,5 +80,5 @@ def set_prior_bias(model: MSRN | PooledLinear, frequency: Tensor) -> None:
 
     Source: Lin et al., "Focal Loss for Dense Object Detection" (2017), section 4.1, with the measured rates in place of one prior.
     """
-    bias = model.head.bias if isinstance(model, PooledLinear) else model.head.output_bias
+    bias = model.head.output.bias if isinstance(model.head, MLPHead) else model.head.bias
     bias.copy_(frequency.logit())

@@ -48,17 +48,12 @@ class Backbone(nn.Module):
             module.requires_grad_(False)
         self.train()
 
-    def _stem(self, images: Tensor) -> Tensor:
-        out: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        return out
-
-    def _stage_modules(self, index: int) -> list[nn.Module]:
-        return [self.conv1, self.bn1] if index == 0 else [getattr(self, STAGES[index])]
-
     def _frozen_modules(self) -> list[nn.Module]:
-        frozen = [module for index in range(self.frozen_stages) for module in self._stage_modules(index)]
-        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
-        return frozen + (norms if self.frozen_batchnorm else [])
+        frozen: list[nn.Module] = [self.conv1, self.bn1] if self.frozen_stages else []
+        frozen += [getattr(self, stage) for stage in STAGES[1 : self.frozen_stages]]
+        if self.frozen_batchnorm:
+            frozen += [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        return frozen
 
     def train(self, mode: bool = True) -> Backbone:
         """Like `nn.Module.train`, but frozen modules stay in eval mode, so that their BatchNorm statistics do not move."""
@@ -70,10 +65,10 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return [B, channels, h, w] per level, fine to coarse; images: [B, 3, H, W] float, normalised."""
         features = []
-        out = images
-        for index in range(self.depth + 1):
-            out = self._stem(out) if index == 0 else getattr(self, STAGES[index])(out)
-            if STAGES[index] in self.levels:
+        out = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        for stage in STAGES[1 : self.depth + 1]:
+            out = getattr(self, stage)(out)
+            if stage in self.levels:
                 features.append(out)
         return features
 
@@ -150,15 +145,12 @@ def read_pretrained(name: str, source: str) -> Mapping[str, Tensor]:
             "model.pretrained: there are no ImageNet weights for resnet10; give a file, or None for random weights"
         )
     else:
+        known = torchvision.models.get_model_weights(name)
+        if source not in known.__members__:
+            names = ", ".join(weight.name for weight in known)
+            raise UserError(f"model.pretrained {source!r}: no such file or weights; {name} has the weights {names}")
         try:
-            weights = getattr(torchvision.models.get_model_weights(name), source)
-        except AttributeError:
-            names = ", ".join(weight.name for weight in torchvision.models.get_model_weights(name))
-            raise UserError(
-                f"model.pretrained {source!r}: no such file or weights; {name} has the weights {names}"
-            ) from None
-        try:
-            state = weights.get_state_dict(progress=False, check_hash=True)
+            state = known[source].get_state_dict(progress=False, check_hash=True)
         except OSError as error:  # URLError included
             raise UserError(
                 f"model.pretrained {source}: could not be downloaded ({_first_line(error)}); give a file, or None for random weights"

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # the field's name for it
 
+from ..settings import ModelSettings
+
 _GAIN = 1.414  # Xavier gain of the graph attention weights, as in the authors' release
 
 
@@ -40,6 +42,7 @@ class LabelSemantics(nn.Module):
     """Word vectors -> linear -> two graph attention layers -> E [C, D] (paper section 3.1).
 
     Args:
+        settings: the widths of the layers.
         word_vectors: [C, V] float32.
         attend_mask: [C, C] bool, True on the diagonal.
         train_vectors: whether the word vectors are trained. Their name in the state dict is the same either way.
@@ -49,14 +52,7 @@ class LabelSemantics(nn.Module):
     attend_mask: Tensor
 
     def __init__(
-        self,
-        word_vectors: Tensor,
-        attend_mask: Tensor,
-        *,
-        hidden_dim: int,
-        graph_hidden_dim: int,
-        embed_dim: int,
-        train_vectors: bool = False,
+        self, settings: ModelSettings, word_vectors: Tensor, attend_mask: Tensor, *, train_vectors: bool = False
     ) -> None:
         super().__init__()
         if train_vectors:
@@ -64,9 +60,9 @@ class LabelSemantics(nn.Module):
         else:
             self.register_buffer("word_vectors", word_vectors)
         self.register_buffer("attend_mask", attend_mask)
-        self.input = nn.Linear(word_vectors.shape[1], hidden_dim)
-        self.first = GraphAttention(hidden_dim, graph_hidden_dim)
-        self.second = GraphAttention(graph_hidden_dim, embed_dim)
+        self.input = nn.Linear(word_vectors.shape[1], settings.label_hidden_dim)
+        self.first = GraphAttention(settings.label_hidden_dim, settings.graph_hidden_dim)
+        self.second = GraphAttention(settings.graph_hidden_dim, settings.embed_dim)
 
     def forward(self) -> Tensor:
         """Return E [C, D] float32."""

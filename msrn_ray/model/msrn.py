@@ -27,11 +27,6 @@ class MLPHead(nn.Module):
         self.hidden = nn.Linear((num_labels + num_groups) * width, hidden_dim)
         self.output = nn.Linear(hidden_dim, num_labels)
 
-    @property
-    def output_bias(self) -> nn.Parameter:
-        """Return [C], the bias of the logits."""
-        return self.output.bias
-
     def forward(self, labels: Tensor, groups: Tensor, assignment: Tensor) -> Tensor:
         """Return logits [B, C]; labels: [B, C, L*D], groups: [B, G, L*D], assignment (not used): [C, G]."""
         flat = torch.cat([labels, groups], 1).tanh().flatten(1)
@@ -47,11 +42,6 @@ class ElementwiseHead(nn.Module):
         bound = 1 / math.sqrt(2 * width)
         self.weight = nn.Parameter(torch.empty(num_labels, 2 * width).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(num_labels).uniform_(-bound, bound))
-
-    @property
-    def output_bias(self) -> nn.Parameter:
-        """Return [C], the bias of the logits."""
-        return self.bias
 
     def forward(self, labels: Tensor, groups: Tensor, assignment: Tensor) -> Tensor:
         """Return logits [B, C]; labels: [B, C, L*D], groups: [B, G, L*D], assignment: [C, G]."""
@@ -89,14 +79,7 @@ class MSRN(nn.Module):
         self.projections = nn.ModuleDict(
             {level: nn.Conv2d(channels[level], settings.embed_dim, 1) for level in settings.levels}
         )
-        self.label_semantics = LabelSemantics(
-            word_vectors,
-            attend_mask,
-            hidden_dim=settings.label_hidden_dim,
-            graph_hidden_dim=settings.graph_hidden_dim,
-            embed_dim=settings.embed_dim,
-            train_vectors=train_vectors,
-        )
+        self.label_semantics = LabelSemantics(settings, word_vectors, attend_mask, train_vectors=train_vectors)
         self.group_semantics = GroupSemantics(settings.embed_dim, num_groups)
         self.attention = SemanticAttention()
         self.head: MLPHead | ElementwiseHead = (

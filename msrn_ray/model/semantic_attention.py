@@ -182,12 +182,8 @@ def semantic_attention(features: Tensor, semantics: Tensor, *, compiled: bool = 
     Source: arXiv 2106.11596, section 3.3.
     """
     shapes = tuple(features.shape), tuple(semantics.shape)
-    if (
-        features.dim() != 3
-        or semantics.dim() != 2
-        or features.shape[2] != semantics.shape[1]
-        or 0 in shapes[0] + shapes[1]
-    ):
+    fits = features.dim() == 3 and semantics.dim() == 2 and features.shape[2] == semantics.shape[1]
+    if not fits or 0 in shapes[0] + shapes[1]:
         raise ValueError(f"features {shapes[0]} and semantics {shapes[1]} must be [B, N, D] and [Q, D], no side 0")
     if features.dtype.itemsize < 4 or semantics.dtype.itemsize < 4:  # exp and sums lose too much in half precision
         features, semantics = features.float(), semantics.float()

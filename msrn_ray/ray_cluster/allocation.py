@@ -47,7 +47,7 @@ def allocate(settings: ResourceSettings) -> Allocation:
     """Fit the settings to the cluster. First wait for the nodes that an autoscaling cluster starts for them.
 
     Raises:
-        UserError: if the settings need more than the cluster has or can have, with both numbers. Ray itself would wait for ever.
+        UserError: if the settings need more than the cluster has or can have, with both numbers. Ray itself would wait forever.
     """
     largest = max_cluster_resources()
     # The file on this node describes another cluster if the run has started one of its own; such a cluster does not grow
@@ -58,26 +58,25 @@ def allocate(settings: ResourceSettings) -> Allocation:
     return fit(settings, *_cluster_size())
 
 
-def fit(settings: ResourceSettings, cpus: float, gpus: int, owner: str = "the cluster has") -> Allocation:
+def fit(settings: ResourceSettings, cpus: float, gpus: int, cluster: str = "the cluster") -> Allocation:
     """Return what a run with these settings takes of so many CPUs and GPUs.
 
     Raises:
-        UserError: if the settings need more, with both numbers. The message names the `owner` of the CPUs and GPUs.
+        UserError: if the settings need more, with both numbers. The message calls what has the CPUs and GPUs `cluster`.
     """
     use_gpu = gpus > 0 if settings.use_gpu is None else settings.use_gpu
-    decode_cpus = 1
-    cpu_room = _count_workers(settings.cpus_per_worker, cpus - decode_cpus)
+    cpu_room = _count_workers(settings, cpus - 1)  # one CPU decodes
     fewest, most = settings.worker_range or (default_workers(gpus if use_gpu else 0),) * 2
     if settings.num_workers is None and not use_gpu:
         fewest = most = max(1, min(most, cpu_room))
     requested = settings.num_workers or fewest
     if use_gpu and fewest > gpus:
         raise UserError(
-            f"resources.num_workers={requested} needs as many GPUs, {owner} {gpus}; lower it or set resources.use_gpu False"
+            f"resources.num_workers={requested} needs as many GPUs, {cluster} has {gpus}; lower it or set resources.use_gpu False"
         )
     if fewest > cpu_room:
         raise UserError(
-            f"resources.num_workers={requested} x {settings.cpus_per_worker} CPUs, and one for decoding, are too many, {owner}"
+            f"resources.num_workers={requested} x {settings.cpus_per_worker} CPUs, and one for decoding, are too many, {cluster} has"
             f" {cpus:g} CPUs; lower resources.num_workers or resources.cpus_per_worker"
         )
     num_workers = min(most, cpu_room, gpus) if use_gpu else min(most, cpu_room)
@@ -124,14 +123,14 @@ def local_runs(settings: ResourceSettings) -> int:
     """Return how many trials run at a time on a cluster that this machine starts: each worker gets cores, and its part of a GPU."""
     workers, _ = settings.worker_range or (1, 1)
     gpus = 0 if settings.use_gpu is False else torch.cuda.device_count()
-    room = _count_workers(settings.cpus_per_worker, usable_cores(), settings.gpus_per_worker, gpus or None)
+    room = _count_workers(settings, usable_cores(), gpus or None)
     return max(1, room // workers)
 
 
 def share_cluster(allocation: Allocation, requested: int | None, nodes: Sequence[Mapping[str, Any]]) -> Allocation:
     """Return the allocation of a trial, with how many trials run at a time.
 
-    Tune does not count what a trial's workers take. Without this count, trials would wait for each other's workers for ever.
+    Tune does not count what a trial's workers take. Without this count, trials would wait for each other's workers forever.
 
     Args:
         allocation: what one trial alone takes.
@@ -144,38 +143,35 @@ def share_cluster(allocation: Allocation, requested: int | None, nodes: Sequence
     sizes = [node["Resources"] for node in nodes if node["Alive"]]
     cpus, gpus = (sum(size.get(name, 0.0) for size in sizes) for name in ("CPU", "GPU"))
     workers = sum(
-        _count_workers(
-            allocation.cpus_per_worker,
-            size.get("CPU", 0),
-            allocation.gpus_per_worker,
-            int(size.get("GPU", 0)) if allocation.use_gpu else None,
-        )
+        _count_workers(allocation, size.get("CPU", 0), int(size.get("GPU", 0)) if allocation.use_gpu else None)
         for size in sizes
     )
     worker_cpus = allocation.num_workers * allocation.cpus_per_worker
     room = min(workers // allocation.num_workers, int(cpus // (worker_cpus + 1)))
-    runs = requested or room
-    if max(1, runs) > room:
+    runs = max(1, requested or room)
+    if runs > room:
         needs = f"{worker_cpus} CPUs for workers, 1 for decoding"
         if allocation.use_gpu:
             needs += f", {allocation.num_workers * allocation.gpus_per_worker:g} GPUs"
         raise UserError(
-            f"--max-concurrent {max(1, runs)} has no room: a trial takes {needs}; the cluster has {cpus:g} CPUs and {gpus:g} GPUs on"
+            f"--max-concurrent {runs} has no room: a trial takes {needs}; the cluster has {cpus:g} CPUs and {gpus:g} GPUs on"
             f" {len(sizes)} nodes, enough for {room}"
         )
     return replace(allocation, runs=runs)
 
 
-def _count_workers(cpus_per_worker: int, cpus: float, gpus_per_worker: float = 1.0, gpus: int | None = None) -> int:
-    """Return how many workers fit on so many CPUs and GPUs. `gpus` is None for workers without a GPU.
+def _count_workers(share: ResourceSettings | Allocation, cpus: float, gpus: int | None = None) -> int:
+    """Return how many workers fit on so many CPUs and GPUs.
 
     A worker's part of a GPU lies on one GPU.
+
+    Args:
+        share: what each worker reserves.
+        cpus: CPUs of the workers.
+        gpus: GPUs of the workers, or None for workers without a GPU.
     """
-    room = int(cpus // cpus_per_worker)
-    if gpus is None:
-        return room
-    workers_per_gpu = math.floor(1 / gpus_per_worker + 1e-9)
-    return min(room, gpus * workers_per_gpu)
+    room = int(cpus // share.cpus_per_worker)
+    return room if gpus is None else min(room, gpus * math.floor(1 / share.gpus_per_worker + 1e-9))
 
 
 def _cluster_size() -> tuple[float, int]:
@@ -199,40 +195,32 @@ def _wait_for_nodes(settings: ResourceSettings, largest: Mapping[str, int]) -> N
                 f"the cluster has {gpus} GPUs now and can grow to {max_gpus}; say with resources.num_workers how many the run takes"
             )
         return
-    use_gpu = fit(settings, max_cpus, max_gpus, owner="the cluster at its largest has").use_gpu
+    use_gpu = fit(settings, max_cpus, max_gpus, "the cluster at its largest").use_gpu
     settings = settings.model_copy(update={"use_gpu": use_gpu})  # a GPU node may still be missing
+    if _shortage(settings) is None:
+        return
     workers = worker_range[0] * [{"CPU": settings.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})]
-    deadline = time.monotonic() + 60 * settings.wait_minutes
-    requested: float | None = None
+    print(
+        f"waiting for nodes for {len(workers)} workers; the cluster has {cpus:g} CPUs and {gpus} GPUs now", flush=True
+    )
+    deadline, next_request = time.monotonic() + 60 * settings.wait_minutes, 0.0
     try:
         while (shortage := _shortage(settings)) is not None:
-            if requested is None:
-                cpus, gpus = _cluster_size()
-                print(
-                    f"waiting for nodes for {len(workers)} workers; the cluster has {cpus:g} CPUs and {gpus} GPUs now",
-                    flush=True,
-                )
-            if requested is None or time.monotonic() >= requested + _REQUEST_SECONDS:
-                requested = time.monotonic()
+            if time.monotonic() >= next_request:
+                next_request = time.monotonic() + _REQUEST_SECONDS
                 ray.autoscaler.sdk.request_resources(bundles=[*workers, {"CPU": 1}])
             if time.monotonic() > deadline:
                 raise UserError(f"{shortage}; `ray status` on the head says why none came")
             time.sleep(1)
     finally:
-        if requested is not None:
-            ray.autoscaler.sdk.request_resources(
-                bundles=[]
-            )  # else the nodes would stay for ever; the workers keep them
+        # else the nodes would stay forever; the workers keep them
+        ray.autoscaler.sdk.request_resources(bundles=[])
 
 
 def _shortage(settings: ResourceSettings) -> UserError | None:
     """Return what the present cluster lacks, or None."""
     try:
-        fit(
-            settings,
-            *_cluster_size(),
-            owner=f"after resources.wait_minutes={settings.wait_minutes:g} the cluster has",
-        )
+        fit(settings, *_cluster_size(), f"after resources.wait_minutes={settings.wait_minutes:g} the cluster")
     except UserError as error:
         return error
     return None

@@ -7,24 +7,32 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
 import click
 import jsonschema
+import ray
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from ..config import ExperimentConfig
 from ..errors import UserError
 from .allocation import fit
-from .check_versions import check_versions
 from .cluster_yaml import FAMILIES, commands, instance_resources, most_resources, read_cluster
 from .private_api import prepare_config, validate_config
 from .spot_scorer import SPOT, score
 
 PLACEHOLDER = "CHANGE-ME"
+# What a node that joins later must have in the same version
+_PINNED = ("ray", "torch", "torchvision", "numpy", "pyarrow")
+_PIN = re.compile(r"(?<![\w.-])([A-Za-z][\w.-]*)(?:\[[\w,]+\])?==([\w.]+)")
+_PIP = re.compile(r"pip install[^;&|\n]*")
+_PINS_FILE = re.compile(r"\s(?:-[cr]|--constraint|--requirement)[ =]?(\S+)")
 _EXCLUDED = (".git", ".venv", "runs")  # gigabytes that no node needs
 _SECRET = (".ssh", ".aws")
-_OPEN_TO_ALL = ("0.0.0.0/0", "::/0")
+_OPEN_TO_ALL = {"0.0.0.0/0", "::/0"}
 _SCORER = f"{score.__module__}.{score.__name__}"
 _MOVED = {"msrn_ray.spot_first.score": _SCORER}  # what older cluster files name
 
@@ -44,12 +52,8 @@ def check_cluster(path: Path) -> list[str]:
         return [*findings, f"{place or 'the file'}: {error.message.splitlines()[0]}"]
     except (ValueError, click.ClickException) as error:
         return [*findings, f"Ray refuses it: {error}"]
-    except (
-        AttributeError,
-        KeyError,
-        NotImplementedError,
-        TypeError,
-    ) as error:  # Ray's schema does not check every field
+    # Ray's schema does not check every field
+    except (AttributeError, KeyError, NotImplementedError, TypeError) as error:
         return [*findings, f"Ray cannot read it, a field has a value of another kind than it should ({error})"]
     checks = (check_versions, _check_starts, _check_openings, _check_files, _check_addresses, _check_aws)
     return [*findings, *(finding for check in checks for finding in check(config))]
@@ -67,7 +71,7 @@ def check_preset(path: Path, config: ExperimentConfig) -> str:
             f"{path}: provider local does not say what its nodes have; the run itself fails if that is not enough"
         )
     cpus, gpus = most["CPU"], most["GPU"]
-    allocation = fit(config.resources, cpus, gpus, owner=f"{path} at its largest has")
+    allocation = fit(config.resources, cpus, gpus, f"{path} at its largest")
     workers, batch = allocation.num_workers, config.train.batch_size
     if workers > batch:
         raise UserError(f"train.batch_size={batch} leaves some of {workers} workers without an image; raise it")
@@ -109,6 +113,40 @@ def _check_placeholders(tree: Any, place: str = "") -> Iterator[str]:
         yield f"{place}: still says {word}; put your own there"
 
 
+def check_versions(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a finding per package that is not pinned, or pinned to a version that does not fit."""
+    text = commands(config, "setup_commands", "head_setup_commands", "worker_setup_commands")
+    pip = "\n".join(_PIP.findall(text))
+    if not pip:
+        return  # the nodes have an environment already; its versions are out of reach here
+    texts = []
+    for target in _PINS_FILE.findall(pip):
+        path = _find_source(target, config["file_mounts"])
+        if path is None or not path.is_file():
+            yield f"setup_commands: pip reads {target}, which file_mounts does not copy; add it there"
+            return
+        texts.append(path.read_text(encoding="utf-8"))
+    pins = {canonicalize_name(name): version for name, version in _PIN.findall("\n".join([*texts, text]))}
+    for requirement in map(Requirement, requires("msrn-ray") or []):
+        name = canonicalize_name(requirement.name)
+        if requirement.marker is not None or name not in {*_PINNED, *pins}:
+            continue
+        if name not in pins:
+            yield f"setup_commands: install {name} in one version (==), so that a node that joins later has the same"
+        elif name == "ray" and pins[name] != ray.__version__:
+            yield f"setup_commands: ray=={pins[name]}, but `ray up` here is {ray.__version__}; both must be the same"
+        elif not requirement.specifier.contains(pins[name]):
+            yield f"setup_commands: {name}=={pins[name]}, but the project needs {requirement.specifier}"
+
+
+def _find_source(target: str, file_mounts: Mapping[str, str]) -> Path | None:
+    """Return the local file that `file_mounts` copies to a path on the nodes, or None."""
+    for mount, source in file_mounts.items():
+        if target == mount or target.startswith(f"{mount.rstrip('/')}/"):
+            return Path(source).expanduser() / target[len(mount) :].lstrip("/")
+    return None
+
+
 def _check_starts(config: Mapping[str, Any]) -> Iterator[str]:
     """Check the commands that start Ray."""
     for field in ("head_start_ray_commands", "worker_start_ray_commands"):
@@ -133,7 +171,7 @@ def _check_starts(config: Mapping[str, Any]) -> Iterator[str]:
     spot = any(_is_spot(node_type) for node_type in config["available_node_types"].values())
     if spot and not (scorer in head and old_autoscaler in head):
         yield (
-            f"head_start_ray_commands: add `export {old_autoscaler} {scorer};` before ray start; else Ray requests spot instances for ever"
+            f"head_start_ray_commands: add `export {old_autoscaler} {scorer};` before ray start; else Ray requests spot instances forever"
             " where AWS has none left"
         )
 
@@ -143,13 +181,10 @@ def _check_openings(config: Mapping[str, Any]) -> Iterator[str]:
     if host is not None and host[1] not in ("127.0.0.1", "localhost"):
         yield f"head_start_ray_commands: --dashboard-host={host[1]} opens the dashboard to others; write 127.0.0.1 and use `ray dashboard`"
     for rule in config["provider"].get("security_group", {}).get("IpPermissions", []):
-        ranges = [
-            source.get("CidrIp", source.get("CidrIpv6"))
-            for key in ("IpRanges", "Ipv6Ranges")
-            for source in rule.get(key, [])
-        ]
+        sources = [*rule.get("IpRanges", []), *rule.get("Ipv6Ranges", [])]
+        ranges = {source.get("CidrIp", source.get("CidrIpv6")) for source in sources}
         ports = (rule.get("FromPort"), rule.get("ToPort"))
-        if set(ranges) & set(_OPEN_TO_ALL) and ports != (22, 22):
+        if ranges & _OPEN_TO_ALL and ports != (22, 22):
             yield f"provider.security_group: ports {ports[0]} to {ports[1]} are open to everyone; open only SSH (22)"
 
 
@@ -187,9 +222,8 @@ def _check_aws(config: Mapping[str, Any]) -> Iterator[str]:
         if region != provider["region"]:
             yield f"setup_commands: the file system is in {region}, the cluster in {provider['region']}; both must be the same"
     for name, node_type in config["available_node_types"].items():
-        is_head = name == config["head_node_type"]
-        findings = _check_node_type(name, node_type, is_head)
-        yield from (f"available_node_types.{name}: {finding}" for finding in findings)
+        for finding in _check_node_type(name, node_type, is_head=name == config["head_node_type"]):
+            yield f"available_node_types.{name}: {finding}"
         if _is_spot(node_type) and provider.get("cache_stopped_nodes", True):
             yield "provider.cache_stopped_nodes: must be false with spot instances, which cannot be stopped"
 

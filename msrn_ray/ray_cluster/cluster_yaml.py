@@ -58,18 +58,16 @@ def most_resources(config: Mapping[str, Any]) -> dict[str, int] | None:
     """
     if config["provider"]["type"] != "aws":
         return None
-    head = config["head_node_type"]
-    node_types = {name: node_type for name, node_type in config["available_node_types"].items() if name != head}
+    node_types = dict(config["available_node_types"])
+    head = node_types.pop(config["head_node_type"])
+    permanent = {name: node_type.get("min_workers", 0) for name, node_type in node_types.items()}
     most = {}
     for resource in ("CPU", "GPU"):
         sizes = {name: int(node_type["resources"].get(resource, 0)) for name, node_type in node_types.items()}
-        total = int(config["available_node_types"][head]["resources"].get(resource, 0))
-        left = int(config["max_workers"])
-        for name, node_type in node_types.items():
-            total += node_type.get("min_workers", 0) * sizes[name]
-            left -= node_type.get("min_workers", 0)
-        for name in sorted(node_types, key=sizes.__getitem__, reverse=True):
-            more = min(left, node_types[name].get("max_workers", left) - node_types[name].get("min_workers", 0))
+        total = int(head["resources"].get(resource, 0)) + sum(permanent[name] * sizes[name] for name in sizes)
+        left = int(config["max_workers"]) - sum(permanent.values())
+        for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
+            more = min(left, node_types[name].get("max_workers", left) - permanent[name])
             total += more * sizes[name]
             left -= more
         most[resource] = total

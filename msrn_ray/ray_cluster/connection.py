@@ -90,6 +90,11 @@ def default_workers(num_gpus: int) -> int:
     return num_gpus or (2 if usable_cores() >= 2 else 1)
 
 
+def on_node(node: str | None = None) -> NodeAffinitySchedulingStrategy:
+    """Return the scheduling strategy that places a task or actor on the node with this id, by default on this node."""
+    return NodeAffinitySchedulingStrategy(node or ray.get_runtime_context().get_node_id(), soft=False)
+
+
 def check_shared(storage: Path) -> None:
     """Refuse a folder for runs that some node does not see. The driver writes a file into it, and every node looks for that file.
 
@@ -104,7 +109,8 @@ def check_shared(storage: Path) -> None:
     probe = storage / f".probe_{secrets.token_hex(8)}"
     probe.touch()
     try:
-        answers = {node: _start_look(node, str(probe)) for node in nodes}  # all nodes at once
+        # all nodes at once
+        answers = {node: _exists.options(scheduling_strategy=on_node(node)).remote(str(probe)) for node in nodes}
         blind = [address for node, address in nodes.items() if not _is_seen(answers[node])]
     finally:
         probe.unlink()
@@ -113,10 +119,6 @@ def check_shared(storage: Path) -> None:
             f"train.storage {storage}: not the same folder on {', '.join(sorted(blind))} as where the run was started; give one that every"
             " node has mounted"
         )
-
-
-def _start_look(node: str, path: str) -> ray.ObjectRef[bool]:
-    return _exists.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(path)
 
 
 def _is_seen(answer: ray.ObjectRef[bool]) -> bool:

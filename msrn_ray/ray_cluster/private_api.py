@@ -10,7 +10,7 @@ the machine's outer address. Ray has no public parameter for it.
 
 from __future__ import annotations
 
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _load(name: str) -> Any:
-    path, _, attribute = PRIVATE_NAMES[name].partition(":")
-    module = import_module(path)
-    return getattr(module, attribute) if attribute else module
+    return resolve_name(PRIVATE_NAMES[name])
 
 
 def max_cluster_resources() -> dict[str, int] | None:

@@ -1,6 +1,6 @@
 """Makes Ray's autoscaler request spot instances, and where AWS has none left, the same instances on demand.
 
-Ray's own score ignores that AWS refused a node type, and requests it for ever. Ray's older autoscaler takes another score from the
+Ray's own score ignores that AWS refused a node type, and requests it forever. Ray's older autoscaler takes another score from the
 environment of the head: `RAY_AUTOSCALER_UTILIZATION_SCORER=msrn_ray.ray_cluster.spot_scorer.score RAY_enable_autoscaler_v2=0`.
 """
 

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from msrn_ray.presets import PRESETS
-from msrn_ray.ray_cluster.estimate import Machine, count, predict_step
 from msrn_ray.training.engine import train_step
+from msrn_ray.training.estimate import Hardware, count_cost, predict_step
 
 from .measure import stopwatch
 from .train_step import Shape, make_batch, make_learner, worker_seconds
@@ -59,7 +59,7 @@ def main() -> None:
     """Measure one process, predict the steps with more processes, and measure them."""
     cores = os.cpu_count() or 1
     costs = {
-        head: count(PRESETS[PRESET].config.with_overrides({"model.head": head}), LABELS)
+        head: count_cost(PRESETS[PRESET].config.with_overrides({"model.head": head}), LABELS)
         for head in ("elementwise", "mlp")
     }
     torch.set_num_threads(1)
@@ -67,7 +67,7 @@ def main() -> None:
     numbers.add_(1)
     memory = 2 * 4 * numbers.numel() / statistics.median(stopwatch(lambda: numbers.add_(1))[0] for _ in range(5))
     step = single_step()
-    update = predict_step(costs["elementwise"], Machine(1, 1, 1, memory), 0).update
+    update = predict_step(costs["elementwise"], Hardware(1, 1, 1, memory), 0).update
     flops = 3 * costs["elementwise"].flops / (step - update)
     print(
         f"one thread: {flops / 1e9:.0f} GFLOP/s, {memory / 1e9:.1f} GB/s; {cores} cores, {IMAGES} images a step",
@@ -77,7 +77,7 @@ def main() -> None:
         share = cores / world  # threads of a process
         speed = link(world) if world > 1 else float("inf")
         for head, cost in costs.items():
-            machine = Machine(world, flops * share, speed, memory * min(1, share), overlap=0.0)
+            machine = Hardware(world, flops * share, speed, memory * min(1, share), overlap=0.0)
             predicted = predict_step(cost, machine, IMAGES / world).total
             measured = worker_seconds(world, Shape(PRESET, LABELS, IMAGES), head)
             print(

@@ -250,6 +250,19 @@ def test_module_and_console_command_are_the_same(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_closed_pipe_ends_the_command_quietly(tmp_path: Path) -> None:
+    """As in `msrn presets | head -1`."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(msrn_ray.__file__).parents[1])}
+    command = [sys.executable, "-m", "msrn_ray", "presets"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
 def test_presets_lists_all(cli: Cli) -> None:
     done = cli("presets")
     assert (done.code, done.err) == (0, "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +274,18 @@ def test_saved_counts_load_unchanged(tmp_path: Path, provenance: Provenance | No
 def test_failed_save_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be written \(Is a directory\)"):
         save_counts(tmp_path, dog_and_leash())
+
+
+def test_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "counts.npz"
+    path.write_text("old")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError, match=r"counts\.npz: cannot be written \(No space left on device\)"):
+        save_counts(path, dog_and_leash())
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {path.name: "old"}
 
 
 def test_damaged_provenance_is_an_error(tmp_path: Path) -> None:

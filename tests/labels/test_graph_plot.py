@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,6 +189,18 @@ def test_failed_picture_is_a_user_error(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"tau is {tau}"):
             edges(hand_made(), tau)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_picture_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "graph.png"
+    path.write_text("old")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError, match=r"graph\.png: cannot be written \(No space left on device\)"):
+        draw_graph(hand_made(), 0.4, path)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {path.name: "old"}
 
 
 def test_linked_labels_stand_together() -> None:

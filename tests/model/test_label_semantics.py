@@ -10,6 +10,7 @@ from torch import Tensor
 
 from msrn_ray.model import build_model
 from msrn_ray.model.label_semantics import GraphAttention, GroupSemantics, LabelSemantics
+from msrn_ray.settings import ModelSettings
 
 from .networks import MASK, NUM_LABELS, VECTOR, WIDTH, random, small_network, small_settings, total_loss
 
@@ -57,7 +58,8 @@ def test_initial_graph_weights_are_xavier_with_gain() -> None:
 @torch.no_grad()
 def test_label_embedding_depends_on_graph_neighbours() -> None:
     torch.manual_seed(0)
-    semantics = LabelSemantics(random(NUM_LABELS, VECTOR), MASK, hidden_dim=7, graph_hidden_dim=9, embed_dim=WIDTH)
+    settings = ModelSettings(label_hidden_dim=7, graph_hidden_dim=9, embed_dim=WIDTH)
+    semantics = LabelSemantics(settings, random(NUM_LABELS, VECTOR), MASK)
     hidden = semantics.word_vectors @ semantics.input.weight.t() + semantics.input.bias
     expected = graph_attention(semantics.second, graph_attention(semantics.first, hidden, MASK), MASK)
     before = semantics()

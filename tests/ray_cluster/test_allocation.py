@@ -106,7 +106,7 @@ class Growing:
 def test_allocate_waits_for_a_growing_cluster(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From the head alone to three nodes with a GPU each. The request ends then, or the nodes would stay for ever."""
+    """From the head alone to three nodes with a GPU each. The request ends then, or the nodes would stay forever."""
     growing = Growing(monkeypatch, {"CPU": 0.0}, {"CPU": 64, "GPU": 4})
     assert allocate(ResourceSettings(num_workers=3)) == Allocation(3, True, 1)
     assert growing.requests == [[{"CPU": 1, "GPU": 1}] * 3 + [{"CPU": 1}], []]

@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from msrn_ray.ray_cluster.check_versions import check_versions
+from msrn_ray.ray_cluster.check import check_versions
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = [

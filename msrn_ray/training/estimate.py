@@ -20,9 +20,8 @@ from ..presets import PRESETS
 
 ATTENTION = 0.1  # of the backbone's time: measured on CPUs with the elementwise head
 BACKWARD = 2 / 3  # of a step's computing: workers exchange the gradients that are ready during the backward pass
-UPDATE_BYTES = (
-    28  # memory traffic per weight and step: clipping reads the gradient twice; SGD reads 3 numbers and writes 2
-)
+# memory traffic per weight and step: clipping reads the gradient twice; SGD reads 3 numbers and writes 2
+UPDATE_BYTES = 28
 
 
 @dataclass(frozen=True)
@@ -39,14 +38,15 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What the network runs on.
+class Hardware:
+    """What the network runs on: a GPU, or threads of a CPU, per worker.
 
     Attributes:
         workers: data-parallel workers.
-        flops: operations per second that a worker really does.
+        flops: peak of a worker, operations per second.
         link: bytes per second of the slowest link between two workers.
         memory: bytes per second of a worker's memory.
+        efficiency: part of the peak that a worker reaches, in (0, 1].
         overlap: part of a step's computing behind which the exchange can hide.
     """
 
@@ -54,6 +54,7 @@ class Machine:
     flops: float
     link: float
     memory: float
+    efficiency: float = 1.0
     overlap: float = BACKWARD
 
 
@@ -72,7 +73,7 @@ class Step:
         return self.compute + self.update + self.waiting
 
 
-def count(config: ExperimentConfig, num_labels: int) -> Cost:
+def count_cost(config: ExperimentConfig, num_labels: int) -> Cost:
     """Return the cost of a network. It is built without memory for its weights."""
     with torch.device("meta"):
         network = build_model(config.model, torch.randn(num_labels, 50), torch.eye(num_labels).bool(), pretrained=False)
@@ -84,76 +85,48 @@ def count(config: ExperimentConfig, num_labels: int) -> Cost:
     return Cost(weights, counter.get_total_flops() * (1 + ATTENTION) + 2.0 * head_weights)
 
 
-def predict_step(cost: Cost, machine: Machine, images: float, gradient_bytes: int = 4) -> Step:
+def predict_step(cost: Cost, hardware: Hardware, images: float, gradient_bytes: int = 4) -> Step:
     """Return the time of a step.
 
     Args:
         cost: of the network.
-        machine: what it runs on.
+        hardware: what it runs on.
         images: images per worker.
         gradient_bytes: bytes per weight that workers exchange.
     """
-    compute = 3 * images * cost.flops / machine.flops  # the backward pass costs twice the forward pass
-    update = UPDATE_BYTES * cost.weights / machine.memory
-    sent = 2 * (machine.workers - 1) / machine.workers * gradient_bytes * cost.weights
-    exchange = sent / machine.link
-    return Step(compute, update, exchange, max(0.0, exchange - machine.overlap * compute))
+    compute = (
+        3 * images * cost.flops / (hardware.flops * hardware.efficiency)
+    )  # the backward pass costs twice the forward pass
+    update = UPDATE_BYTES * cost.weights / hardware.memory
+    sent = 2 * (hardware.workers - 1) / hardware.workers * gradient_bytes * cost.weights
+    exchange = sent / hardware.link
+    return Step(compute, update, exchange, max(0.0, exchange - hardware.overlap * compute))
 
 
-@dataclass(frozen=True)
-class Hardware:
-    """The GPUs of a plan, one per worker.
+def describe_plan(
+    config: ExperimentConfig,
+    hardware: Hardware,
+    *,
+    decode_rate: float,
+    images: int | None,
+    labels: int | None,
+    dollars: float | None,
+) -> list[str]:
+    """Return the plan as lines for a person: both heads side by side, then the preset's head.
 
-    Attributes:
-        gpus: their number.
-        tflops: peak of one GPU, 10^12 operations per second.
-        network_gbps: slowest link between two GPUs, Gbit per second.
-        memory_gbs: memory of one GPU, GB per second.
-        efficiency: part of the peak that a GPU reaches, in (0, 1].
-    """
-
-    gpus: int
-    tflops: float
-    network_gbps: float
-    memory_gbs: float
-    efficiency: float
-
-    @property
-    def machine(self) -> Machine:
-        """The same in the units of the formula."""
-        flops = self.tflops * 1e12 * self.efficiency
-        return Machine(self.gpus, flops, self.network_gbps / 8 * 1e9, self.memory_gbs * 1e9)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to plan; see `msrn plan --help`.
-
-    Attributes:
+    Args:
         config: the experiment.
         hardware: the GPUs.
         decode_rate: images per second that a CPU decodes.
-        images, labels: size of the data set, or None for that of the benchmark.
+        images: train images, or None for those of the benchmark.
+        labels: number of labels, or None for that of the benchmark.
         dollars: price of a GPU per hour, or None.
-    """
-
-    config: ExperimentConfig
-    hardware: Hardware
-    decode_rate: float
-    images: int | None
-    labels: int | None
-    dollars: float | None
-
-
-def describe_plan(request: Request) -> list[str]:
-    """Return the plan as lines for a person: both heads side by side, then the preset's head.
 
     Raises:
         UserError: if the size of the data set is not known, or the batch leaves GPUs without an image.
     """
-    config, hardware = request.config, request.hardware
-    images, labels = _data_size(request)
-    batch, gpus = config.train.batch_size, hardware.gpus
+    images, labels = _data_size(config, images, labels)
+    batch, gpus = config.train.batch_size, hardware.workers
     if gpus > batch:
         raise UserError(f"train.batch_size={batch} leaves some of {gpus} GPUs without an image; raise it")
     gradient_bytes = 2 if config.optim.compress_gradients else 4
@@ -161,37 +134,36 @@ def describe_plan(request: Request) -> list[str]:
         f"{config.preset}: {gpus} GPUs, batch {batch} ({batch / gpus:g} images per GPU), {config.data.image_size} pixels, {labels} labels",
         f"{'head':<13}{'weights':>9}{'computing':>11}{'update':>9}{'exchange':>10}{'waited for':>12}{'step':>9}{'images/s':>10}",
     ]
-    costs = {head: count(config.with_overrides({"model.head": head}), labels) for head in ("mlp", "elementwise")}
-    steps = {head: predict_step(cost, hardware.machine, batch / gpus, gradient_bytes) for head, cost in costs.items()}
+    costs = {head: count_cost(config.with_overrides({"model.head": head}), labels) for head in ("mlp", "elementwise")}
+    steps = {head: predict_step(cost, hardware, batch / gpus, gradient_bytes) for head, cost in costs.items()}
     lines += [_describe_step(head, costs[head], step, batch) for head, step in steps.items()]
     head = config.model.head
     step, rate = steps[head], batch / steps[head].total
     lines.append(f"{head} head: {step.waiting / step.total:.0%} of a step waits for gradients of other GPUs")
     if gpus > 1:
-        alone = batch / predict_step(costs[head], replace(hardware.machine, workers=1), batch, gradient_bytes).total
+        alone = batch / predict_step(costs[head], replace(hardware, workers=1), batch, gradient_bytes).total
         lines.append(f"one GPU alone would do {alone:.0f} images/s{_advice(rate / alone)}")
     epoch = images / rate
     run = config.train.epochs * epoch
     price = ""
-    if request.dollars is not None:
-        price = f", {run / 3600 * gpus * request.dollars:,.0f} dollars at {request.dollars:g} per GPU and hour"
+    if dollars is not None:
+        price = f", {run / 3600 * gpus * dollars:,.0f} dollars at {dollars:g} per GPU and hour"
     return [
         *lines,
-        f"decoding: {rate / gpus / request.decode_rate:.2f} CPUs per GPU besides its worker's, {request.decode_rate:g} images/s each",
+        f"decoding: {rate / gpus / decode_rate:.2f} CPUs per GPU besides its worker's, {decode_rate:g} images/s each",
         f"an epoch of {images:,} images: {_time(epoch)}; {config.train.epochs} epochs: {_time(run)}{price}",
         f"assumed: a GPU reaches {hardware.efficiency:.0%} of its peak; attention takes {ATTENTION:.0%} of the backbone's time;",
-        f"the exchange hides behind the backward pass; {hardware.memory_gbs:g} GB/s of GPU memory; not counted: scoring, the head node",
+        f"the exchange hides behind the backward pass; {hardware.memory / 1e9:g} GB/s of GPU memory; not counted: scoring, the head node",
     ]
 
 
-def _data_size(request: Request) -> tuple[int, int]:
-    """Return the number of train images and of labels."""
-    config = request.config
-    preset = PRESETS.get(config.preset)
-    labels, images = (preset.num_labels, preset.num_train) if preset else (None, None)
-    if images is not None and config.preset != "scenes" and config.protocol != "paper":
-        images = round(images * (1 - config.data.val_fraction))
-    images, labels = request.images or images, request.labels or labels
+def _data_size(config: ExperimentConfig, images: int | None, labels: int | None) -> tuple[int, int]:
+    """Return the given number of train images and of labels, or those of the benchmark."""
+    preset = PRESETS[config.preset]
+    val_fraction = 0.0 if config.preset == "scenes" or config.protocol == "paper" else config.data.val_fraction
+    if images is None and preset.num_train is not None:
+        images = round(preset.num_train * (1 - val_fraction))
+    labels = labels or preset.num_labels
     if images is None or labels is None:
         raise UserError(f"{config.preset}: the size of the data set depends on yours; say --images and --labels")
     return images, labels

@@ -12,14 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from msrn_ray.cli.app import main
 from msrn_ray.model import build_model
 from msrn_ray.presets import PRESETS
-from msrn_ray.ray_cluster.estimate import ATTENTION, Cost, Machine, count, predict_step
+from msrn_ray.training.estimate import ATTENTION, Cost, Hardware, count_cost, predict_step
 
-FAST = Machine(workers=1, flops=1e12, link=1e9, memory=1e9)
+FAST = Hardware(workers=1, flops=1e12, link=1e9, memory=1e9)
 
 
 def test_counted_flops_equal_those_of_the_network() -> None:
     config = PRESETS["scenes"].config
-    cost = count(config, 16)
+    cost = count_cost(config, 16)
     network = build_model(config.model, torch.randn(16, 50), torch.eye(16).bool(), pretrained=False)
     assert cost.weights == sum(weight.numel() for weight in network.parameters())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -31,15 +31,15 @@ def test_counted_flops_equal_those_of_the_network() -> None:
 @pytest.mark.parametrize(("head", "weights"), [("mlp", 310.6e6), ("elementwise", 46.4e6)])
 def test_cost_of_the_papers_network(head: str, weights: float) -> None:
     """ResNet-101 at 448 pixels: 4 x the 7.8 G multiplications at 224."""
-    cost = count(PRESETS["coco2014"].config.with_overrides({"model.head": head}), 80)
+    cost = count_cost(PRESETS["coco2014"].config.with_overrides({"model.head": head}), 80)
     assert cost.weights == pytest.approx(weights, rel=1e-3)
     assert cost.flops == pytest.approx(2 * 4 * 7.8e9 * 1.1, rel=0.02)
 
 
 def test_frozen_weights_are_neither_updated_nor_exchanged() -> None:
     config = PRESETS["folders"].config
-    frozen = count(config.with_overrides({"model.frozen_stages": 5}), 10)
-    assert frozen.weights < 0.5 * count(config, 10).weights
+    frozen = count_cost(config.with_overrides({"model.frozen_stages": 5}), 10)
+    assert frozen.weights < 0.5 * count_cost(config, 10).weights
 
 
 def test_one_worker_exchanges_nothing() -> None:
@@ -51,7 +51,7 @@ def test_one_worker_exchanges_nothing() -> None:
 
 def test_ring_exchange_hides_behind_the_backward_pass() -> None:
     cost = Cost(1_000_000, 1e9)
-    machines = [Machine(workers, 1e12, 1e9, 1e12) for workers in (2, 4, 1000)]
+    machines = [Hardware(workers, 1e12, 1e9, 1e12) for workers in (2, 4, 1000)]
     exchanges = [predict_step(cost, machine, images=4).exchange for machine in machines]
     assert exchanges == pytest.approx([4e-3, 6e-3, 8e-3], rel=1e-2)
     hidden = predict_step(cost, machines[0], images=4)  # 12 ms of computing, 8 of them backwards
