@@ -41,13 +41,8 @@ RINGS = (
 
 RAY_ROOMS = {"ray_cluster", "ray_data", "ray_train", "tuning", "tuning/search"}
 RAY_FREE = {  # modules of these rooms that do not import Ray themselves
-    *(
-        "ray_cluster",
-        "ray_cluster.check",
-        "ray_cluster.cluster_yaml",
-        "ray_cluster.private_api",
-    ),
-    *("ray_cluster.spot_scorer", "ray_data", "ray_train", "ray_train.object_store"),
+    *("ray_cluster", "ray_cluster.cluster_yaml", "ray_cluster.private_api", "ray_cluster.spot_scorer"),
+    *("ray_data", "ray_train", "ray_train.object_store"),
 }
 DATA_TABLES = {"msrn_ray.datasets.scenes.sprites"}  # longer than 300 lines: one drawing per object
 

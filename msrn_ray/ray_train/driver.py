@@ -17,12 +17,11 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..config import ExperimentConfig
 from ..errors import NoDecodeCpuError, UserError
 from ..ray_cluster.allocation import Allocation, allocate, with_fewer
-from ..ray_cluster.connection import check_shared, connect
+from ..ray_cluster.connection import check_shared, connect, on_node
 from ..ray_cluster.private_api import get_or_create_stats_actor
 from ..runs.checkpoint import find_model_file, load_checkpoint
 from ..runs.folder import FAILURE_FILE, absolute_paths, cannot_be_written, open_folder
@@ -136,8 +135,7 @@ def run_in_folder(
         raise cannot_be_written(folder, error) from None
     open_folder(folder, config, stored.data, fresh=fresh)
     # an actor on another node would be lost with that node
-    on_this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": on_this_node})
+    events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": on_node()})
     # Ray Data's own actor starts where it is first used and outlives the run. On another node it would keep that node from becoming idle
     # after it was drained
     get_or_create_stats_actor()

@@ -10,10 +10,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..errors import UserError
-from ..ray_cluster.connection import drain_node
+from ..ray_cluster.connection import drain_node, on_node
 from ..runs.events import Heartbeat
 from .heartbeat import DONE, WAITING, heartbeat_seconds
 
@@ -190,9 +189,9 @@ class Watchdog:
 
 def end_process(heartbeat: Heartbeat) -> bool:
     """End the process of a heartbeat on its node, even a stopped one; return False if the process or the node is gone."""
-    on_node = NodeAffinitySchedulingStrategy(heartbeat.node_id, soft=False)
+    kill = _kill.options(scheduling_strategy=on_node(heartbeat.node_id))
     try:
-        return bool(ray.get(_kill.options(scheduling_strategy=on_node).remote(heartbeat.pid), timeout=60))
+        return bool(ray.get(kill.remote(heartbeat.pid), timeout=60))
     except ray.exceptions.RayError:  # the node is lost, or does not answer in time
         return False  # Ray Train notices that by itself
 
