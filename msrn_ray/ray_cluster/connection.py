@@ -95,6 +95,12 @@ def on_node(node: str | None = None) -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(node or ray.get_runtime_context().get_node_id(), soft=False)
 
 
+def this_node() -> dict[str, Any]:
+    """Return Ray's description of the node that this process runs on."""
+    node_id = ray.get_runtime_context().get_node_id()
+    return next(node for node in ray.nodes() if node["NodeID"] == node_id)
+
+
 def check_shared(storage: Path) -> None:
     """Refuse a folder for runs that some node does not see. The driver writes a file into it, and every node looks for that file.
 

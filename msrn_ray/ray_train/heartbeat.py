@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import ray
 from ray.util.queue import Queue
 
+from ..ray_cluster.connection import this_node
 from ..runs.events import Heartbeat
 
 T = TypeVar("T")
@@ -26,12 +27,6 @@ _HEARTBEAT_SECONDS = 5.0
 def heartbeat_seconds(hang_minutes: float) -> float:
     """Return the seconds between two heartbeats: at least six fit into the time after which a rank counts as hung."""
     return min(_HEARTBEAT_SECONDS, hang_minutes * 60 / 6)
-
-
-def this_node() -> dict[str, Any]:
-    """Return Ray's description of the node that this process runs on."""
-    node_id = ray.get_runtime_context().get_node_id()
-    return next(node for node in ray.nodes() if node["NodeID"] == node_id)
 
 
 class HeartbeatSender:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 
+from ..ray_cluster.connection import this_node
 from ..ray_cluster.private_api import ObjectStoreReader
-from .heartbeat import this_node
 
 _STORE_SECONDS = 1.0  # between two reads; a block stays in the object store for longer
 

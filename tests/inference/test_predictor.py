@@ -43,7 +43,7 @@ def test_graph_comes_from_checkpoint(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["gap", "gmp"])
 def test_load_model_loads_baselines(tmp_path: Path, name: str) -> None:
-    model = load_model(make_tiny_checkpoint(tmp_path, 4, name))  # type: ignore[arg-type]
+    model = load_model(make_tiny_checkpoint(tmp_path, 4, name))  # type: ignore[arg-type]  # parametrize gives text
     output = model(torch.randn(2, 3, 64, 64))
     assert output.logits.shape == (2, 4)
     assert output[1:] == (None, None, None)
