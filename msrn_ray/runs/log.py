@@ -10,17 +10,15 @@ import csv
 import math
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, assert_never
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TimeElapsedColumn
 
-from ..io.files import atomic_write
+from ..io.files import atomic_write, write_text
 from ..training.bad_images import RECALLED
 from .checkpoint import BEST_FILE
-from .curves import draw_curves
 from .events import (
     BadImagesFound,
     EpochFinished,
@@ -31,7 +29,7 @@ from .events import (
     WorkerFailed,
     WorkersStarted,
 )
-from .history import METRICS_FILE, best_index, read_history, to_json, write_history
+from .history import METRICS_FILE, best_index, draw_curves, read_history, to_json, write_history
 
 CURVES_FILE, BAD_FILE, TEST_FILE = "curves.png", "bad_images.csv", "test.json"
 _PLAIN_SECONDS = 10.0  # between two progress lines without a terminal
@@ -47,7 +45,6 @@ class RunLog:
 
     Attributes:
         history: metrics of the finished epochs, as lines of metrics.jsonl.
-        best: val/mAP and checkpoint name of the best epoch, or None.
         test: metrics of the test split, once scored.
     """
 
@@ -57,7 +54,6 @@ class RunLog:
         self.folder = folder
         self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self.history = read_history(folder / METRICS_FILE)
-        self.best: tuple[float, str] | None = None
         self.test: dict[str, float] = {}
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
         self._bar: Progress | None = None
@@ -79,8 +75,7 @@ class RunLog:
                 self.say(event.description)
             case TestScored():
                 self.test = dict(event.metrics)
-                with atomic_write(self.folder / TEST_FILE) as partial:
-                    partial.write_text(to_json(self.test, indent=2) + "\n", encoding="utf-8")
+                write_text(self.folder / TEST_FILE, to_json(self.test, indent=2) + "\n")
             case Heartbeat():
                 pass  # the watchdog's
             case _:
@@ -113,27 +108,15 @@ class RunLog:
         self.history += [dict(line) for line in event.reported if line["epoch"] not in known]
         self.history.sort(key=lambda line: line["epoch"])
         write_history(self.folder / METRICS_FILE, self.history)
-        self.best = None
         (self.folder / BEST_FILE).unlink(missing_ok=True)
-        scored = [line for line in self.history if not math.isnan(line["val/mAP"])]
-        if scored:
-            self._set_best(scored[best_index([line["val/mAP"] for line in scored])])
+        self._write_best()
         self.say(event.description)
         if self.console.is_terminal and not self._bar:
-            self._start_bar()
-
-    def _start_bar(self) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
-        )
-        self._bar = Progress(*columns, console=self.console, transient=True)
-        self._bar.add_task(
-            "starting", total=self._total_steps, completed=self._first_step, text="waiting for the first images"
-        )
-        self._bar.start()
+            columns = "{task.description}", BarColumn(), "{task.fields[text]}", TimeElapsedColumn()
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            text = "waiting for the first images"
+            self._bar.add_task("starting", total=self._total_steps, completed=self._first_step, text=text)
+            self._bar.start()
 
     def _show_progress(self, event: StepsTrained) -> None:
         progress = event.progress
@@ -161,7 +144,7 @@ class RunLog:
             if isinstance(value, (int, float)):
                 self._tensorboard.add_scalar(name, value, metrics["epoch"])
         self._tensorboard.flush()
-        mark = " *" if self._is_best(metrics) else ""
+        mark = " *" if self._write_best() is metrics else ""
         note = " (val is the test split)" if metrics["protocol"] == "paper" else ""
         self._last_line = time.monotonic()
         self.say(
@@ -173,18 +156,14 @@ class RunLog:
             draw_curves(self.history, self.folder / CURVES_FILE)
             self._last_curves = time.monotonic()
 
-    def _is_best(self, metrics: Mapping[str, Any]) -> bool:
-        """Return whether a new epoch is the best so far, and then keep its checkpoint's name."""
-        best = -math.inf if self.best is None else self.best[0]
-        is_best = not math.isnan(metrics["val/mAP"]) and best_index([best, metrics["val/mAP"]]) == 1
-        if is_best:
-            self._set_best(metrics)
-        return is_best
-
-    def _set_best(self, metrics: Mapping[str, Any]) -> None:
-        self.best = (metrics["val/mAP"], metrics["checkpoint"])
-        with atomic_write(self.folder / BEST_FILE) as partial:
-            partial.write_text(metrics["checkpoint"] + "\n", encoding="utf-8")
+    def _write_best(self) -> dict[str, Any] | None:
+        """Write the checkpoint's name of the best epoch so far, and return that epoch; None if no epoch has a score."""
+        scored = [line for line in self.history if not math.isnan(line["val/mAP"])]
+        if not scored:
+            return None
+        best = scored[best_index([line["val/mAP"] for line in scored])]
+        write_text(self.folder / BEST_FILE, best["checkpoint"] + "\n")
+        return best
 
     def _list_bad_images(self, event: BadImagesFound) -> None:
         path = self.folder / BAD_FILE

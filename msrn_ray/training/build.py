@@ -22,7 +22,6 @@ def build_network(
     frequency: Tensor,
     *,
     device: torch.device,
-    pretrained: bool = True,
 ) -> tuple[MSRN | PooledLinear, str]:
     """Build the network of a config, still on the CPU, and choose its attention kernels.
 
@@ -32,7 +31,6 @@ def build_network(
         attend_mask: [C, C] bool.
         frequency: [C] float32 in (0, 1), for `model.prior_bias`.
         device: where it will be trained.
-        pretrained: fill the backbone from `model.pretrained`.
 
     Returns:
         The network, and a description of the chosen kernels, for the log.
@@ -41,7 +39,7 @@ def build_network(
         UserError: for weights or kernels that are not available.
     """
     learned = config.data.word_vectors == LEARNED
-    network = build_model(config.model, word_vectors, attend_mask, pretrained=pretrained, train_vectors=learned)
+    network = build_model(config.model, word_vectors, attend_mask, train_vectors=learned)
     # channels_last makes convolutions about a sixth faster on the CPU, and in half precision on a GPU
     network.to(memory_format=torch.channels_last)
     if config.model.prior_bias:
@@ -57,16 +55,16 @@ def build_learner(config: ExperimentConfig, model: nn.Module, device: torch.devi
     amp = amp_dtype(config.train.amp, device)
     optimizer = build_optimizer(network, config.optim)
     return Learner(
-        model,
-        optimizer,
-        build_scheduler(optimizer, config.optim, steps_per_epoch, config.train.epochs),
-        torch.amp.GradScaler(device.type, enabled=amp == torch.float16),
-        build_ema(network, config.optim.ema_decay) if config.optim.ema_decay else None,
-        amp,
-        config.optim.clip_norm,
-        config.optim.accumulation,
-        config.loss.group_weight,
-        build_loss(config.loss),
+        model=model,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config.optim, steps_per_epoch, config.train.epochs),
+        scaler=torch.amp.GradScaler(device.type, enabled=amp == torch.float16),
+        ema=build_ema(network, config.optim.ema_decay) if config.optim.ema_decay else None,
+        amp_dtype=amp,
+        clip_norm=config.optim.clip_norm,
+        accumulation=config.optim.accumulation,
+        group_weight=config.loss.group_weight,
+        loss=build_loss(config.loss),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -95,11 +96,7 @@ def describe_inputs(inputs: TrainingInputs, config: ExperimentConfig) -> Iterato
         yield f"word vectors: {config.data.missing_words} for {len(inputs.missing_words)} labels not found: {names}"
     for name, table in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
         if table is not None:
-            empty = [
-                label
-                for label, present in zip(table.label_names, (table.targets == 1).any(0), strict=True)
-                if not present
-            ]
+            empty = list(compress(table.label_names, ~(table.targets == 1).any(0)))
             if empty:
                 more = f" and {len(empty) - 8} more" if len(empty) > 8 else ""
                 what = "training cannot learn them" if name == "train" else "their AP is nan and does not count in mAP"

@@ -45,7 +45,8 @@ class Account:
     @classmethod
     def unpack(cls, bits: Mapping[str, Tensor], num_rows: int) -> Account:
         """Reverse `pack`; rows beyond the end of `bits` count as not finished."""
-        return cls(*(_unpack(bits[name].numpy(), num_rows) for name in ("trained", "unreadable")))
+        unpacked = (np.unpackbits(bits[name].numpy(), count=num_rows) for name in ("trained", "unreadable"))
+        return cls(*(rows.astype(bool) for rows in unpacked))
 
     def difference(self, plan: TrainPlan, epoch: int, step: int) -> str:
         """Return a description, with rows, of how this differs from the plan's rows before `step`; "" if it does not."""
@@ -87,7 +88,7 @@ class Ledger:
         """
         trained, twice = self._before.trained.copy(), set()
         for bits, repeated in distributed.all_gather((np.packbits(self._times > 0), np.flatnonzero(self._times > 1))):
-            rows = _unpack(bits, self._plan.num_rows)
+            rows = np.unpackbits(bits, count=self._plan.num_rows).astype(bool)
             twice |= {*repeated.tolist(), *np.flatnonzero(trained & rows).tolist()}
             trained |= rows
         bad_rows = np.zeros(self._plan.num_rows, bool)
@@ -107,13 +108,6 @@ class Ledger:
 def _due(plan: TrainPlan, epoch: int, step: int) -> Mask:
     rows = np.zeros(plan.num_rows, bool)
     rows[plan.rows_before(epoch, step)] = True
-    return rows
-
-
-def _unpack(bits: npt.NDArray[np.uint8], num_rows: int) -> Mask:
-    rows = np.zeros(num_rows, bool)
-    unpacked = np.unpackbits(bits)[:num_rows].astype(bool)
-    rows[: len(unpacked)] = unpacked
     return rows
 
 
