@@ -74,7 +74,7 @@ class Diagnosis:
 
 def all_samples(splits: Splits) -> pa.Table:
     """Return the images of all splits, train before val before test: [n] rows of `image_id`, `uri`, `target`."""
-    return pa.concat_tables([table.table for _, table in _parts(splits)])
+    return pa.concat_tables([table.table for table in splits.tables.values()])
 
 
 def diagnose(
@@ -110,23 +110,18 @@ def diagnose(
     )
 
 
-def _parts(splits: Splits) -> list[tuple[str, SampleTable]]:
-    named = (("train", splits.train), ("val", splits.val), ("test", splits.test))
-    return [(name, table) for name, table in named if table is not None]
-
-
 def _gather(splits: Splits, images: pa.Table, config: ExperimentConfig) -> DatasetFacts:
-    parts = _parts(splits)
-    bounds = np.cumsum([0, *(len(table) for _, table in parts)])
+    tables = splits.tables
+    bounds = np.cumsum([0, *map(len, tables.values())])
     assert len(images) == bounds[-1], "one row of facts for each image"
     counted = [
         _summarize(name, table, images.slice(first, len(table)))
-        for (name, table), first in zip(parts, bounds, strict=False)
+        for (name, table), first in zip(tables.items(), bounds, strict=False)
     ]
     return DatasetFacts(
         config,
-        tuple(name for name, _ in parts),
-        tuple(table for _, table in parts),
+        tuple(tables),
+        tuple(tables.values()),
         all_samples(splits),
         bounds[:-1],
         images,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..io.files import atomic_write, write_text
+from ..io.files import atomic_write
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -17,11 +17,6 @@ def to_json(values: Mapping[str, Any], indent: int | None = None) -> str:
     """Return plain values as JSON; nan becomes null, since JSON has no nan."""
     plain = {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}
     return json.dumps(plain, indent=indent)
-
-
-def write_history(path: Path, history: list[dict[str, Any]]) -> None:
-    """Write metrics.jsonl, one line per epoch."""
-    write_text(path, "".join(to_json(line) + "\n" for line in history))
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:

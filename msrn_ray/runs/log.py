@@ -29,7 +29,7 @@ from .events import (
     WorkerFailed,
     WorkersStarted,
 )
-from .history import METRICS_FILE, best_index, draw_curves, read_history, to_json, write_history
+from .history import METRICS_FILE, best_index, draw_curves, read_history, to_json
 
 CURVES_FILE, BAD_FILE, TEST_FILE = "curves.png", "bad_images.csv", "test.json"
 _PLAIN_SECONDS = 10.0  # between two progress lines without a terminal
@@ -107,7 +107,7 @@ class RunLog:
         known = {line["epoch"] for line in self.history}
         self.history += [dict(line) for line in event.reported if line["epoch"] not in known]
         self.history.sort(key=lambda line: line["epoch"])
-        write_history(self.folder / METRICS_FILE, self.history)
+        write_text(self.folder / METRICS_FILE, "".join(to_json(line) + "\n" for line in self.history))
         (self.folder / BEST_FILE).unlink(missing_ok=True)
         self._write_best()
         self.say(event.description)

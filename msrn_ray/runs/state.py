@@ -140,11 +140,8 @@ def list_runs(storage: Path) -> list[RunSummary]:
     """
     if not storage.is_dir():
         raise UserError(f"{storage}: no such folder; give the train.storage of the runs")
-    runs = [
-        summarize(path.parent)
-        for path in storage.glob(f"*/{CONFIG_FILE}")
-        if not path.parent.name.startswith(".")  # not yet complete, see `make_folder`
-    ]
+    # a hidden folder is not yet complete, see `make_folder`
+    runs = [summarize(path.parent) for path in storage.glob(f"[!.]*/{CONFIG_FILE}")]
     return sorted(runs, key=lambda run: (math.inf if math.isnan(run.seen) else -run.seen, run.name))
 
 

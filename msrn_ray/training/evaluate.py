@@ -56,7 +56,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, device: torch.device
         valid = cpu_batch.valid.numpy()
         loss = classification_loss(logits, batch.target)
         columns = cpu_batch.row, logits.sigmoid().cpu(), cpu_batch.target, loss.cpu()
-        parts.append(Scores(*(column.numpy()[valid] for column in columns)))
+        parts.append(Scores._make(column.numpy()[valid] for column in columns))
     return _concatenate(parts)
 
 
@@ -65,11 +65,11 @@ def gather_scores(scores: Scores) -> Scores:
     gathered = _concatenate(distributed.all_gather(scores))
     order = np.argsort(gathered.row)
     assert len(np.unique(gathered.row)) == len(order), "a row was scored twice"
-    return Scores(*(column[order] for column in gathered))
+    return Scores._make(column[order] for column in gathered)
 
 
 def _concatenate(parts: Sequence[Scores]) -> Scores:
-    return Scores(*map(np.concatenate, zip(*parts, strict=True)))
+    return Scores._make(map(np.concatenate, zip(*parts, strict=True)))
 
 
 def split_metrics(split: str, scores: Scores, label_names: Sequence[str]) -> dict[str, Any]:

@@ -80,8 +80,8 @@ def describe_inputs(inputs: TrainingInputs, config: ExperimentConfig) -> Iterato
     """Yield lines that describe the data, the label graph and the word vectors of a run."""
     splits = inputs.splits
     yield from splits.notes
-    sizes = [f"train {len(splits.train)}", f"val {len(splits.val)}", f"test {len(splits.test)}" if splits.test else ""]
-    yield f"{config.data.dataset}: {len(inputs.label_names)} labels, images: {', '.join(filter(None, sizes))}"
+    sizes = ", ".join(f"{name} {len(table)}" for name, table in splits.tables.items())
+    yield f"{config.data.dataset}: {len(inputs.label_names)} labels, images: {sizes}"
     if config.data.label_counts is not None:
         yield f"label graph from {config.data.label_counts}: {inputs.counts.provenance or 'the file names no source'}"
     tau = choose_tau(inputs.counts, config.model.tau, config.model.tau_degree)
@@ -94,13 +94,12 @@ def describe_inputs(inputs: TrainingInputs, config: ExperimentConfig) -> Iterato
     elif inputs.missing_words:
         names = ", ".join(inputs.missing_words)
         yield f"word vectors: {config.data.missing_words} for {len(inputs.missing_words)} labels not found: {names}"
-    for name, table in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
-        if table is not None:
-            empty = list(compress(table.label_names, ~(table.targets == 1).any(0)))
-            if empty:
-                more = f" and {len(empty) - 8} more" if len(empty) > 8 else ""
-                what = "training cannot learn them" if name == "train" else "their AP is nan and does not count in mAP"
-                yield f"{name}: no image with {', '.join(empty[:8])}{more}; {what}"
+    for name, table in splits.tables.items():
+        empty = list(compress(table.label_names, ~(table.targets == 1).any(0)))
+        if empty:
+            more = f" and {len(empty) - 8} more" if len(empty) > 8 else ""
+            what = "training cannot learn them" if name == "train" else "their AP is nan and does not count in mAP"
+            yield f"{name}: no image with {', '.join(empty[:8])}{more}; {what}"
 
 
 def check_batch(config: ExperimentConfig, num_images: int) -> None:

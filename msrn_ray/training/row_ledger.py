@@ -50,7 +50,7 @@ class Account:
 
     def difference(self, plan: TrainPlan, epoch: int, step: int) -> str:
         """Return a description, with rows, of how this differs from the plan's rows before `step`; "" if it does not."""
-        due = _due(plan, epoch, step)
+        due = _mask(plan.rows_before(epoch, step), plan)
         wrong = {
             "trained on before their turn": self.trained & ~due,
             "unreadable before their turn": self.unreadable & ~due,
@@ -91,9 +91,8 @@ class Ledger:
             rows = np.unpackbits(bits, count=self._plan.num_rows).astype(bool)
             twice |= {*repeated.tolist(), *np.flatnonzero(trained & rows).tolist()}
             trained |= rows
-        bad_rows = np.zeros(self._plan.num_rows, bool)
-        bad_rows[list(bad)] = True
-        unreadable = bad_rows & ~trained & _due(self._plan, self._epoch, step)
+        due = _mask(self._plan.rows_before(self._epoch, step), self._plan)
+        unreadable = _mask(list(bad), self._plan) & due & ~trained
         account = Account(trained, self._before.unreadable | unreadable)
         wrong = [f"trained on twice: {_name(np.array(sorted(twice)))}"] if twice else []
         wrong += filter(None, [account.difference(self._plan, self._epoch, step)])
@@ -105,10 +104,10 @@ class Ledger:
         return account
 
 
-def _due(plan: TrainPlan, epoch: int, step: int) -> Mask:
-    rows = np.zeros(plan.num_rows, bool)
-    rows[plan.rows_before(epoch, step)] = True
-    return rows
+def _mask(rows: Rows | list[int], plan: TrainPlan) -> Mask:
+    mask = np.zeros(plan.num_rows, bool)
+    mask[rows] = True
+    return mask
 
 
 def _name(rows: npt.NDArray[np.int64]) -> str:

@@ -28,9 +28,8 @@ from msrn_ray.model import MSRN
 from msrn_ray.presets import PRESETS
 from msrn_ray.settings import OptimSettings
 from msrn_ray.training import distributed
-from msrn_ray.training.build import build_learner, build_network
 from msrn_ray.training.engine import train_step
-from msrn_ray.training.learner import Learner
+from msrn_ray.training.learner import Learner, build_learner, build_network
 from msrn_ray.types import Batch
 
 from .attention import direct
