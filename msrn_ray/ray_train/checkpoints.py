@@ -36,9 +36,8 @@ from ..training.row_ledger import Account
 from ..training.sampling import TrainPlan
 from .worker_input import WorkerInput
 
-SCORE = (
-    "checkpoint_score"  # Ray Train keeps the checkpoint with the largest score (the later of equals) and the latest one
-)
+# Ray Train keeps the checkpoint with the largest score (the later of equals) and the latest one
+SCORE = "checkpoint_score"
 # Scores below any val/mAP: of an epoch whose val/mAP is nan, and of a checkpoint within an epoch
 NO_SCORE, WITHIN_EPOCH = -1.0, -2.0
 # Bytes that a checkpoint must leave free: Ray Train writes its list after it, and a full disk would cut the list off

@@ -51,10 +51,8 @@ def event_pump(events: Queue, log: RunLog, watchdog: Watchdog) -> Iterator[None]
                 watchdog.reset()
             case WorkerFailed():
                 watchdog.forget_workers()
-        if not failures:
-            write(event)
-
-    def write(event: Event) -> None:
+        if failures:
+            return
         try:
             log.handle(event)
         except Exception as error:  # raised again when the training ends; the watchdog works until then

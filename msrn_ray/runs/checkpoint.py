@@ -227,17 +227,15 @@ def find_model_file(path: Path) -> Path:
             return best
         raise UserError(f"{path}: its best checkpoint {best.parent.name} is missing; give another checkpoint folder")
     if not path.exists():
-        raise UserError(f"checkpoint {path}: no such file or folder")
-    if (path / "config.yaml").is_file():
-        raise UserError(
-            f"checkpoint {path}: no epoch of this run is finished; resume it with msrn train --resume {path}"
-        )
-    if (path / TRAIN_STATE_FILE).is_file():
-        raise UserError(
-            f"checkpoint {path}: saved within an epoch, without scores; give the run folder, or resume the run with"
-            f" msrn train --resume {path.parent}"
-        )
-    raise UserError(f"checkpoint {path}: holds neither {MODEL_FILE} nor {BEST_FILE}; give a checkpoint or a run folder")
+        reason = "no such file or folder"
+    elif (path / "config.yaml").is_file():
+        reason = f"no epoch of this run is finished; resume it with msrn train --resume {path}"
+    elif (path / TRAIN_STATE_FILE).is_file():
+        resume = f"resume the run with msrn train --resume {path.parent}"
+        reason = f"saved within an epoch, without scores; give the run folder, or {resume}"
+    else:
+        reason = f"holds neither {MODEL_FILE} nor {BEST_FILE}; give a checkpoint or a run folder"
+    raise UserError(f"checkpoint {path}: {reason}")
 
 
 def _save(path: Path, content: Mapping[str, Any]) -> None:

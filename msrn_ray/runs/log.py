@@ -19,16 +19,7 @@ from rich.progress import BarColumn, Progress, TimeElapsedColumn
 from ..io.files import atomic_write, write_text
 from ..training.bad_images import RECALLED
 from .checkpoint import BEST_FILE
-from .events import (
-    BadImagesFound,
-    EpochFinished,
-    Event,
-    Heartbeat,
-    StepsTrained,
-    TestScored,
-    WorkerFailed,
-    WorkersStarted,
-)
+from .events import BadImagesFound, EpochFinished, LoggedEvent, StepsTrained, TestScored, WorkerFailed, WorkersStarted
 from .history import METRICS_FILE, best_index, draw_curves, read_history, to_json
 
 CURVES_FILE, BAD_FILE, TEST_FILE = "curves.png", "bad_images.csv", "test.json"
@@ -60,7 +51,7 @@ class RunLog:
         self._start_time = self._last_line = self._last_curves = time.monotonic()
         self._total_steps = self._first_step = self._steps_per_epoch = self._epochs = 0
 
-    def handle(self, event: Event) -> None:
+    def handle(self, event: LoggedEvent) -> None:
         """Show and write one event."""
         match event:
             case WorkersStarted():
@@ -76,8 +67,6 @@ class RunLog:
             case TestScored():
                 self.test = dict(event.metrics)
                 write_text(self.folder / TEST_FILE, to_json(self.test, indent=2) + "\n")
-            case Heartbeat():
-                pass  # the watchdog's
             case _:
                 assert_never(event)
 

@@ -17,9 +17,8 @@ from ..labels.word_vectors import LEARNED
 from ..settings import MAY_DIFFER, Settings
 from .folder import CONFIG_FILE, DATA_FILE
 
-LIST_FILE = (
-    "checkpoint_manager_snapshot.json"  # Ray Train's list of the run's checkpoints; Ray Train writes it in place
-)
+# Ray Train's list of the run's checkpoints; Ray Train writes it in place
+LIST_FILE = "checkpoint_manager_snapshot.json"
 LIST_COPY = f".{LIST_FILE}"  # the list before the last checkpoint; `NO_LIST` until it holds a checkpoint
 NO_LIST = "{}"
 CHECKPOINT_NAME = re.compile(r"\.?epoch_\d{4,}(_step_\d{6,})?_[0-9a-f]+")  # with a dot until it is complete

@@ -76,11 +76,7 @@ def split_metrics(split: str, scores: Scores, label_names: Sequence[str]) -> dic
     """Return all metrics of a split as `split/name`, and per-class AP as `split/AP/label`."""
     metric = MultiLabelMetrics(len(label_names))
     metric.update(scores.scores, scores.target)
-    values = metric.compute()
-    per_class = values.pop("AP")
-    assert isinstance(per_class, list)
-    return (
-        {f"{split}/{name}": value for name, value in values.items()}
-        | {f"{split}/AP/{label}": value for label, value in zip(label_names, per_class, strict=True)}
-        | {f"{split}/loss": float(scores.loss.mean()), f"{split}/images": len(scores.row)}
-    )
+    values: dict[str, Any] = {**metric.compute()}
+    values |= {f"AP/{label}": value for label, value in zip(label_names, values.pop("AP"), strict=True)}
+    values |= {"loss": float(scores.loss.mean()), "images": len(scores.row)}
+    return {f"{split}/{name}": value for name, value in values.items()}

@@ -48,9 +48,8 @@ class Learner:
     @property
     def network(self) -> nn.Module:
         """The network without its DistributedDataParallel wrapper."""
-        inner = getattr(self.model, "module", self.model)
-        assert isinstance(inner, nn.Module)
-        return inner
+        network: nn.Module = getattr(self.model, "module", self.model)
+        return network
 
     @property
     def evaluated(self) -> nn.Module:
@@ -86,8 +85,7 @@ def build_network(
     Raises:
         UserError: for weights or kernels that are not available.
     """
-    learned = config.data.word_vectors == LEARNED
-    network = build_model(config.model, word_vectors, attend_mask, train_vectors=learned)
+    network = build_model(config.model, word_vectors, attend_mask, train_vectors=config.data.word_vectors == LEARNED)
     # channels_last makes convolutions about a sixth faster on the CPU, and in half precision on a GPU
     network.to(memory_format=torch.channels_last)
     if config.model.prior_bias:

@@ -40,13 +40,12 @@ class Account:
 
     def pack(self) -> dict[str, Tensor]:
         """Return both as [ceil(N / 8)] uint8 for a checkpoint: each takes 10 kB for 82,081 rows."""
-        return {name: torch.from_numpy(np.packbits(getattr(self, name))) for name in ("trained", "unreadable")}
+        return {name: torch.from_numpy(np.packbits(rows)) for name, rows in vars(self).items()}
 
     @classmethod
     def unpack(cls, bits: Mapping[str, Tensor], num_rows: int) -> Account:
         """Reverse `pack`; rows beyond the end of `bits` count as not finished."""
-        unpacked = (np.unpackbits(bits[name].numpy(), count=num_rows) for name in ("trained", "unreadable"))
-        return cls(*(rows.astype(bool) for rows in unpacked))
+        return cls(**{name: _unpack(packed.numpy(), num_rows) for name, packed in bits.items()})
 
     def difference(self, plan: TrainPlan, epoch: int, step: int) -> str:
         """Return a description, with rows, of how this differs from the plan's rows before `step`; "" if it does not."""
@@ -88,7 +87,7 @@ class Ledger:
         """
         trained, twice = self._before.trained.copy(), set()
         for bits, repeated in distributed.all_gather((np.packbits(self._times > 0), np.flatnonzero(self._times > 1))):
-            rows = np.unpackbits(bits, count=self._plan.num_rows).astype(bool)
+            rows = _unpack(bits, self._plan.num_rows)
             twice |= {*repeated.tolist(), *np.flatnonzero(trained & rows).tolist()}
             trained |= rows
         due = _mask(self._plan.rows_before(self._epoch, step), self._plan)
@@ -108,6 +107,10 @@ def _mask(rows: Rows | list[int], plan: TrainPlan) -> Mask:
     mask = np.zeros(plan.num_rows, bool)
     mask[rows] = True
     return mask
+
+
+def _unpack(bits: npt.NDArray[np.uint8], num_rows: int) -> Mask:
+    return np.unpackbits(bits, count=num_rows).astype(bool)
 
 
 def _name(rows: npt.NDArray[np.int64]) -> str:
