@@ -99,4 +99,4 @@ def remove_partial_files(folder: Path) -> None:
     """Delete the files of `atomic_write` that killed processes left in a folder. No process may be writing there."""
     for path in folder.iterdir():
         if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():
-            path.unlink()
+            path.unlink(missing_ok=True)

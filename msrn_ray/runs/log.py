@@ -72,7 +72,7 @@ class RunLog:
 
     def say(self, line: str) -> None:
         """Print one line for the user, above the progress bar."""
-        (self._bar.console if self._bar else self.console).print(line, markup=False)
+        self.console.print(line, markup=False)  # the bar has the same console
 
     def close(self) -> None:
         """End the progress line and draw the curves a last time."""

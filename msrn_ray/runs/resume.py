@@ -22,7 +22,8 @@ LIST_FILE = "checkpoint_manager_snapshot.json"
 LIST_COPY = f".{LIST_FILE}"  # the list before the last checkpoint; `NO_LIST` until it holds a checkpoint
 NO_LIST = "{}"
 CHECKPOINT_NAME = re.compile(r"\.?epoch_\d{4,}(_step_\d{6,})?_[0-9a-f]+")  # with a dot until it is complete
-MAY_CHANGE = (  # prefixes of the dotted paths
+# Prefixes of the paths of settings that may differ when a run is resumed
+MAY_CHANGE = (
     "resources.",
     *(
         f"{group}.{name}"

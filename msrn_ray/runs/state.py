@@ -39,12 +39,8 @@ def kept_state(folder: Path, heartbeat_seconds: float = _HEARTBEAT_SECONDS) -> I
         UserError: if it cannot be written at the start.
     """
     path = folder / STATE_FILE
-    content = {
-        "state": "running",
-        "started": _read_state(path).get("started", time.time()),
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-    }
+    started = _read_state(path).get("started", time.time())
+    content = {"state": "running", "started": started, "host": socket.gethostname(), "pid": os.getpid()}
     try:
         write_text(path, json.dumps(content) + "\n")
     except OSError as error:

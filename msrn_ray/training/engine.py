@@ -136,8 +136,8 @@ def _check(window: _Window, stats: EpochStats, is_save_time: bool, hooks: EpochH
     classification, groups = (losses.double().sum(0) / distributed.world_size()).tolist()
     flag = float(is_save_time and distributed.rank() == 0)
     images, bad = sum(map(len, window.rows)), hooks.count_bad_images()
-    mine = [classification, groups, images, window.wait, bad, flag]
-    sums = distributed.all_reduce(torch.tensor(mine, dtype=torch.float64, device=losses.device), "sum")
+    local = [classification, groups, images, window.wait, bad, flag]
+    sums = distributed.all_reduce(torch.tensor(local, dtype=torch.float64, device=losses.device), "sum")
     classification, groups, images, wait, bad, agreed = sums.tolist()
     seconds = max(now - window.start, 1e-9)
     stats.classification_sum += classification
