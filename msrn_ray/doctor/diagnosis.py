@@ -74,7 +74,7 @@ class Diagnosis:
 
 def all_samples(splits: Splits) -> pa.Table:
     """Return the images of all splits, train before val before test: [n] rows of `image_id`, `uri`, `target`."""
-    return pa.concat_tables([table.table for table in splits.tables.values()])
+    return pa.concat_tables([table.table for _, table in _parts(splits)])
 
 
 def diagnose(
@@ -110,18 +110,22 @@ def diagnose(
     )
 
 
+def _parts(splits: Splits) -> list[tuple[str, SampleTable]]:
+    return list(splits.tables.items())
+
+
 def _gather(splits: Splits, images: pa.Table, config: ExperimentConfig) -> DatasetFacts:
-    tables = splits.tables
-    bounds = np.cumsum([0, *map(len, tables.values())])
+    parts = _parts(splits)
+    bounds = np.cumsum([0, *(len(table) for _, table in parts)])
     assert len(images) == bounds[-1], "one row of facts for each image"
     counted = [
         _summarize(name, table, images.slice(first, len(table)))
-        for (name, table), first in zip(tables.items(), bounds, strict=False)
+        for (name, table), first in zip(parts, bounds, strict=False)
     ]
     return DatasetFacts(
         config,
-        tuple(tables),
-        tuple(tables.values()),
+        tuple(name for name, _ in parts),
+        tuple(table for _, table in parts),
         all_samples(splits),
         bounds[:-1],
         images,
