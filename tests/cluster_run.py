@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from msrn_ray.runs.checkpoint import MODEL_FILE, load_checkpoint, load_train_state
-from msrn_ray.runs.listing import RunSummary, summarize
+from msrn_ray.runs.state import RunSummary, summarize
 
 from .made_cluster import NUM_IMAGES, RUNS, TRAIN, WORKERS_START, Cluster, wait
 

@@ -27,8 +27,8 @@ from msrn_ray.inference.predictor import Predictor
 from msrn_ray.io.byte_ranges import read_bytes
 from msrn_ray.ray_train.driver import train
 from msrn_ray.runs.checkpoint import load_checkpoint
-from msrn_ray.runs.listing import list_runs
 from msrn_ray.runs.resume import resume_config
+from msrn_ray.runs.state import list_runs
 from msrn_ray.settings import DataSettings
 from tuning.study_storage import open_study
 

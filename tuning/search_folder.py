@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
 from msrn_ray.runs.folder import make_folder
-from msrn_ray.runs.resume import MAY_CHANGE, MAY_MOVE, changed_settings, flatten
+from msrn_ray.runs.resume import MAY_CHANGE, changed_settings
 from msrn_ray.runs.state import check_stopped
 
 from .options import SearchOptions
@@ -146,8 +146,8 @@ def reopen_study(folder: SearchFolder, options: SearchOptions, config: Experimen
     ]
     if options.space is not None and read_space(options.space) != study.plan.entries:
         changed.append("--space")
-    may_change = tuple(path for path in MAY_CHANGE + MAY_MOVE if path != "train.epochs")
-    changed += changed_settings(flatten(study.plan.config.to_dict()), flatten(config.to_dict()), may_change)
+    may_change = tuple(path for path in MAY_CHANGE if path != "train.epochs")
+    changed += changed_settings(study.plan.config, config, may_change)
     if changed:
         raise UserError(
             f"{folder.path}: a resumed search keeps its settings ({', '.join(changed)}); start a new search for others"

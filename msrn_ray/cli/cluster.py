@@ -23,7 +23,7 @@ class Runs:
 
     def run(self) -> None:
         """Print the list, the run with the latest heartbeat first."""
-        from ..runs.listing import describe_runs, list_runs
+        from ..runs.state import describe_runs, list_runs
 
         for line in describe_runs(list_runs(self.storage.expanduser()), time.time()):
             print(line)

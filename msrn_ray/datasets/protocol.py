@@ -34,19 +34,24 @@ class Splits:
     test: SampleTable | None
     notes: tuple[str, ...]
 
+    @property
+    def tables(self) -> dict[str, SampleTable]:
+        """The splits that exist, by name."""
+        tables = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: table for name, table in tables.items() if table is not None}
+
     def named(self, split: str) -> SampleTable:
         """Return `train`, `val` or `test`.
 
         Raises:
             UserError: for a missing `test`.
         """
-        table = {"train": self.train, "val": self.val, "test": self.test}[split]
-        if table is None:
+        if split == "test" and self.test is None:
             raise UserError(
                 "there is no test split (under protocol=paper val is the published test split, and custom images may have none);"
                 " evaluate val"
             )
-        return table
+        return self.tables[split]
 
 
 def load_splits(config: ExperimentConfig) -> Splits:
@@ -88,8 +93,8 @@ def load_splits(config: ExperimentConfig) -> Splits:
             + (f", {held_out.source} is test" if held_out is not None else "")
         )
         splits = Splits(train.take(rest), train.take(part), held_out, tuple(notes))
-    for name, table in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
-        if table is not None and not (table.targets == 1).any():
+    for name, table in splits.tables.items():
+        if not (table.targets == 1).any():
             raise UserError(f"{name} split ({table.source}): no image has a label; add labels to train on and to score")
     return splits
 

@@ -111,8 +111,7 @@ def diagnose(
 
 
 def _parts(splits: Splits) -> list[tuple[str, SampleTable]]:
-    named = (("train", splits.train), ("val", splits.val), ("test", splits.test))
-    return [(name, table) for name, table in named if table is not None]
+    return list(splits.tables.items())
 
 
 def _gather(splits: Splits, images: pa.Table, config: ExperimentConfig) -> DatasetFacts:

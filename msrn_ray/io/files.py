@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -97,3 +98,16 @@ def read_yaml(path: Path, name: str) -> Any:
         raise UserError(f"{name}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{name}: not YAML or JSON ({' '.join(str(error).split())})") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all, see `atomic_write`."""
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Delete the files of `atomic_write` that killed processes left in a folder. No process may be writing there."""
+    for path in folder.iterdir():
+        if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():
+            path.unlink(missing_ok=True)

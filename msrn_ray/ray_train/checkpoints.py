@@ -18,10 +18,17 @@ from typing import Any
 import ray.train
 
 from ..errors import UserError
-from ..runs.checkpoint import Checkpoint, TrainState, load_train_state, save_checkpoint, save_train_state
+from ..runs.checkpoint import (
+    Checkpoint,
+    TrainState,
+    capture,
+    load_train_state,
+    restore,
+    save_checkpoint,
+    save_train_state,
+)
 from ..runs.history import best_index
 from ..runs.resume import CHECKPOINT_NAME, LIST_FILE, NO_LIST, keep_list
-from ..runs.snapshot import capture, restore
 from ..training import distributed
 from ..training.epoch import EpochStats
 from ..training.learner import Learner
@@ -29,9 +36,8 @@ from ..training.row_ledger import Account
 from ..training.sampling import TrainPlan
 from .worker_input import WorkerInput
 
-SCORE = (
-    "checkpoint_score"  # Ray Train keeps the checkpoint with the largest score (the later of equals) and the latest one
-)
+# Ray Train keeps the checkpoint with the largest score (the later of equals) and the latest one
+SCORE = "checkpoint_score"
 # Scores below any val/mAP: of an epoch whose val/mAP is nan, and of a checkpoint within an epoch
 NO_SCORE, WITHIN_EPOCH = -1.0, -2.0
 # Bytes that a checkpoint must leave free: Ray Train writes its list after it, and a full disk would cut the list off
@@ -74,7 +80,7 @@ def load_start(learner: Learner, plan: TrainPlan, fingerprint: str) -> StartPoin
         raise UserError(
             f"checkpoint {latest.path} belongs to other images or labels than data.root holds; start a new run"
         )
-    restore(learner, state, plan.rank, learner.device)
+    restore(learner, state, plan.rank)
     if state.step == 0:
         return StartPoint(state.epoch, Account.empty(plan.num_rows))
     account = Account.unpack(state.account, plan.num_rows)
@@ -128,7 +134,7 @@ class CheckpointWriter:
 
     def _capture(self, epoch: int, **within: Any) -> TrainState:
         fingerprint = self._input.stored.data["fingerprint"]
-        return capture(self._learner, self._learner.device, epoch=epoch, data=fingerprint, **within)
+        return capture(self._learner, epoch=epoch, data=fingerprint, **within)
 
 
 def report_checkpoint(run: Path, metrics: Mapping[str, Any], checkpoint: Checkpoint | None, state: TrainState) -> str:
@@ -158,10 +164,9 @@ def report_checkpoint(run: Path, metrics: Mapping[str, Any], checkpoint: Checkpo
             keep_list(run, NO_LIST)
         elif (run / LIST_FILE).is_file():  # shared storage may show the list later
             keep_list(run, (run / LIST_FILE).read_text(encoding="utf-8"))
-        if checkpoint is None:
-            save_train_state(partial, state)
-        else:
-            save_checkpoint(partial, checkpoint, state)
+        save_train_state(partial, state)
+        if checkpoint is not None:
+            save_checkpoint(partial, checkpoint)
         if shutil.disk_usage(run).free < _MIN_FREE_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.rename(partial, run / name)

@@ -25,12 +25,10 @@ from ..runs.checkpoint import load_checkpoint
 from ..runs.events import BadImagesFound, EpochFinished, Event, StepsTrained, TestScored, WorkersStarted
 from ..training import distributed
 from ..training.bad_images import BadImages, check_bad_images
-from ..training.build import build_learner, build_network
-from ..training.ema import copy_buffers
 from ..training.engine import train_one_epoch
 from ..training.epoch import EpochSchedule, EpochStats, Progress
 from ..training.evaluate import split_metrics
-from ..training.learner import Learner
+from ..training.learner import Learner, build_learner, build_network, copy_buffers
 from ..training.row_ledger import Account, Ledger
 from ..training.sampling import TrainPlan
 from ..types import Batch

@@ -66,8 +66,5 @@ class WorkerInput:
 
 def store_inputs(inputs: TrainingInputs, data: dict[str, str]) -> StoredInputs:
     """Put the sample tables into the object store; Ray must be up."""
-    splits = {"train": inputs.splits.train, "val": inputs.splits.val, "test": inputs.splits.test}
-    stored = {
-        name: StoredSplit(ray.put(split.table), len(split)) for name, split in splits.items() if split is not None
-    }
+    stored = {name: StoredSplit(ray.put(split.table), len(split)) for name, split in inputs.splits.tables.items()}
     return StoredInputs(stored, inputs.counts, inputs.word_vectors, inputs.frequency, data)

@@ -1,4 +1,4 @@
-"""The checkpoint on disk: `model.pt` holds everything that scoring an image needs, `train_state.pt` everything that a resume needs.
+"""The checkpoint: `model.pt` holds everything that scoring an image needs, `train_state.pt` everything that a resume needs.
 
 Both hold plain tensors, numbers and text, and are read with `weights_only=True`: a stranger's checkpoint cannot run code.
 """
@@ -19,9 +19,12 @@ from ..datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ..errors import UserError
 from ..io.files import atomic_write
 from ..labels.graph import LabelCounts, Provenance
+from ..training import distributed
+from ..training.learner import Learner
 
-MODEL_FILE, STATE_FILE, BEST_FILE = "model.pt", "train_state.pt", "best.txt"
+MODEL_FILE, TRAIN_STATE_FILE, BEST_FILE = "model.pt", "train_state.pt", "best.txt"
 FORMAT = 1
+_TUPLES = ("label_names", "thresholds", "mean", "std")  # lists in the file
 _VERSIONED = ("msrn-ray", "torch", "torchvision", "numpy")
 
 
@@ -84,8 +87,61 @@ class TrainState:
     rng: Sequence[Mapping[str, Tensor]] = ()
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, state: TrainState | None = None) -> None:
-    """Write both files; each appears whole or not at all.
+def capture(learner: Learner, *, epoch: int, data: str, **within: Any) -> TrainState:
+    """Return everything that a resume needs; all ranks must call this.
+
+    Args:
+        learner: network, optimizer and the rest of what a step changes.
+        epoch: finished epochs.
+        data: fingerprint of train and val.
+        within: `step`, `account` and `stats` of the `TrainState`, if the epoch is not finished.
+    """
+    return TrainState(
+        learner.network.state_dict(),
+        learner.optimizer.state_dict(),
+        learner.scheduler.state_dict(),
+        learner.scaler.state_dict(),
+        learner.ema.state_dict() if learner.ema is not None else None,
+        epoch,
+        data,
+        world_size=distributed.world_size(),
+        rng=distributed.all_gather(get_rng(learner.device)),
+        **within,
+    )
+
+
+def get_rng(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of torch's generators, the only ones that training draws from: epoch and row seed the augmentation."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"device": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def restore(learner: Learner, state: TrainState, rank: int) -> None:
+    """Reverse `capture` on each rank; additional ranks share the random states of the saved ranks.
+
+    Raises:
+        UserError: if the run was trained with another label graph.
+    """
+    mask = "label_semantics.attend_mask"
+    if mask in state.model and not torch.equal(state.model[mask].cpu(), learner.network.state_dict()[mask].cpu()):
+        raise UserError(
+            "data.label_counts: gives another label graph than the run was trained with; give the file that the run started with"
+        )
+    learner.network.load_state_dict(state.model)
+    learner.optimizer.load_state_dict(dict(state.optimizer))
+    learner.scheduler.load_state_dict(dict(state.scheduler))
+    learner.scaler.load_state_dict(dict(state.scaler))
+    if learner.ema is not None and state.ema is not None:
+        learner.ema.load_state_dict(dict(state.ema))
+    if state.rng:
+        rng = state.rng[rank % len(state.rng)]
+        torch.set_rng_state(rng["cpu"])
+        if learner.device.type == "cuda" and "device" in rng:
+            torch.cuda.set_rng_state(rng["device"], learner.device)
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write `model.pt` of a checkpoint folder, whole or not at all.
 
     Raises:
         OSError: if the disk is full or writing is not permitted.
@@ -94,27 +150,22 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, state: TrainState | No
     content = {
         "format": FORMAT,
         "config": checkpoint.config.to_dict(),
-        "label_names": list(checkpoint.label_names),
         "cooccurrence": torch.from_numpy(checkpoint.counts.cooccurrence),
         "counts": torch.from_numpy(checkpoint.counts.count),
         "counts_provenance": asdict(checkpoint.counts.provenance) if checkpoint.counts.provenance else None,
         "weights": dict(checkpoint.weights),
-        "thresholds": list(checkpoint.thresholds),
         "metrics": dict(checkpoint.metrics),
         "epoch": checkpoint.epoch,
-        "mean": list(checkpoint.mean),
-        "std": list(checkpoint.std),
         "versions": dict(checkpoint.versions),
+        **{name: list(getattr(checkpoint, name)) for name in _TUPLES},
     }
     _save(folder / MODEL_FILE, content)
-    if state is not None:
-        save_train_state(folder, state)
 
 
 def save_train_state(folder: Path, state: TrainState) -> None:
-    """Write only `train_state.pt`: a checkpoint within an epoch has no scores, so it has no `model.pt`."""
+    """Write `train_state.pt`, whole or not at all. A checkpoint within an epoch holds nothing else, since it has no scores."""
     folder.mkdir(parents=True, exist_ok=True)
-    _save(folder / STATE_FILE, {name: getattr(state, name) for name in TrainState.__dataclass_fields__})
+    _save(folder / TRAIN_STATE_FILE, vars(state))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -130,20 +181,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{file}: not a checkpoint of msrn_ray (format {FORMAT}); `msrn import-official` reads the authors' files"
         )
     try:
-        names = tuple(content["label_names"])
+        tuples = {name: tuple(content[name]) for name in _TUPLES}
+        pairs, counts = content["cooccurrence"].numpy(), content["counts"].numpy()
         origin = content.get("counts_provenance")  # missing in older checkpoints
         provenance = Provenance(origin["source"], origin["num_images"], origin["fingerprint"]) if origin else None
         return Checkpoint(
             config=config_from_dict(content["config"], source=f"{file}: config"),
-            label_names=names,
-            counts=LabelCounts(names, content["cooccurrence"].numpy(), content["counts"].numpy(), provenance),
+            counts=LabelCounts(tuples["label_names"], pairs, counts, provenance),
             weights=content["weights"],
-            thresholds=tuple(content["thresholds"]),
             metrics=content["metrics"],
             epoch=content["epoch"],
-            mean=tuple(content["mean"]),
-            std=tuple(content["std"]),
             versions=content["versions"],
+            **tuples,
         )
     except KeyError as error:
         raise UserError(f"{file}: the entry {error} is missing; the file is damaged") from None
@@ -155,7 +204,7 @@ def load_train_state(folder: Path) -> TrainState:
     Raises:
         UserError: if it is missing, would run code, or lacks an entry.
     """
-    file = folder / STATE_FILE
+    file = folder / TRAIN_STATE_FILE
     try:
         return TrainState(**_load(file))
     except TypeError as error:
@@ -178,17 +227,15 @@ def find_model_file(path: Path) -> Path:
             return best
         raise UserError(f"{path}: its best checkpoint {best.parent.name} is missing; give another checkpoint folder")
     if not path.exists():
-        raise UserError(f"checkpoint {path}: no such file or folder")
-    if (path / "config.yaml").is_file():
-        raise UserError(
-            f"checkpoint {path}: no epoch of this run is finished; resume it with msrn train --resume {path}"
-        )
-    if (path / STATE_FILE).is_file():
-        raise UserError(
-            f"checkpoint {path}: saved within an epoch, without scores; give the run folder, or resume the run with"
-            f" msrn train --resume {path.parent}"
-        )
-    raise UserError(f"checkpoint {path}: holds neither {MODEL_FILE} nor {BEST_FILE}; give a checkpoint or a run folder")
+        reason = "no such file or folder"
+    elif (path / "config.yaml").is_file():
+        reason = f"no epoch of this run is finished; resume it with msrn train --resume {path}"
+    elif (path / TRAIN_STATE_FILE).is_file():
+        resume = f"resume the run with msrn train --resume {path.parent}"
+        reason = f"saved within an epoch, without scores; give the run folder, or {resume}"
+    else:
+        reason = f"holds neither {MODEL_FILE} nor {BEST_FILE}; give a checkpoint or a run folder"
+    raise UserError(f"checkpoint {path}: {reason}")
 
 
 def _save(path: Path, content: Mapping[str, Any]) -> None:

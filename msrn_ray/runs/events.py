@@ -106,4 +106,5 @@ class Heartbeat:
         return self.node_id, self.pid
 
 
-Event = WorkersStarted | StepsTrained | EpochFinished | BadImagesFound | WorkerFailed | TestScored | Heartbeat
+LoggedEvent = WorkersStarted | StepsTrained | EpochFinished | BadImagesFound | WorkerFailed | TestScored
+Event = LoggedEvent | Heartbeat  # heartbeats are the watchdog's

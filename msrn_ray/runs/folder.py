@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..config import ExperimentConfig
 from ..errors import UserError
-from ..io.files import atomic_write
+from ..io.files import atomic_write, remove_partial_files, write_text
 from ..labels.word_vectors import LEARNED
 
 DATA_FILE = "data.json"
@@ -46,7 +46,7 @@ def _absolute(path: str) -> str:
 
 
 def open_folder(folder: Path, config: ExperimentConfig, data: dict[str, str], *, fresh: bool) -> None:
-    """Prepare a run's folder: write its config and its data's description, remove the failure of an earlier attempt.
+    """Prepare a run's folder: write its config and its data's description, remove what a failed or killed attempt left.
 
     Args:
         folder: the run folder.
@@ -61,10 +61,10 @@ def open_folder(folder: Path, config: ExperimentConfig, data: dict[str, str], *,
         if fresh:
             make_folder(folder, config)
         folder.mkdir(parents=True, exist_ok=True)
+        remove_partial_files(folder)
         with atomic_write(folder / CONFIG_FILE) as partial:
             config.save(partial)
-        with atomic_write(folder / DATA_FILE) as partial:
-            partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / DATA_FILE, json.dumps(data, indent=2) + "\n")
         (folder / FAILURE_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise cannot_be_written(folder, error) from None

@@ -1,4 +1,4 @@
-"""The metrics of a run's epochs (metrics.jsonl), and the rule for the best epoch."""
+"""The metrics of a run's epochs (metrics.jsonl), the rule for the best epoch, and the curves."""
 
 from __future__ import annotations
 
@@ -19,12 +19,6 @@ def to_json(values: Mapping[str, Any], indent: int | None = None) -> str:
     return json.dumps(plain, indent=indent)
 
 
-def write_history(path: Path, history: list[dict[str, Any]]) -> None:
-    """Write metrics.jsonl, one line per epoch."""
-    with atomic_write(path) as partial:
-        partial.write_text("".join(to_json(line) + "\n" for line in history), encoding="utf-8")
-
-
 def read_history(path: Path) -> list[dict[str, Any]]:
     """Return the complete lines of metrics.jsonl, null as nan; no lines if there is no file."""
     if not path.exists():
@@ -37,3 +31,27 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 def best_index(scores: Sequence[float]) -> int:
     """Return the index of the largest score, of equal scores the last, as Ray Train keeps it; nan loses to any number."""
     return max(range(len(scores)), key=lambda index: (not math.isnan(scores[index]), scores[index], index))
+
+
+def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
+    """Plot loss, mAP and F1 by epoch into a PNG; `history` holds the lines of metrics.jsonl, at least one."""
+    from matplotlib.figure import Figure  # pyplot would start a window system
+
+    figure = Figure(figsize=(11, 4), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [line["epoch"] for line in history]
+    for axis, names in (left, ("train/classification_loss", "val/loss")), (right, ("val/mAP", "val/CF1", "val/OF1")):
+        for name in names:
+            axis.plot(epochs, [line[name] for line in history], marker="o", markersize=3, label=name)
+        axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    best = history[best_index([line["val/mAP"] for line in history])]
+    split = " on the test split (protocol paper)" if history[-1]["protocol"] == "paper" else ""
+    right.axvline(best["epoch"], color="grey", linestyle=":", linewidth=1)
+    right.set_title(f"best val/mAP {best['val/mAP']:.4f} at epoch {best['epoch']}{split}")
+    left.set_title("classification loss")
+    right.set_ylim(0, 1)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, format="png")

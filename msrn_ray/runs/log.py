@@ -10,28 +10,17 @@ import csv
 import math
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, assert_never
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TimeElapsedColumn
 
-from ..io.files import atomic_write
+from ..io.files import atomic_write, write_text
 from ..training.bad_images import RECALLED
 from .checkpoint import BEST_FILE
-from .curves import draw_curves
-from .events import (
-    BadImagesFound,
-    EpochFinished,
-    Event,
-    Heartbeat,
-    StepsTrained,
-    TestScored,
-    WorkerFailed,
-    WorkersStarted,
-)
-from .history import METRICS_FILE, best_index, read_history, to_json, write_history
+from .events import BadImagesFound, EpochFinished, LoggedEvent, StepsTrained, TestScored, WorkerFailed, WorkersStarted
+from .history import METRICS_FILE, best_index, draw_curves, read_history, to_json
 
 CURVES_FILE, BAD_FILE, TEST_FILE = "curves.png", "bad_images.csv", "test.json"
 _PLAIN_SECONDS = 10.0  # between two progress lines without a terminal
@@ -47,7 +36,6 @@ class RunLog:
 
     Attributes:
         history: metrics of the finished epochs, as lines of metrics.jsonl.
-        best: val/mAP and checkpoint name of the best epoch, or None.
         test: metrics of the test split, once scored.
     """
 
@@ -57,14 +45,13 @@ class RunLog:
         self.folder = folder
         self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self.history = read_history(folder / METRICS_FILE)
-        self.best: tuple[float, str] | None = None
         self.test: dict[str, float] = {}
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
         self._bar: Progress | None = None
         self._start_time = self._last_line = self._last_curves = time.monotonic()
         self._total_steps = self._first_step = self._steps_per_epoch = self._epochs = 0
 
-    def handle(self, event: Event) -> None:
+    def handle(self, event: LoggedEvent) -> None:
         """Show and write one event."""
         match event:
             case WorkersStarted():
@@ -79,16 +66,13 @@ class RunLog:
                 self.say(event.description)
             case TestScored():
                 self.test = dict(event.metrics)
-                with atomic_write(self.folder / TEST_FILE) as partial:
-                    partial.write_text(to_json(self.test, indent=2) + "\n", encoding="utf-8")
-            case Heartbeat():
-                pass  # the watchdog's
+                write_text(self.folder / TEST_FILE, to_json(self.test, indent=2) + "\n")
             case _:
                 assert_never(event)
 
     def say(self, line: str) -> None:
         """Print one line for the user, above the progress bar."""
-        (self._bar.console if self._bar else self.console).print(line, markup=False)
+        self.console.print(line, markup=False)  # the bar has the same console
 
     def close(self) -> None:
         """End the progress line and draw the curves a last time."""
@@ -112,28 +96,16 @@ class RunLog:
         known = {line["epoch"] for line in self.history}
         self.history += [dict(line) for line in event.reported if line["epoch"] not in known]
         self.history.sort(key=lambda line: line["epoch"])
-        write_history(self.folder / METRICS_FILE, self.history)
-        self.best = None
+        write_text(self.folder / METRICS_FILE, "".join(to_json(line) + "\n" for line in self.history))
         (self.folder / BEST_FILE).unlink(missing_ok=True)
-        scored = [line for line in self.history if not math.isnan(line["val/mAP"])]
-        if scored:
-            self._set_best(scored[best_index([line["val/mAP"] for line in scored])])
+        self._write_best()
         self.say(event.description)
         if self.console.is_terminal and not self._bar:
-            self._start_bar()
-
-    def _start_bar(self) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
-        )
-        self._bar = Progress(*columns, console=self.console, transient=True)
-        self._bar.add_task(
-            "starting", total=self._total_steps, completed=self._first_step, text="waiting for the first images"
-        )
-        self._bar.start()
+            columns = "{task.description}", BarColumn(), "{task.fields[text]}", TimeElapsedColumn()
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            text = "waiting for the first images"
+            self._bar.add_task("starting", total=self._total_steps, completed=self._first_step, text=text)
+            self._bar.start()
 
     def _show_progress(self, event: StepsTrained) -> None:
         progress = event.progress
@@ -161,7 +133,7 @@ class RunLog:
             if isinstance(value, (int, float)):
                 self._tensorboard.add_scalar(name, value, metrics["epoch"])
         self._tensorboard.flush()
-        mark = " *" if self._is_best(metrics) else ""
+        mark = " *" if self._write_best() is metrics else ""
         note = " (val is the test split)" if metrics["protocol"] == "paper" else ""
         self._last_line = time.monotonic()
         self.say(
@@ -173,18 +145,14 @@ class RunLog:
             draw_curves(self.history, self.folder / CURVES_FILE)
             self._last_curves = time.monotonic()
 
-    def _is_best(self, metrics: Mapping[str, Any]) -> bool:
-        """Return whether a new epoch is the best so far, and then keep its checkpoint's name."""
-        best = -math.inf if self.best is None else self.best[0]
-        is_best = not math.isnan(metrics["val/mAP"]) and best_index([best, metrics["val/mAP"]]) == 1
-        if is_best:
-            self._set_best(metrics)
-        return is_best
-
-    def _set_best(self, metrics: Mapping[str, Any]) -> None:
-        self.best = (metrics["val/mAP"], metrics["checkpoint"])
-        with atomic_write(self.folder / BEST_FILE) as partial:
-            partial.write_text(metrics["checkpoint"] + "\n", encoding="utf-8")
+    def _write_best(self) -> dict[str, Any] | None:
+        """Write the checkpoint's name of the best epoch so far, and return that epoch; None if no epoch has a score."""
+        scored = [line for line in self.history if not math.isnan(line["val/mAP"])]
+        if not scored:
+            return None
+        best = scored[best_index([line["val/mAP"] for line in scored])]
+        write_text(self.folder / BEST_FILE, best["checkpoint"] + "\n")
+        return best
 
     def _list_bad_images(self, event: BadImagesFound) -> None:
         path = self.folder / BAD_FILE

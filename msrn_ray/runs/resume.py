@@ -12,36 +12,26 @@ from typing import Any
 from ..config import ExperimentConfig, load_config
 from ..datasets.protocol import Splits, fingerprint
 from ..errors import UserError
-from ..io.files import atomic_write
+from ..io.files import write_text
 from ..labels.word_vectors import LEARNED
+from ..settings import MAY_DIFFER, Settings
 from .folder import CONFIG_FILE, DATA_FILE
 
-LIST_FILE = (
-    "checkpoint_manager_snapshot.json"  # Ray Train's list of the run's checkpoints; Ray Train writes it in place
-)
+# Ray Train's list of the run's checkpoints; Ray Train writes it in place
+LIST_FILE = "checkpoint_manager_snapshot.json"
 LIST_COPY = f".{LIST_FILE}"  # the list before the last checkpoint; `NO_LIST` until it holds a checkpoint
 NO_LIST = "{}"
 CHECKPOINT_NAME = re.compile(r"\.?epoch_\d{4,}(_step_\d{6,})?_[0-9a-f]+")  # with a dot until it is complete
+# Prefixes of the paths of settings that may differ when a run is resumed
 MAY_CHANGE = (
     "resources.",
-    "model.compile",
-    "train.epochs",
-    "train.log_every",
-    "train.hang_minutes",
-    "train.checkpoint_every",
-    "train.max_failures",
-    "train.storage",
-    "train.run_name",
-    "train.eval_batch_size",
-)
-MAY_MOVE = (
-    "data.root",
-    "data.labels",
-    "data.max_bad_fraction",
-    "data.max_pixels",
-    "data.word_vectors",
-    "data.label_counts",
-    "model.pretrained",
+    *(
+        f"{group}.{name}"
+        for group, settings in ExperimentConfig()
+        if isinstance(settings, Settings)
+        for name, field in type(settings).model_fields.items()
+        if MAY_DIFFER in field.metadata
+    ),
 )
 
 
@@ -51,33 +41,44 @@ def check_resumable(folder: Path, config: ExperimentConfig) -> None:
     Raises:
         UserError: if the folder is not a run, or a setting differs that must not differ, with its name and both values.
     """
-    if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"{folder}: not a run folder, it holds no {CONFIG_FILE}; give the folder of a run")
-    saved = load_config(folder / CONFIG_FILE)
+    saved = _saved_config(folder)
     if config.train.epochs < saved.train.epochs:
         raise UserError(
             f"{folder}: train.epochs={config.train.epochs} is less than the run's {saved.train.epochs}; it can be raised when"
             " a run is resumed, not lowered"
         )
-    changed = changed_settings(flatten(saved.to_dict()), flatten(config.to_dict()), MAY_CHANGE + MAY_MOVE)
+    changed = changed_settings(saved, config)
     if changed:
         raise UserError(
             f"{folder}: a run must be resumed with its settings ({', '.join(changed)}); to change them, start a new run with --config"
         )
 
 
-def changed_settings(saved: Mapping[str, Any], current: Mapping[str, Any], may_change: tuple[str, ...]) -> list[str]:
+def changed_settings(
+    saved: ExperimentConfig, current: ExperimentConfig, may_change: tuple[str, ...] = MAY_CHANGE
+) -> list[str]:
     """Return the settings that differ although they must not, each with both values.
 
     Args:
-        saved, current: settings as `flatten` returns them.
+        saved, current: the configs.
         may_change: prefixes of the paths that may differ.
     """
-    changed = [name for name in current if saved[name] != current[name] and not name.startswith(may_change)]
+    old, new = _flatten(saved.to_dict()), _flatten(current.to_dict())
     vectors = "data.word_vectors"
-    if LEARNED in (saved[vectors], current[vectors]) and saved[vectors] != current[vectors] and vectors not in changed:
-        changed.append(vectors)  # LEARNED is no file, so this is not a file that was moved
-    return [f"{name} was {saved[name]!r}, now {current[name]!r}" for name in changed]
+    fixed = {vectors} if LEARNED in (old[vectors], new[vectors]) else set()  # LEARNED is no file that could have moved
+    return [
+        f"{name} was {old[name]!r}, now {value!r}"
+        for name, value in new.items()
+        if value != old[name] and (name in fixed or not name.startswith(may_change))
+    ]
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted path."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def describe_data(splits: Splits, config: ExperimentConfig) -> dict[str, str]:
@@ -123,14 +124,15 @@ def check_list(folder: Path) -> bool:
     """
     saved, copy = folder / LIST_FILE, folder / LIST_COPY
     checkpoints = [path for path in folder.glob("epoch_*") if CHECKPOINT_NAME.fullmatch(path.name)]
-    if not checkpoints or _is_whole(saved):
+    if not checkpoints or _read_list(saved) is not None:
         return False
-    if not _is_whole(copy) or (len(checkpoints) > 1 and copy.read_text(encoding="utf-8") == NO_LIST):
+    known = _read_list(copy)
+    if known is None or (len(checkpoints) > 1 and not known):
         raise UserError(
             f"{saved}: Ray Train's list of the checkpoints is missing or cut off; put it back from a copy, or delete the"
             f" folders epoch_* beside it to train from the beginning"
         )
-    if copy.read_text(encoding="utf-8") != NO_LIST:
+    if known:
         shutil.copyfile(copy, saved)
         return False
     shutil.rmtree(checkpoints[0])
@@ -140,9 +142,7 @@ def check_list(folder: Path) -> bool:
 
 def listed_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the metrics of the finished epochs whose checkpoints a run folder keeps, by epoch; [] if there is no list yet."""
-    if not _is_whole(folder / LIST_FILE):
-        return []
-    content = json.loads((folder / LIST_FILE).read_text(encoding="utf-8"))
+    content = _read_list(folder / LIST_FILE) or {}
     listed = [entry["metrics"] for entry in content.get("checkpoint_results", [])]
     finished = [metrics for metrics in listed if "val/mAP" in metrics]  # a checkpoint within an epoch has no score
     return sorted(finished, key=lambda metrics: int(metrics["epoch"]))
@@ -150,23 +150,16 @@ def listed_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def keep_list(folder: Path, text: str) -> None:
     """Write the copy of Ray Train's list, whole or not at all."""
-    with atomic_write(folder / LIST_COPY) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_text(folder / LIST_COPY, text)
 
 
-def _is_whole(path: Path) -> bool:
+def _read_list(path: Path) -> dict[str, Any] | None:
+    """Return the content of Ray Train's list or of its copy; None if it is missing or cut off."""
     try:
-        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted path."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def resume_config(run: Path) -> ExperimentConfig:
@@ -176,8 +169,11 @@ def resume_config(run: Path) -> ExperimentConfig:
         UserError: if the folder is not a run.
     """
     folder = run.expanduser().resolve()
-    if not (folder / CONFIG_FILE).is_file():
+    return _saved_config(run).with_overrides({"train.storage": str(folder.parent), "train.run_name": folder.name})
+
+
+def _saved_config(run: Path) -> ExperimentConfig:
+    path = run.expanduser().resolve() / CONFIG_FILE
+    if not path.is_file():
         raise UserError(f"{run}: not a run folder, it holds no {CONFIG_FILE}; give the folder of a run")
-    return load_config(folder / CONFIG_FILE).with_overrides(
-        {"train.storage": str(folder.parent), "train.run_name": folder.name}
-    )
+    return load_config(path)

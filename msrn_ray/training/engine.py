@@ -24,11 +24,6 @@ from .losses import group_loss
 from .sampling import TrainPlan
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
-    """Return mixed precision of `dtype` on `device`, or a context that does nothing."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
 def train_step(learner: Learner, batch: Batch, num_rows: int) -> Tensor:
     """Run one optimizer step: forward, backward, clip, update, schedule, EMA. Ranks exchange nothing but gradients.
 
@@ -42,14 +37,16 @@ def train_step(learner: Learner, batch: Batch, num_rows: int) -> Tensor:
         [2] float32, detached: this rank's classification loss and weighted group loss; their means over ranks are the step's.
     """
     learner.optimizer.zero_grad(set_to_none=True)
-    micro_batches = _split(batch, learner.accumulation)
+    chunks = [tensor.tensor_split(min(learner.accumulation, len(batch.row))) for tensor in batch]
+    micro_batches = [Batch(*micro) for micro in zip(*chunks, strict=True)]
     scale = distributed.world_size() / num_rows  # DistributedDataParallel takes the mean over ranks
-    total = torch.zeros(2, device=batch.images.device)
+    device = batch.images.device
+    total = torch.zeros(2, device=device)
     for index, micro in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
         no_sync: Any = nullcontext() if last else getattr(learner.model, "no_sync", nullcontext)()
         with no_sync:
-            with autocast(batch.images.device, learner.amp_dtype):
+            with torch.autocast(device.type, learner.amp_dtype, enabled=learner.amp_dtype is not None):
                 output: MSRNOutput = learner.model(normalize(micro.images))
             classification = (learner.loss(output.logits, micro.target) * micro.valid).sum() * scale
             groups = learner.group_weight / len(micro_batches) * group_loss(output)
@@ -104,7 +101,8 @@ def train_one_epoch(
             stats.first_batch_seconds = waited
         window.wait += waited
         loss = train_step(learner, to_device(batch, device), plan.step_rows(stats.steps))
-        window.add(stats.steps, loss, batch)
+        window.losses.append(loss)
+        window.rows.append(batch.row[batch.valid])
         hooks.rows_trained(window.rows[-1].numpy())
         stats.steps += 1
         inside = stats.steps < plan.num_steps
@@ -124,32 +122,23 @@ def train_one_epoch(
 class _Window:
     """The steps since the last check."""
 
-    steps: list[int] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)
     wait: float = 0.0
-    images: int = 0
     start: float = field(default_factory=time.perf_counter)
-
-    def add(self, step: int, loss: Tensor, batch: Batch) -> None:
-        self.steps.append(step)
-        self.losses.append(loss)
-        self.rows.append(batch.row[batch.valid])
-        self.images += len(self.rows[-1])
 
 
 def _check(window: _Window, stats: EpochStats, is_save_time: bool, hooks: EpochHooks) -> bool:
     """Check and report the window on all ranks together; only here an epoch waits for the device. Return rank 0's `is_save_time`."""
     losses = torch.stack(window.losses)  # [steps, 2]
     now = time.perf_counter()
-    _require_finite(window, losses, hooks)
+    _require_finite(losses, window.rows, stats.steps - len(losses), hooks)
     classification, groups = (losses.double().sum(0) / distributed.world_size()).tolist()
     flag = float(is_save_time and distributed.rank() == 0)
-    num_bad = hooks.count_bad_images()
-    sums = torch.tensor(
-        [classification, groups, window.images, window.wait, num_bad, flag], dtype=torch.float64, device=losses.device
-    )
-    classification, groups, images, wait, bad, agreed = distributed.all_reduce(sums, "sum").tolist()
+    images, bad = sum(map(len, window.rows)), hooks.count_bad_images()
+    local = [classification, groups, images, window.wait, bad, flag]
+    sums = distributed.all_reduce(torch.tensor(local, dtype=torch.float64, device=losses.device), "sum")
+    classification, groups, images, wait, bad, agreed = sums.tolist()
     seconds = max(now - window.start, 1e-9)
     stats.classification_sum += classification
     stats.group_sum += groups
@@ -167,18 +156,17 @@ def _check(window: _Window, stats: EpochStats, is_save_time: bool, hooks: EpochH
     return bool(agreed)
 
 
-def _require_finite(window: _Window, losses: Tensor, hooks: EpochHooks) -> None:
-    """Raise NonFiniteLossError on all ranks if a loss of any rank is not finite; losses: [steps, 2]."""
+def _require_finite(losses: Tensor, rows: list[Tensor], first_step: int, hooks: EpochHooks) -> None:
+    """Raise NonFiniteLossError on all ranks if a loss of any rank is not finite; losses: [steps, 2], from `first_step` on."""
     finite = torch.isfinite(losses).all(1)
-    steps = torch.tensor(window.steps, dtype=torch.float64, device=losses.device)
-    bad_step = distributed.all_reduce(torch.where(finite, torch.inf, steps).min(), "min").item()
-    if bad_step == float("inf"):
+    steps = torch.arange(len(losses), device=losses.device)
+    index = int(distributed.all_reduce(torch.where(finite, len(losses), steps).min(), "min"))
+    if index == len(losses):
         return
-    index = window.steps.index(int(bad_step))
-    rows = [] if bool(finite[index]) else window.rows[index].tolist()
-    all_rows = sorted(row for part in distributed.all_gather(rows) for row in part)
+    bad_rows = [] if bool(finite[index]) else rows[index].tolist()
+    all_rows = sorted(row for part in distributed.all_gather(bad_rows) for row in part)
     raise NonFiniteLossError(
-        f"the loss is not finite at step {int(bad_step)} of the epoch, images {', '.join(hooks.image_ids(all_rows))};"
+        f"the loss is not finite at step {first_step + index} of the epoch, images {', '.join(hooks.image_ids(all_rows))};"
         " lower optim.lr, or check those images and labels"
     )
 
@@ -188,10 +176,3 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cpu":
         return batch
     return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch))
-
-
-def _split(batch: Batch, parts: int) -> list[Batch]:
-    if parts == 1:
-        return [batch]
-    chunks = [tensor.tensor_split(min(parts, len(batch.row))) for tensor in batch]
-    return [Batch(*micro) for micro in zip(*chunks, strict=True)]

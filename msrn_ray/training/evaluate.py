@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +18,7 @@ from .losses import classification_loss
 from .metrics import MultiLabelMetrics
 
 
-@dataclass
-class Scores:
+class Scores(NamedTuple):
     """Probabilities and losses of the images that were scored.
 
     Attributes:
@@ -49,46 +47,36 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, device: torch.device
         num_classes: C, for a rank without images.
     """
     model.eval()
-    row, scores, target, losses = [], [], [], []
+    # no row: a rank without images returns this part
+    empty = np.zeros((0, num_classes), np.float32), np.zeros((0, num_classes), np.int8)
+    parts = [Scores(np.zeros(0, np.int64), *empty, np.zeros(0, np.float32))]
     for cpu_batch in batches:
         batch = to_device(cpu_batch, device)
         logits = model(normalize(batch.images)).logits
         valid = cpu_batch.valid.numpy()
-        row.append(cpu_batch.row.numpy()[valid])
-        scores.append(logits.sigmoid().cpu().numpy()[valid])
-        losses.append(classification_loss(logits, batch.target).cpu().numpy()[valid])
-        target.append(cpu_batch.target.numpy()[valid])
-    return Scores(
-        np.concatenate([np.zeros(0, np.int64), *row]),
-        np.concatenate([np.zeros((0, num_classes), np.float32), *scores]),
-        np.concatenate([np.zeros((0, num_classes), np.int8), *target]),
-        np.concatenate([np.zeros(0, np.float32), *losses]),
-    )
+        loss = classification_loss(logits, batch.target)
+        columns = cpu_batch.row, logits.sigmoid().cpu(), cpu_batch.target, loss.cpu()
+        parts.append(Scores._make(column.numpy()[valid] for column in columns))
+    return _concatenate(parts)
 
 
 def gather_scores(scores: Scores) -> Scores:
     """Return the scores of all ranks in row order, each row exactly once; the same on every rank, which must all call it."""
-    parts = distributed.all_gather(scores)
-    row = np.concatenate([part.row for part in parts])
-    order = np.argsort(row)
-    assert len(np.unique(row)) == len(row), "a row was scored twice"
-    return Scores(
-        row[order],
-        np.concatenate([part.scores for part in parts])[order],
-        np.concatenate([part.target for part in parts])[order],
-        np.concatenate([part.loss for part in parts])[order],
-    )
+    gathered = _concatenate(distributed.all_gather(scores))
+    order = np.argsort(gathered.row)
+    assert len(np.unique(gathered.row)) == len(order), "a row was scored twice"
+    return Scores._make(column[order] for column in gathered)
+
+
+def _concatenate(parts: Sequence[Scores]) -> Scores:
+    return Scores._make(map(np.concatenate, zip(*parts, strict=True)))
 
 
 def split_metrics(split: str, scores: Scores, label_names: Sequence[str]) -> dict[str, Any]:
     """Return all metrics of a split as `split/name`, and per-class AP as `split/AP/label`."""
     metric = MultiLabelMetrics(len(label_names))
     metric.update(scores.scores, scores.target)
-    values = metric.compute()
-    per_class = values.pop("AP")
-    assert isinstance(per_class, list)
-    return (
-        {f"{split}/{name}": value for name, value in values.items()}
-        | {f"{split}/AP/{label}": value for label, value in zip(label_names, per_class, strict=True)}
-        | {f"{split}/loss": float(scores.loss.mean()), f"{split}/images": len(scores.row)}
-    )
+    values: dict[str, Any] = {**metric.compute()}
+    values |= {f"AP/{label}": value for label, value in zip(label_names, values.pop("AP"), strict=True)}
+    values |= {"loss": float(scores.loss.mean()), "images": len(scores.row)}
+    return {f"{split}/{name}": value for name, value in values.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ class TrainingInputs:
 
     Attributes:
         splits: train, val, test.
-        counts: label counts of train, or those of `data.label_counts`.
+        counts: C names in the order of the logits, with the label counts of train, or those of `data.label_counts`.
         word_vectors: [C, V] float32.
         missing_words: labels that are not in the source of the word vectors.
         frequency: [C] float32 in (0, 1), how often a label is present among train images where it is known (add-one smoothed).
@@ -36,11 +37,6 @@ class TrainingInputs:
     missing_words: tuple[str, ...]
     frequency: Tensor
 
-    @property
-    def label_names(self) -> tuple[str, ...]:
-        """C names in the order of the logits."""
-        return self.splits.train.label_names
-
 
 def gather_inputs(config: ExperimentConfig) -> TrainingInputs:
     """Read labels, label graph and word vectors, and check that the backbone's weights are available.
@@ -48,15 +44,10 @@ def gather_inputs(config: ExperimentConfig) -> TrainingInputs:
     Raises:
         UserError: for anything wrong with them.
     """
-    splits = load_splits(config)
-    targets = splits.train.targets
-    counts = label_counts(splits.train, config.data.label_counts)
-    vectors, missing = load_word_vectors(
-        splits.train.label_names,
-        config.data.word_vectors,
-        missing=config.data.missing_words,
-        seed=config.train.seed,
-    )
+    splits, data = load_splits(config), config.data
+    targets, names = splits.train.targets, splits.train.label_names
+    counts = label_counts(splits.train, data.label_counts)
+    vectors, missing = load_word_vectors(names, data.word_vectors, missing=data.missing_words, seed=config.train.seed)
     build_resnet(config.model.backbone)
     if config.model.pretrained is not None:
         read_pretrained(config.model.backbone, config.model.pretrained)
@@ -79,12 +70,12 @@ def describe_inputs(inputs: TrainingInputs, config: ExperimentConfig) -> Iterato
     """Yield lines that describe the data, the label graph and the word vectors of a run."""
     splits = inputs.splits
     yield from splits.notes
-    sizes = [f"train {len(splits.train)}", f"val {len(splits.val)}", f"test {len(splits.test)}" if splits.test else ""]
-    yield f"{config.data.dataset}: {len(inputs.label_names)} labels, images: {', '.join(filter(None, sizes))}"
+    sizes = ", ".join(f"{name} {len(table)}" for name, table in splits.tables.items())
+    yield f"{config.data.dataset}: {len(inputs.counts.names)} labels, images: {sizes}"
     if config.data.label_counts is not None:
         yield f"label graph from {config.data.label_counts}: {inputs.counts.provenance or 'the file names no source'}"
     tau = choose_tau(inputs.counts, config.model.tau, config.model.tau_degree)
-    edges = int(attend_mask(inputs.counts, tau).sum()) - len(inputs.label_names)
+    edges = int(attend_mask(inputs.counts, tau).sum()) - len(inputs.counts.names)
     chosen = " (auto)" if config.model.tau == "auto" else ""
     alone = "" if edges else f" (each label attends only to itself; {how_to_add_edges(inputs.counts)})"
     yield f"label graph at tau {tau:.4g}{chosen}: {edges} edges{alone}"
@@ -93,17 +84,12 @@ def describe_inputs(inputs: TrainingInputs, config: ExperimentConfig) -> Iterato
     elif inputs.missing_words:
         names = ", ".join(inputs.missing_words)
         yield f"word vectors: {config.data.missing_words} for {len(inputs.missing_words)} labels not found: {names}"
-    for name, table in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
-        if table is not None:
-            empty = [
-                label
-                for label, present in zip(table.label_names, (table.targets == 1).any(0), strict=True)
-                if not present
-            ]
-            if empty:
-                more = f" and {len(empty) - 8} more" if len(empty) > 8 else ""
-                what = "training cannot learn them" if name == "train" else "their AP is nan and does not count in mAP"
-                yield f"{name}: no image with {', '.join(empty[:8])}{more}; {what}"
+    for name, table in splits.tables.items():
+        empty = list(compress(table.label_names, ~(table.targets == 1).any(0)))
+        if empty:
+            more = f" and {len(empty) - 8} more" if len(empty) > 8 else ""
+            what = "training cannot learn them" if name == "train" else "their AP is nan and does not count in mAP"
+            yield f"{name}: no image with {', '.join(empty[:8])}{more}; {what}"
 
 
 def check_batch(config: ExperimentConfig, num_images: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import assert_never
+from typing import Any, assert_never
 
 import torch
 from torch import nn
@@ -20,14 +20,11 @@ def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Op
     Frozen parameters (requires_grad False) are left out.
     """
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {
-            "params": [parameter for name, parameter in trainable if name.startswith(_BACKBONE) == is_backbone],
-            "lr": settings.lr * (settings.backbone_lr_factor if is_backbone else 1.0),
-        }
-        for is_backbone in (True, False)
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups: list[dict[str, Any]] = []
+    for is_backbone, factor in ((True, settings.backbone_lr_factor), (False, 1.0)):
+        parameters = [parameter for name, parameter in trainable if name.startswith(_BACKBONE) == is_backbone]
+        if parameters:
+            groups.append({"params": parameters, "lr": settings.lr * factor})
     match settings.name:
         case "adamw":
             return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)

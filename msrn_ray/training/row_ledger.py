@@ -40,16 +40,16 @@ class Account:
 
     def pack(self) -> dict[str, Tensor]:
         """Return both as [ceil(N / 8)] uint8 for a checkpoint: each takes 10 kB for 82,081 rows."""
-        return {name: torch.from_numpy(np.packbits(getattr(self, name))) for name in ("trained", "unreadable")}
+        return {name: torch.from_numpy(np.packbits(rows)) for name, rows in vars(self).items()}
 
     @classmethod
     def unpack(cls, bits: Mapping[str, Tensor], num_rows: int) -> Account:
         """Reverse `pack`; rows beyond the end of `bits` count as not finished."""
-        return cls(*(_unpack(bits[name].numpy(), num_rows) for name in ("trained", "unreadable")))
+        return cls(**{name: _unpack(packed.numpy(), num_rows) for name, packed in bits.items()})
 
     def difference(self, plan: TrainPlan, epoch: int, step: int) -> str:
         """Return a description, with rows, of how this differs from the plan's rows before `step`; "" if it does not."""
-        due = _due(plan, epoch, step)
+        due = _mask(plan.rows_before(epoch, step), plan)
         wrong = {
             "trained on before their turn": self.trained & ~due,
             "unreadable before their turn": self.unreadable & ~due,
@@ -90,9 +90,8 @@ class Ledger:
             rows = _unpack(bits, self._plan.num_rows)
             twice |= {*repeated.tolist(), *np.flatnonzero(trained & rows).tolist()}
             trained |= rows
-        bad_rows = np.zeros(self._plan.num_rows, bool)
-        bad_rows[list(bad)] = True
-        unreadable = bad_rows & ~trained & _due(self._plan, self._epoch, step)
+        due = _mask(self._plan.rows_before(self._epoch, step), self._plan)
+        unreadable = _mask(list(bad), self._plan) & due & ~trained
         account = Account(trained, self._before.unreadable | unreadable)
         wrong = [f"trained on twice: {_name(np.array(sorted(twice)))}"] if twice else []
         wrong += filter(None, [account.difference(self._plan, self._epoch, step)])
@@ -104,17 +103,14 @@ class Ledger:
         return account
 
 
-def _due(plan: TrainPlan, epoch: int, step: int) -> Mask:
-    rows = np.zeros(plan.num_rows, bool)
-    rows[plan.rows_before(epoch, step)] = True
-    return rows
+def _mask(rows: Rows | list[int], plan: TrainPlan) -> Mask:
+    mask = np.zeros(plan.num_rows, bool)
+    mask[rows] = True
+    return mask
 
 
 def _unpack(bits: npt.NDArray[np.uint8], num_rows: int) -> Mask:
-    rows = np.zeros(num_rows, bool)
-    unpacked = np.unpackbits(bits)[:num_rows].astype(bool)
-    rows[: len(unpacked)] = unpacked
-    return rows
+    return np.unpackbits(bits, count=num_rows).astype(bool)
 
 
 def _name(rows: npt.NDArray[np.int64]) -> str:

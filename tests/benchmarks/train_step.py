@@ -28,9 +28,8 @@ from msrn_ray.model import MSRN
 from msrn_ray.presets import PRESETS
 from msrn_ray.settings import OptimSettings
 from msrn_ray.training import distributed
-from msrn_ray.training.build import build_learner, build_network
 from msrn_ray.training.engine import train_step
-from msrn_ray.training.learner import Learner
+from msrn_ray.training.learner import Learner, build_learner, build_network
 from msrn_ray.types import Batch
 
 from .attention import direct
@@ -76,11 +75,13 @@ def make_learner(preset: str, labels: int, *, lr: float | None = None, **model: 
     """Return the preset's learner with random weights in full precision, as a worker builds it."""
     torch.manual_seed(0)
     changes = {f"model.{name}": value for name, value in model.items()}
-    config = PRESETS[preset].config.with_overrides(changes | {"train.amp": "off", "model.compile": "on"})
+    config = PRESETS[preset].config.with_overrides(
+        changes | {"train.amp": "off", "model.compile": "on", "model.pretrained": None}
+    )
     if lr is not None:
         config = config.model_copy(update={"optim": OptimSettings(lr=lr)})
     vectors, mask = torch.randn(labels, 50), torch.eye(labels, dtype=torch.bool)
-    network, _ = build_network(config, vectors, mask, torch.full((labels,), 0.05), device=CPU, pretrained=False)
+    network, _ = build_network(config, vectors, mask, torch.full((labels,), 0.05), device=CPU)
     return build_learner(config, network.train(), CPU, steps_per_epoch=1000)
 
 

@@ -17,9 +17,8 @@ from torch import Tensor
 from msrn_ray.errors import UserError
 from msrn_ray.ray_train import checkpoints
 from msrn_ray.ray_train.checkpoints import NO_SCORE, SCORE, WITHIN_EPOCH, clear_leftovers, report_checkpoint
-from msrn_ray.runs.checkpoint import TrainState, load_checkpoint, load_train_state
+from msrn_ray.runs.checkpoint import TrainState, load_checkpoint, load_train_state, restore
 from msrn_ray.runs.resume import LIST_COPY, LIST_FILE, NO_LIST, check_list
-from msrn_ray.runs.snapshot import restore
 from tests.tiny import make_tiny_checkpoint
 
 Reports = list[dict[str, Any]]
@@ -122,7 +121,7 @@ def test_another_label_graph_is_refused_before_restoring() -> None:
     network = SimpleNamespace(state_dict=lambda: {mask: torch.eye(3) > 0})
     state = make_state(0, 5, model={mask: torch.ones(3, 3) > 0})
     with pytest.raises(UserError, match=r"data\.label_counts: gives another label graph than the run was trained with"):
-        restore(SimpleNamespace(network=network), state, 0, torch.device("cpu"))  # type: ignore[arg-type]  # restore reads nothing else
+        restore(SimpleNamespace(network=network), state, 0)  # type: ignore[arg-type]  # restore reads nothing else
 
 
 def test_finished_epochs_rank_above_unfinished_epochs() -> None:

@@ -24,7 +24,7 @@ from msrn_ray.ray_train.failures import FailureCallback
 from msrn_ray.runs import state as run_state
 from msrn_ray.runs.events import Event, WorkerFailed
 from msrn_ray.runs.folder import CONFIG_FILE, make_folder
-from msrn_ray.runs.listing import list_runs
+from msrn_ray.runs.state import list_runs
 from msrn_ray.settings import ResourceSettings
 from tests.ray_cluster.test_allocation import cluster
 from tests.tiny import make_coco

@@ -20,7 +20,7 @@ from msrn_ray.ray_train.driver import train
 from msrn_ray.ray_train.heartbeat import DONE, WAITING, heartbeat_seconds
 from msrn_ray.ray_train.watchdog import Watchdog, WatchdogActions
 from msrn_ray.runs.events import Heartbeat
-from msrn_ray.runs.listing import list_runs
+from msrn_ray.runs.state import list_runs
 from tests.tiny import make_coco
 
 

@@ -20,14 +20,12 @@ from msrn_ray.model import build_model, choose_attention_kernels
 from msrn_ray.ray_train.checkpoints import StartPoint, load_start
 from msrn_ray.ray_train.worker import BLOCK_ROWS, Worker
 from msrn_ray.ray_train.worker_input import StoredSplit
-from msrn_ray.runs.checkpoint import TrainState, save_train_state
+from msrn_ray.runs.checkpoint import TrainState, get_rng, save_train_state
 from msrn_ray.runs.events import BadImagesFound, Event
-from msrn_ray.runs.snapshot import get_rng
 from msrn_ray.settings import ModelSettings
 from msrn_ray.training.bad_images import RECALLED, BadImage, BadImages
-from msrn_ray.training.build import amp_dtype
 from msrn_ray.training.epoch import EpochStats
-from msrn_ray.training.learner import Learner
+from msrn_ray.training.learner import Learner, amp_dtype
 from msrn_ray.training.row_ledger import Account
 from msrn_ray.training.sampling import TrainPlan
 from msrn_ray.types import SampleTable

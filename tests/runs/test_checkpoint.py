@@ -70,7 +70,8 @@ def test_train_state_round_trips(tmp_path: Path) -> None:
         epoch=4,
         data="f" * 64,
     )
-    save_checkpoint(tmp_path, example(), state)
+    save_checkpoint(tmp_path, example())
+    save_train_state(tmp_path, state)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.pt", "train_state.pt"]
     after = load_train_state(tmp_path)
     assert same_weights(after.model, state.model)
@@ -87,7 +88,7 @@ def test_train_state_round_trips(tmp_path: Path) -> None:
     assert resumed.param_groups[0]["lr"] == pytest.approx(0.01)
     assert after.scheduler["last_epoch"] == 1
 
-    save_checkpoint(tmp_path, example(), replace(state, ema=None, epoch=5))
+    save_train_state(tmp_path, replace(state, ema=None, epoch=5))
     assert load_train_state(tmp_path).ema is None
     assert load_train_state(tmp_path).epoch == 5
 

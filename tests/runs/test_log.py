@@ -17,8 +17,8 @@ from PIL import Image
 from rich.console import Console
 
 from msrn_ray.runs import log as run_log
-from msrn_ray.runs.curves import draw_curves
 from msrn_ray.runs.events import BadImagesFound, EpochFinished, StepsTrained, TestScored, WorkerFailed, WorkersStarted
+from msrn_ray.runs.history import draw_curves
 from msrn_ray.runs.log import RunLog
 from msrn_ray.training.bad_images import RECALLED
 from msrn_ray.training.epoch import Progress

@@ -16,6 +16,7 @@ from msrn_ray.runs.resume import (
     CONFIG_FILE,
     LIST_COPY,
     LIST_FILE,
+    MAY_CHANGE,
     check_data,
     check_list,
     check_resumable,
@@ -70,6 +71,22 @@ def test_files_may_move_but_not_become_learned(tmp_path: Path) -> None:
     check_resumable(tmp_path, moved)
     with pytest.raises(UserError, match=r"data\.word_vectors was '/v\.txt', now 'learned'"):
         check_resumable(tmp_path, moved.with_overrides({"data.word_vectors": "learned"}))
+
+
+def test_settings_of_the_training_may_not_differ(tmp_path: Path) -> None:
+    """What changes the training is fixed. Where a file lies, how a run is watched and what it runs on may differ."""
+    expected = {"resources.", "model.compile", "model.pretrained"}
+    expected |= {f"data.{name}" for name in ("root", "labels", "word_vectors", "label_counts")}
+    expected |= {f"data.{name}" for name in ("max_bad_fraction", "max_pixels")}
+    expected |= {
+        f"train.{name}" for name in ("epochs", "log_every", "hang_minutes", "checkpoint_every", "max_failures")
+    }
+    expected |= {f"train.{name}" for name in ("storage", "run_name", "eval_batch_size")}
+    assert set(MAY_CHANGE) == expected
+    CONFIG.save(tmp_path / CONFIG_FILE)
+    check_resumable(tmp_path, CONFIG.with_overrides({"train.log_every": 1, "resources.num_workers": 3}))
+    with pytest.raises(UserError, match=r"\(data\.flip was True, now False, optim\.lr was .*, now 0\.2\)"):
+        check_resumable(tmp_path, CONFIG.with_overrides({"optim.lr": 0.2, "data.flip": not CONFIG.data.flip}))
 
 
 def test_run_without_a_data_file_resumes(tmp_path: Path) -> None:

@@ -18,8 +18,15 @@ from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
 from msrn_ray.runs.folder import CONFIG_FILE, FAILURE_FILE
 from msrn_ray.runs.history import METRICS_FILE
-from msrn_ray.runs.listing import RunSummary, describe_runs, list_runs, summarize
-from msrn_ray.runs.state import STATE_FILE, check_stopped, kept_state
+from msrn_ray.runs.state import (
+    STATE_FILE,
+    RunSummary,
+    check_stopped,
+    describe_runs,
+    kept_state,
+    list_runs,
+    summarize,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from msrn_ray.training.ema import build_ema, copy_buffers
+from msrn_ray.training.learner import build_ema, copy_buffers
 
 
 class Toy(nn.Module):

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from msrn_ray.errors import NonFiniteLossError
 from msrn_ray.training import distributed, epoch
-from msrn_ray.training.ema import build_ema
 from msrn_ray.training.engine import train_step
 from msrn_ray.training.epoch import EpochSchedule, EpochStats, Progress
 from msrn_ray.training.evaluate import Scores, evaluate, gather_scores
+from msrn_ray.training.learner import build_ema
 from msrn_ray.training.losses import classification_loss
 from msrn_ray.training.sampling import EvalPlan
 from tests.training.engine_parts import (

@@ -25,7 +25,7 @@ def two_splits(tmp_path: Path) -> Path:
 def test_label_graph_is_counted_on_train_only(two_splits: Path) -> None:
     settings = config(two_splits, data__val_fraction=0.25)
     inputs = gather_inputs(settings)
-    assert inputs.label_names == CATEGORIES
+    assert inputs.counts.names == CATEGORIES
     assert inputs.splits.test is not None
     train = inputs.splits.train.targets == 1
     np.testing.assert_array_equal(inputs.counts.count, train.sum(0))
@@ -45,7 +45,7 @@ def test_frequency_ignores_unknown_labels(shared: Path) -> None:
     expected = [(np.count_nonzero(column == 1) + 1) / (np.count_nonzero(column != -1) + 2) for column in targets.T]
     assert inputs.frequency.dtype == torch.float32
     np.testing.assert_allclose(inputs.frequency.numpy(), expected, rtol=1e-6)
-    sheep = inputs.label_names.index("sheep")
+    sheep = inputs.counts.names.index("sheep")
     assert (targets[:, sheep] == 1).sum() == 0
     assert 0 < inputs.frequency[sheep] < 0.01
     unknown = (targets == -1).sum(0)
