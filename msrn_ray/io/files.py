@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
         OSError: if the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         with partial.open("rb") as file:
@@ -108,6 +107,5 @@ def write_text(path: Path, text: str) -> None:
 
 def remove_partial_files(folder: Path) -> None:
     """Delete the files of `atomic_write` that killed processes left in a folder. No process may be writing there."""
-    for path in folder.iterdir():
-        if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():
-            path.unlink(missing_ok=True)
+    for path in filter(Path.is_file, folder.glob(".*.partial")):
+        path.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..config import ExperimentConfig
 from ..errors import UserError
-from ..io.files import atomic_write, remove_partial_files, write_text
+from ..io.files import remove_partial_files, write_text
 from ..labels.word_vectors import LEARNED
 
 DATA_FILE = "data.json"
@@ -62,8 +62,7 @@ def open_folder(folder: Path, config: ExperimentConfig, data: dict[str, str], *,
             make_folder(folder, config)
         folder.mkdir(parents=True, exist_ok=True)
         remove_partial_files(folder)
-        with atomic_write(folder / CONFIG_FILE) as partial:
-            config.save(partial)
+        config.save(folder / CONFIG_FILE)
         write_text(folder / DATA_FILE, json.dumps(data, indent=2) + "\n")
         (folder / FAILURE_FILE).unlink(missing_ok=True)
     except OSError as error:
