@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import optuna
 import ray.tune
 import ray.util
 from optuna.trial import TrialState
+from ray.tune import Callback
 from rich.console import Console
 
 from msrn_ray.config import ExperimentConfig
@@ -29,19 +30,10 @@ from msrn_ray.runs.resume import describe_data
 from msrn_ray.training.inputs import TrainingInputs, check_batch, gather_inputs
 
 from .live_table import LiveTable
-from .mlflow_logger import MlflowRuns, open_mlflow
+from .mlflow_logger import open_mlflow
 from .options import SearchOptions, check_options
 from .report import CSV, write_results
-from .search_folder import (
-    SearchFolder,
-    change_study,
-    make_search_folder,
-    name_folder,
-    new_study,
-    plan_search,
-    reopen_study,
-    single_driver,
-)
+from .search_folder import SearchFolder, change_study, name_folder, new_study, plan_search, reopen_study, single_driver
 from .study import SearchStudy
 from .study_actor import start_study_actor
 from .trial import TrialInputs, run_trial
@@ -62,8 +54,10 @@ def search(options: SearchOptions) -> Path:
     _quiet_libraries()
     config = absolute_paths(options.experiment)
     folder = name_folder(options, config)
-    mlflow = None if options.mlflow is None else open_mlflow(options.mlflow, folder.path.name)
+    loggers: list[Callback] = []
     with ExitStack() as stack:
+        if options.mlflow is not None:
+            loggers = [stack.enter_context(closing(open_mlflow(options.mlflow, folder.path.name)))]
         if options.resume is not None:
             stack.enter_context(single_driver(folder))
             study = reopen_study(folder, options, config)
@@ -79,14 +73,13 @@ def search(options: SearchOptions) -> Path:
         )
         allocation = share_cluster(allocate(config.resources), options.max_concurrent, ray.nodes())
         if options.resume is None:
-            make_search_folder(folder, config)
-            stack.enter_context(single_driver(folder))
             plan = plan.model_copy(update={"data": data["fingerprint"], "source": data["data"]})
             study = new_study(folder, plan, options)
+            stack.enter_context(single_driver(folder))
         stopper = SearchStopper(None if options.time_budget is None else 60 * options.time_budget)
         trial_config = config.with_overrides({"train.storage": str(folder.path)})
         trial_inputs = TrialInputs(trial_config, store_inputs(inputs, data), allocation)
-        _run_trials(study, folder, trial_inputs, stopper, mlflow)
+        _run_trials(study, folder, trial_inputs, stopper, loggers)
     return folder.path
 
 
@@ -107,7 +100,7 @@ def _gather(config: ExperimentConfig) -> tuple[TrainingInputs, dict[str, str]]:
 
 
 def _run_trials(
-    study: SearchStudy, folder: SearchFolder, inputs: TrialInputs, stopper: SearchStopper, mlflow: MlflowRuns | None
+    study: SearchStudy, folder: SearchFolder, inputs: TrialInputs, stopper: SearchStopper, loggers: list[Callback]
 ) -> None:
     """Run the trials of a study that are left, show them and write the results into the search folder.
 
@@ -134,7 +127,7 @@ def _run_trials(
             name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}",
             storage_path=str(folder.path),
             stop=stopper,
-            callbacks=[SearchProgress(study_client, table, stopper), *([mlflow] if mlflow else [])],
+            callbacks=[SearchProgress(study_client, table, stopper), *loggers],
             verbose=0,
         ),
     )
@@ -146,9 +139,6 @@ def _run_trials(
         raise
     finally:
         table.stop()
-        if mlflow is not None:
-            mlflow.close()
-        table.show()
         write_results(study, folder.path, console)
     _conclude(study, study_client.stopped_because(), stopper, folder)
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
+from msrn_ray.runs.resume import flatten
 
 LARGEST_GRID = 10_000
 
@@ -33,7 +34,7 @@ class Parameter:
     """
 
     path: str
-    distribution: BaseDistribution
+    distribution: CategoricalDistribution | FloatDistribution | IntDistribution
     values: Mapping[Any, Any]
     when: Mapping[str, tuple[Any, ...]]
     points: int
@@ -51,20 +52,17 @@ class Parameter:
                 return trial.suggest_float(self.path, low, high, log=log)
             case IntDistribution(low=low, high=high, log=log):
                 return trial.suggest_int(self.path, low, high, log=log)
-        raise AssertionError(self.distribution)
 
     def takes(self, value: Any) -> bool:
         """Return whether a config value can be drawn."""
         if isinstance(self.distribution, CategoricalDistribution):
             return value in self.values.values()
-        assert isinstance(self.distribution, (FloatDistribution, IntDistribution))
         return isinstance(value, (int, float)) and self.distribution.low <= value <= self.distribution.high
 
     def grid_values(self) -> list[Any]:
         """Return all choices, or `points` values of the range, evenly spaced on its scale."""
         if isinstance(self.distribution, CategoricalDistribution):
             return list(self.distribution.choices)
-        assert isinstance(self.distribution, (FloatDistribution, IntDistribution))
         space = np.geomspace if self.distribution.log else np.linspace
         numbers = space(self.distribution.low, self.distribution.high, self.points).tolist()
         # rounding may move the ends of a geometric row out of the range
@@ -136,12 +134,10 @@ def value_of(config: ExperimentConfig, path: str) -> Any:
     Raises:
         UserError: if there is none, with the allowed names.
     """
-    value: Any = config.to_dict()
-    for part in path.split("."):
-        value = value.get(part, {}) if isinstance(value, dict) else {}
-    if isinstance(value, dict):
+    settings = flatten(config.to_dict())
+    if path not in settings:
         config.with_overrides({path: None})  # raises the error that names the wrong part of the path
-    return value
+    return settings[path]
 
 
 def choice_name(value: Any) -> Any:

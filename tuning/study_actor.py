@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from functools import wraps
 from typing import Any
 
 import optuna
@@ -14,26 +12,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .study_storage import open_study
 from .trial_callback import StudyClient
-from .trial_point import TrialPoint
 
 _PATIENCE_SECONDS = 60.0
-
-
-def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Repeat calls for a minute while the study's database does not answer; every such call may be repeated."""
-
-    @wraps(method)
-    def wrapper(*arguments: Any) -> Any:
-        end = time.monotonic() + _PATIENCE_SECONDS
-        while True:
-            try:
-                return method(*arguments)
-            except StorageInternalError:
-                if time.monotonic() > end:
-                    raise
-                time.sleep(1)
-
-    return wrapper
 
 
 class StudyActor:
@@ -48,20 +28,19 @@ class StudyActor:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = open_study(url, name)
 
-    @_patient
-    def next_trial(self) -> TrialPoint | None:
-        """See `SearchStudy.next_trial`."""
-        return self._study.next_trial()
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the `SearchStudy`; repeat it for a minute while the study's database does not answer.
 
-    @_patient
-    def record(self, number: int, metrics: Mapping[str, Any]) -> bool:
-        """See `SearchStudy.record`."""
-        return self._study.record(number, metrics)
-
-    @_patient
-    def fail(self, number: int, kind: str, reason: str) -> None:
-        """See `SearchStudy.fail`."""
-        self._study.fail(number, kind, reason)
+        Every method that trials and the driver call may be repeated.
+        """
+        end = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                return getattr(self._study, method)(*arguments)
+            except StorageInternalError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(1)
 
     def stopped_because(self) -> str | None:
         """See `SearchStudy`."""

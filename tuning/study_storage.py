@@ -13,8 +13,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from msrn_ray.errors import UserError
 
-from .search_plan import MINIMIZED, SearchPlan
-from .study import _PLAN, _TRIALS, SearchStudy
+from .options import MINIMIZED, SearchPlan
+from .study import NUM_TRIALS_KEY, PLAN_KEY, SearchStudy
 
 
 def create_study(url: str, name: str, plan: SearchPlan, num_trials: int | None) -> SearchStudy:
@@ -43,8 +43,8 @@ def create_study(url: str, name: str, plan: SearchPlan, num_trials: int | None) 
     for point in points:
         study.enqueue_trial(point)
     most = len(points) if plan.sampler == "grid" else math.inf
-    study.set_user_attr(_TRIALS, int(min(most, len(points) if num_trials is None else num_trials)))
-    study.set_user_attr(_PLAN, plan.model_dump(mode="json"))  # last: a study without it was never completely created
+    study.set_user_attr(NUM_TRIALS_KEY, int(min(most, len(points) if num_trials is None else num_trials)))
+    study.set_user_attr(PLAN_KEY, plan.model_dump(mode="json"))  # last: a study without it was never completely created
     return SearchStudy(study)
 
 
@@ -70,7 +70,7 @@ def open_study(url: str, name: str) -> SearchStudy:
         study = optuna.load_study(storage=open_storage(url), study_name=name)
     except KeyError:
         raise UserError(f"{hide_password(url)} has no study {name}; name its storage with --study-storage") from None
-    if _PLAN not in study.user_attrs:
+    if PLAN_KEY not in study.user_attrs:
         raise UserError(f"{hide_password(url)}: study {name} was killed before its first trial; start a new search")
     try:
         return SearchStudy(study)

@@ -56,6 +56,5 @@ def run_trial(tune_config: Mapping[str, Any], inputs: TrialInputs, study_client:
     try:
         run_in_folder(config, inputs.stored, inputs.allocation, [callback])
     except ray.train.TrainingFailedError as failure:
-        if is_stopped_early(failure):
-            return
-        raise
+        if not is_stopped_early(failure):
+            raise

@@ -48,9 +48,6 @@ class StudySearcher(NotPickled, Searcher):
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: the study is saved at every step."""
 
-    def restore(self, checkpoint_path: str) -> None:
-        """Do nothing, see `save`."""
-
 
 class SearchStopper(NotPickled, Stopper):
     """Stops all trials once the time is up or `stop` is set; a resumed search resumes those that were running.
@@ -94,19 +91,11 @@ class SearchProgress(NotPickled, Callback):
         self._table = table
         self._stopper = stopper
 
-    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Show that a trial starts."""
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, *_: Any, **info: Any) -> None:
+        """Show that a trial starts, reports an epoch, or ends, after its last epoch or early; the study has it already."""
         self._table.update(trial.config["number"])
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
-    ) -> None:
-        """Show an epoch of a trial; the study has it already."""
-        self._table.update(trial.config["number"])
-
-    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Show the end of a trial, after its last epoch or early."""
-        self._table.update(trial.config["number"])
+    on_trial_result = on_trial_complete = on_trial_start
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Report a failed trial to the study and show it."""
