@@ -20,14 +20,13 @@ from optuna.trial import TrialState
 from ray.tune import Callback
 from rich.console import Console
 
-from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
 from msrn_ray.ray_cluster.allocation import allocate, local_runs, share_cluster
 from msrn_ray.ray_cluster.connection import connect
 from msrn_ray.ray_train.worker_input import store_inputs
 from msrn_ray.runs.folder import absolute_paths
 from msrn_ray.runs.resume import describe_data
-from msrn_ray.training.inputs import TrainingInputs, check_batch, gather_inputs
+from msrn_ray.training.inputs import check_batch, gather_inputs
 
 from .live_table import LiveTable
 from .mlflow_logger import open_mlflow
@@ -35,7 +34,7 @@ from .options import SearchOptions, check_options
 from .report import CSV, write_results
 from .search_folder import SearchFolder, change_study, name_folder, new_study, plan_search, reopen_study, single_driver
 from .study import SearchStudy
-from .study_actor import start_study_actor
+from .study_storage import start_study_actor
 from .trial import TrialInputs, run_trial
 from .tune_adapters import SearchProgress, SearchStopper, StudySearcher
 
@@ -53,6 +52,7 @@ def search(options: SearchOptions) -> Path:
     check_options(options)
     _quiet_libraries()
     config = absolute_paths(options.experiment)
+    resources = config.resources
     folder = name_folder(options, config)
     loggers: list[Callback] = []
     with ExitStack() as stack:
@@ -63,22 +63,24 @@ def search(options: SearchOptions) -> Path:
             study = reopen_study(folder, options, config)
         else:
             plan = plan_search(options, config, folder)
-        inputs, data = _gather(config)
+        inputs = gather_inputs(config)
+        check_batch(config, len(inputs.splits.train))
+        data = describe_data(inputs.splits, config)
         if options.resume is not None:
             study.check_data(data["fingerprint"], data["data"])
             change_study(study, folder, options)
-        connect(
-            config.resources.model_copy(update={"dashboard": True}),
-            runs=options.max_concurrent or local_runs(config.resources),
-        )
-        allocation = share_cluster(allocate(config.resources), options.max_concurrent, ray.nodes())
+        runs = options.max_concurrent or local_runs(resources)
+        connect(resources.model_copy(update={"dashboard": True}), runs=runs)
+        allocation = share_cluster(allocate(resources), options.max_concurrent, ray.nodes())
         if options.resume is None:
             plan = plan.model_copy(update={"data": data["fingerprint"], "source": data["data"]})
             study = new_study(folder, plan, options)
             stack.enter_context(single_driver(folder))
         stopper = SearchStopper(None if options.time_budget is None else 60 * options.time_budget)
         trial_config = config.with_overrides({"train.storage": str(folder.path)})
-        trial_inputs = TrialInputs(trial_config, store_inputs(inputs, data), allocation)
+        # without test, on which only the run of the best config is scored
+        shared = replace(inputs, splits=replace(inputs.splits, test=None))
+        trial_inputs = TrialInputs(trial_config, store_inputs(shared, data), allocation)
         _run_trials(study, folder, trial_inputs, stopper, loggers)
     return folder.path
 
@@ -89,14 +91,6 @@ def _quiet_libraries() -> None:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's new output cannot be silenced
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # with Tune's handler, Ctrl-C looks like the search's end
-
-
-def _gather(config: ExperimentConfig) -> tuple[TrainingInputs, dict[str, str]]:
-    """Return what all trials share, and its description; without the test split, on which only the best config's run is scored."""
-    inputs = gather_inputs(config)
-    check_batch(config, len(inputs.splits.train))
-    data = describe_data(inputs.splits, config)
-    return replace(inputs, splits=replace(inputs.splits, test=None)), data
 
 
 def _run_trials(

@@ -58,11 +58,10 @@ class LiveTable:
 
 def shown_parameters(params: Mapping[str, Any]) -> dict[str, str]:
     """Return levels (layer2 as 2), tau and learning rate as a table shows them."""
+    values = {path: params.get(path, "") for path in _SHOWN}
     return {
-        path: f"{params[path]:.3g}"
-        if isinstance(params.get(path), float)
-        else str(params.get(path, "")).replace("layer", "")
-        for path in _SHOWN
+        path: f"{value:.3g}" if isinstance(value, float) else str(value).replace("layer", "")
+        for path, value in values.items()
     }
 
 

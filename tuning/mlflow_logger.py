@@ -65,7 +65,7 @@ class MlflowRuns(NotPickled, Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Open the run of a trial that starts or is resumed."""
-        self._try(lambda: self._begin(TrialPoint.from_tune(trial.config)))
+        self._try(lambda: self._begin(TrialPoint(**trial.config)))
 
     def _begin(self, point: TrialPoint) -> None:
         from mlflow.entities import Param

@@ -189,42 +189,30 @@ def draw_all(study: SearchStudy) -> list[Plot]:
     if enough:
         common.sort(key=list(optuna.importance.get_param_importances(scored, params=varied)).index)
     tau_lr = ["model.tau", "optim.lr"]
-    of_parameters: list[tuple[str, str, Callable[..., Any], list[str]]] = [
-        (
-            "What matters",
-            "Importance of each parameter for being among the better trials (PED-ANOVA).",
-            draw.plot_param_importances,
-            varied,
-        ),
-        ("tau x learning rate", f"{study.objective} interpolated between the trials.", draw.plot_contour, tau_lr),
-        (
-            "All trials at once",
-            "A line per trial, over the most important parameters.",
-            draw.plot_parallel_coordinate,
-            common[:_MOST_AXES],
-        ),
-    ]
+    about = {
+        "History": f"{study.objective} of each trial's best epoch and the best so far. Trials stopped early count with what they reached.",
+        "What matters": why + "Importance of each parameter for being among the better trials (PED-ANOVA).",
+        "tau x learning rate": why + f"{study.objective} interpolated between the trials.",
+        "All trials at once": why + "A line per trial, over the most important parameters.",
+        "Both objectives": "Marked: the trials that no other trial beats in both.",
+    }
+    of_parameters: dict[str, tuple[Callable[..., Any], list[str]]] = {
+        "What matters": (draw.plot_param_importances, varied),
+        "tau x learning rate": (draw.plot_contour, tau_lr),
+        "All trials at once": (draw.plot_parallel_coordinate, common[:_MOST_AXES]),
+    }
     if not set(tau_lr) <= set(common):
-        del of_parameters[1]
-    plots = [
-        _plot(
-            "History",
-            f"{study.objective} of each trial's best epoch and the best so far. Trials stopped early count with what they reached.",
-            partial(draw.plot_optimization_history, scored, target_name=study.objective),
-        )
-    ]
-    for title, about, plot, params in of_parameters:
+        del of_parameters["tau x learning rate"]
+    drawings: dict[str, Callable[[], Any] | None] = {
+        "History": partial(draw.plot_optimization_history, scored, target_name=study.objective)
+    }
+    for title, (plot, params) in of_parameters.items():
         drawing = partial(plot, scored, params=params, target_name=study.objective)
-        plots.append(_plot(title, why + about, drawing if enough and params else None))
+        drawings[title] = drawing if enough and params else None
     if len(study.plan.objectives) == 2 and study.drawn_trials(TrialState.COMPLETE):
-        plots.append(
-            _plot(
-                "Both objectives",
-                "Marked: the trials that no other trial beats in both.",
-                partial(draw.plot_pareto_front, study.study, target_names=list(study.plan.objectives)),
-            )
-        )
-    return plots
+        objectives: list[str] = list(study.plan.objectives)
+        drawings["Both objectives"] = partial(draw.plot_pareto_front, study.study, target_names=objectives)
+    return [_plot(title, about[title], drawing) for title, drawing in drawings.items()]
 
 
 def scored_study(study: SearchStudy) -> optuna.Study:
@@ -232,8 +220,7 @@ def scored_study(study: SearchStudy) -> optuna.Study:
 
     Optuna's plots leave out trials that were stopped early, which with ASHA are most.
     """
-    direction = "minimize" if study.objective in MINIMIZED else "maximize"
-    copy = optuna.create_study(direction=direction, storage=optuna.storages.InMemoryStorage())
+    copy = optuna.create_study(direction=study.study.directions[0], storage=optuna.storages.InMemoryStorage())
     scores = {trial.number: study.score_of(trial) for trial in study.scored_trials()}
     for trial in study.drawn_trials():  # those without a score too, so that the rest keep their numbers
         end: dict[str, Any] = {"value": scores[trial.number]} if trial.number in scores else {"state": TrialState.FAIL}

@@ -93,8 +93,7 @@ def plan_search(options: SearchOptions, config: ExperimentConfig, folder: Search
     plan.first_points()
     try:
         folder.path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder.path.parent):
-            pass
+        TemporaryFile(dir=folder.path.parent).close()
     except OSError as error:
         raise cannot_be_written(folder.path, error) from None
     if options.study_storage is not None:

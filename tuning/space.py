@@ -16,7 +16,6 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
-from msrn_ray.runs.resume import flatten
 
 LARGEST_GRID = 10_000
 
@@ -116,15 +115,12 @@ class Space:
         """
         points: list[dict[str, Any]] = [{}]
         for parameter in self.parameters:
-            longer: list[dict[str, Any]] = []
-            for point in points:
-                drawn = parameter.is_drawn(point)
-                longer += [point | {parameter.path: value} for value in parameter.grid_values()] if drawn else [point]
-            if len(longer) > LARGEST_GRID:
+            values = [{parameter.path: value} for value in parameter.grid_values()]
+            points = [point | value for point in points for value in (values if parameter.is_drawn(point) else [{}])]
+            if len(points) > LARGEST_GRID:
                 raise UserError(
                     f"the grid has more than {LARGEST_GRID} points; name fewer values with --space, or use --sampler tpe"
                 )
-            points = longer
         return points
 
 
@@ -134,10 +130,12 @@ def value_of(config: ExperimentConfig, path: str) -> Any:
     Raises:
         UserError: if there is none, with the allowed names.
     """
-    settings = flatten(config.to_dict())
-    if path not in settings:
+    value: Any = config.to_dict()
+    for part in path.split("."):
+        value = value.get(part, {}) if isinstance(value, dict) else {}
+    if isinstance(value, dict):
         config.with_overrides({path: None})  # raises the error that names the wrong part of the path
-    return settings[path]
+    return value
 
 
 def choice_name(value: Any) -> Any:

@@ -231,18 +231,20 @@ class SearchStudy:
         best = best_epoch(trial.user_attrs, self.objective)
         return best[self.objective] if best else math.nan
 
-    def ranked_trials(self) -> list[FrozenTrial]:
-        """Return all drawn trials, best first, those without a score last."""
+    def ranked_trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """Return the drawn trials in these states, best first, those without a score last; without states all drawn trials."""
         sign = 1 if self.objective in MINIMIZED else -1
-        scores = [(sign * self.score_of(trial), trial) for trial in self.drawn_trials()]
-        return [trial for _, trial in sorted(scores, key=lambda pair: (math.isnan(pair[0]), pair[0], pair[1].number))]
+
+        def rank(trial: FrozenTrial) -> tuple[bool, float, int]:
+            score = self.score_of(trial)
+            return math.isnan(score), sign * score, trial.number
+
+        return sorted(self.drawn_trials(*states), key=rank)
 
     def scored_trials(self) -> list[FrozenTrial]:
         """Return the trials that ended with a score, best first; one that was stopped early counts with its best epoch so far."""
-        ended = (TrialState.COMPLETE, TrialState.PRUNED)
-        return [
-            trial for trial in self.ranked_trials() if trial.state in ended and not math.isnan(self.score_of(trial))
-        ]
+        ended = self.ranked_trials(TrialState.COMPLETE, TrialState.PRUNED)
+        return [trial for trial in ended if not math.isnan(self.score_of(trial))]
 
     def best_trial(self) -> FrozenTrial | None:
         """Return the best trial by the first objective."""

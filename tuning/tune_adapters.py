@@ -9,6 +9,7 @@ outlive the driver. Trials ask the study actor themselves whether they continue 
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class StudySearcher(NotPickled, Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]  # Tune's type lacks FINISHED
         """Return the point of the next trial as Tune's config, or FINISHED."""
         point = self._study_client.next_trial()
-        return Searcher.FINISHED if point is None else point.to_tune()
+        return Searcher.FINISHED if point is None else asdict(point)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Do nothing: the trial has reported to the study itself."""
@@ -106,11 +107,8 @@ class SearchProgress(NotPickled, Callback):
 
 def _error_of(trial: Trial) -> BaseException:
     """Return the error that Tune has just written on this node; `trial.get_pickled_error` reads a copy that is made later."""
-    file = trial.pickled_error_file or trial.error_file
-    if file is None:
-        return RuntimeError("no reason is known")
-    content = Path(file).read_bytes()
-    error: BaseException = (
-        cloudpickle.loads(content) if trial.pickled_error_file else RuntimeError(content.decode(errors="replace"))
-    )
-    return error
+    if trial.pickled_error_file:
+        error: BaseException = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+        return error
+    file = trial.error_file
+    return RuntimeError(Path(file).read_text("utf-8", "replace") if file else "no reason is known")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -77,14 +76,13 @@ def inspect_images(samples: pa.Table, max_pixels: int) -> Iterator[pa.Table]:
     """
     limit_ray_data(ray.cluster_resources()["CPU"])
     rows = int(np.clip(-(-len(samples) // _TASKS), _MIN_ROWS, _MAX_ROWS))
-    inspect = partial(_inspect_blocks, ray.put(samples.select(["uri"])), rows, max_pixels)
+    table = ray.put(samples.select(["uri"]))
+
+    def inspect(numbers: list[int]) -> pa.Table:
+        return pa.concat_tables([inspect_rows(ray.get(table), number * rows, rows, max_pixels) for number in numbers])
+
     facts = map_blocks(-(-len(samples) // rows), inspect)
     yield from cast(Iterator[pa.Table], iter(facts.iter_batches(batch_size=None, batch_format="pyarrow")))
-
-
-def _inspect_blocks(samples: ray.ObjectRef[pa.Table], rows: int, max_pixels: int, numbers: list[int]) -> pa.Table:
-    table = ray.get(samples)
-    return pa.concat_tables([inspect_rows(table, number * rows, rows, max_pixels) for number in numbers])
 
 
 def inspect_rows(samples: pa.Table, start: int, number: int, max_pixels: int) -> pa.Table:

@@ -112,11 +112,10 @@ def eval_batches(
     """Yield this rank's share of a split in plan order. A batch has `plan.block_size` images, or fewer if some are bad."""
     if plan.num_blocks == 0:
         return
-    rows = _decoded_rows(table, plan, settings)
-    planned = plan.rows
+    num_rows = len(plan.rows)
     sizes = np.full(plan.num_blocks, plan.block_size)
-    sizes[-1] = len(planned) - plan.block_size * (plan.num_blocks - 1)
-    yield from _cut(rows, planned, np.ones(len(planned), bool), sizes, bad)
+    sizes[-1] = num_rows - plan.block_size * (plan.num_blocks - 1)
+    yield from _cut(_decoded_rows(table, plan, settings), plan.rows, np.ones(num_rows, bool), sizes, bad)
 
 
 def _decoded_rows(
@@ -154,7 +153,14 @@ def _start_execution(
 
     The number of tasks alone determines how many decoded images wait in the object store.
     """
-    decoded = map_blocks(len(blocks), partial(_decode_blocks, table, plan, settings, blocks))
+
+    def decode_blocks(numbers: list[int]) -> Columns:
+        parts = [plan.block(blocks[number]) for number in numbers]
+        rows = np.concatenate([rows for rows, _ in parts])
+        epochs = [epoch for rows, epoch in parts for _ in rows]
+        return decode_rows(ray.get(table), rows, epochs, settings, seed=getattr(plan, "seed", 0))
+
+    decoded = map_blocks(len(blocks), decode_blocks)
     decoded.context.target_max_block_size = None  # a task's output stays one block, however large the images are
     options = decoded.context.execution_options
     block_bytes = plan.block_size * 3 * settings.image_size**2
@@ -165,20 +171,6 @@ def _start_execution(
         Iterator[Columns], iter(decoded.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2))
     )
     return chain([next(batches)], batches)
-
-
-def _decode_blocks(
-    table: ray.ObjectRef[pa.Table],
-    plan: TrainPlan | EvalPlan,
-    settings: DataSettings,
-    blocks: range,
-    numbers: list[int],
-) -> Columns:
-    """Decode the rows of the blocks with these numbers among `blocks`."""
-    parts = [plan.block(blocks[number]) for number in numbers]
-    rows = np.concatenate([rows for rows, _ in parts])
-    epochs = [epoch for rows, epoch in parts for _ in rows]
-    return decode_rows(ray.get(table), rows, epochs, settings, seed=getattr(plan, "seed", 0))
 
 
 def decode_rows(

@@ -10,10 +10,9 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,11 +35,10 @@ from ..ray_cluster.connection import connect
 from ..settings import DataSettings, ResourceSettings
 from ..training.bad_images import BadImage, check_bad_images
 from ..types import SampleTable
-from .pipeline import Columns, limit_ray_data, map_blocks
+from .pipeline import limit_ray_data, map_blocks
 
 
-@dataclass(frozen=True)
-class _WrittenSplit:
+class _WrittenSplit(NamedTuple):
     """One split after its last shard.
 
     Attributes:
@@ -103,7 +101,7 @@ def prepare(
     for name, table in tables.items():
         _write_index(out, name, table, written[name])
     _write_bad_images(out, tables, written)
-    info = _describe(request, plan, tables, written)
+    info = _describe(request | {"plan": plan}, tables, written)
     # last: it marks the folder as finished
     (out / prepared.INFO_FILE).write_bytes(_as_lines(info.model_dump(mode="json")))
     return info
@@ -130,10 +128,7 @@ def _read_tables(settings: DataSettings) -> dict[SplitName, SampleTable]:
 
 
 def _describe(
-    request: Mapping[str, Any],
-    plan: str,
-    tables: Mapping[SplitName, SampleTable],
-    written: Mapping[SplitName, _WrittenSplit],
+    request: dict[str, Any], tables: dict[SplitName, SampleTable], written: dict[SplitName, _WrittenSplit]
 ) -> prepared.PreparedInfo:
     """Return the content of `dataset.json`."""
     train = tables["train"]
@@ -155,7 +150,6 @@ def _describe(
             )
             for name, table in tables.items()
         },
-        plan=plan,
         content=hashlib.sha256(json.dumps([train.label_names, contents]).encode()).hexdigest(),
     )
 
@@ -211,18 +205,16 @@ def _write_split(
     return _WrittenSplit(np.concatenate(places), tuple(bad), tuple(sizes), tuple(contents))
 
 
-def _finish_shards(writer: ShardWriter, samples: ray.ObjectRef[pa.Table], numbers: list[int]) -> Columns:
+def _finish_shards(writer: ShardWriter, samples: ray.ObjectRef[pa.Table], numbers: list[int]) -> pa.Table:
     """Write the shards with these numbers. Return their records as JSON, or the errors: Ray would wrap raised errors in its own."""
-    records: list[str] = []
-    errors: list[str] = []
-    for number in numbers:
+
+    def finish(number: int) -> dict[str, str]:
         try:
-            records.append(writer.finish(ray.get(samples), number).model_dump_json())
-            errors.append("")
+            return {"record": writer.finish(ray.get(samples), number).model_dump_json(), "error": ""}
         except UserError as error:
-            records.append("")
-            errors.append(str(error))
-    return {"record": np.array(records, dtype=object), "error": np.array(errors, dtype=object)}
+            return {"record": "", "error": str(error)}
+
+    return pa.Table.from_pylist([finish(number) for number in numbers])
 
 
 def _write_index(out: Location, split: SplitName, table: SampleTable, written: _WrittenSplit) -> None:
@@ -241,7 +233,7 @@ def _write_index(out: Location, split: SplitName, table: SampleTable, written: _
 
 
 def _write_bad_images(
-    out: Location, tables: Mapping[SplitName, SampleTable], written: Mapping[SplitName, _WrittenSplit]
+    out: Location, tables: dict[SplitName, SampleTable], written: dict[SplitName, _WrittenSplit]
 ) -> None:
     """Write the list of the images that are left out. Write no file if there are none."""
     lines = [
