@@ -77,8 +77,8 @@ def write_results(study: SearchStudy, folder: Path, console: Console) -> None:
         results[PAGE] = lambda path: path.write_text(page(study), encoding="utf-8")
     try:
         for name, write in results.items():
-            with atomic_write(folder / name) as partial:
-                write(partial)
+            with atomic_write(folder / name) as unfinished:
+                write(unfinished)
     except OSError as error:
         raise UserError(
             f"{folder}: the results cannot be written ({error.strerror}); the study is complete, no trial is lost"
