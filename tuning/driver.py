@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,33 +17,24 @@ import optuna
 import ray.tune
 import ray.util
 from optuna.trial import TrialState
+from ray.tune import Callback
 from rich.console import Console
 
-from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
 from msrn_ray.ray_cluster.allocation import allocate, local_runs, share_cluster
 from msrn_ray.ray_cluster.connection import connect
 from msrn_ray.ray_train.worker_input import store_inputs
 from msrn_ray.runs.folder import absolute_paths
 from msrn_ray.runs.resume import describe_data
-from msrn_ray.training.inputs import TrainingInputs, check_batch, gather_inputs
+from msrn_ray.training.inputs import check_batch, gather_inputs
 
 from .live_table import LiveTable
-from .mlflow_logger import MlflowRuns, open_mlflow
+from .mlflow_logger import open_mlflow
 from .options import SearchOptions, check_options
 from .report import CSV, write_results
-from .search_folder import (
-    SearchFolder,
-    change_study,
-    make_search_folder,
-    name_folder,
-    new_study,
-    plan_search,
-    reopen_study,
-    single_driver,
-)
+from .search_folder import SearchFolder, change_study, name_folder, new_study, plan_search, reopen_study, single_driver
 from .study import SearchStudy
-from .study_actor import start_study_actor
+from .study_storage import start_study_actor
 from .trial import TrialInputs, run_trial
 from .tune_adapters import SearchProgress, SearchStopper, StudySearcher
 
@@ -61,32 +52,36 @@ def search(options: SearchOptions) -> Path:
     check_options(options)
     _quiet_libraries()
     config = absolute_paths(options.experiment)
+    resources = config.resources
     folder = name_folder(options, config)
-    mlflow = None if options.mlflow is None else open_mlflow(options.mlflow, folder.path.name)
+    loggers: list[Callback] = []
     with ExitStack() as stack:
+        if options.mlflow is not None:
+            loggers = [stack.enter_context(closing(open_mlflow(options.mlflow, folder.path.name)))]
         if options.resume is not None:
             stack.enter_context(single_driver(folder))
             study = reopen_study(folder, options, config)
         else:
             plan = plan_search(options, config, folder)
-        inputs, data = _gather(config)
+        inputs = gather_inputs(config)
+        check_batch(config, len(inputs.splits.train))
+        data = describe_data(inputs.splits, config)
         if options.resume is not None:
             study.check_data(data["fingerprint"], data["data"])
             change_study(study, folder, options)
-        connect(
-            config.resources.model_copy(update={"dashboard": True}),
-            runs=options.max_concurrent or local_runs(config.resources),
-        )
-        allocation = share_cluster(allocate(config.resources), options.max_concurrent, ray.nodes())
+        runs = options.max_concurrent or local_runs(resources)
+        connect(resources.model_copy(update={"dashboard": True}), runs=runs)
+        allocation = share_cluster(allocate(resources), options.max_concurrent, ray.nodes())
         if options.resume is None:
-            make_search_folder(folder, config)
-            stack.enter_context(single_driver(folder))
             plan = plan.model_copy(update={"data": data["fingerprint"], "source": data["data"]})
             study = new_study(folder, plan, options)
+            stack.enter_context(single_driver(folder))
         stopper = SearchStopper(None if options.time_budget is None else 60 * options.time_budget)
         trial_config = config.with_overrides({"train.storage": str(folder.path)})
-        trial_inputs = TrialInputs(trial_config, store_inputs(inputs, data), allocation)
-        _run_trials(study, folder, trial_inputs, stopper, mlflow)
+        # without test, on which only the run of the best config is scored
+        shared = replace(inputs, splits=replace(inputs.splits, test=None))
+        trial_inputs = TrialInputs(trial_config, store_inputs(shared, data), allocation)
+        _run_trials(study, folder, trial_inputs, stopper, loggers)
     return folder.path
 
 
@@ -98,16 +93,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # with Tune's handler, Ctrl-C looks like the search's end
 
 
-def _gather(config: ExperimentConfig) -> tuple[TrainingInputs, dict[str, str]]:
-    """Return what all trials share, and its description; without the test split, on which only the best config's run is scored."""
-    inputs = gather_inputs(config)
-    check_batch(config, len(inputs.splits.train))
-    data = describe_data(inputs.splits, config)
-    return replace(inputs, splits=replace(inputs.splits, test=None)), data
-
-
 def _run_trials(
-    study: SearchStudy, folder: SearchFolder, inputs: TrialInputs, stopper: SearchStopper, mlflow: MlflowRuns | None
+    study: SearchStudy, folder: SearchFolder, inputs: TrialInputs, stopper: SearchStopper, loggers: list[Callback]
 ) -> None:
     """Run the trials of a study that are left, show them and write the results into the search folder.
 
@@ -134,7 +121,7 @@ def _run_trials(
             name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}",
             storage_path=str(folder.path),
             stop=stopper,
-            callbacks=[SearchProgress(study_client, table, stopper), *([mlflow] if mlflow else [])],
+            callbacks=[SearchProgress(study_client, table, stopper), *loggers],
             verbose=0,
         ),
     )
@@ -146,9 +133,6 @@ def _run_trials(
         raise
     finally:
         table.stop()
-        if mlflow is not None:
-            mlflow.close()
-        table.show()
         write_results(study, folder.path, console)
     _conclude(study, study_client.stopped_because(), stopper, folder)
 

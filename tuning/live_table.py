@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -13,8 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from .search_plan import MINIMIZED
-from .study import SearchStudy, best_epoch, epochs_of
+from .study import SearchStudy, epochs_of
 
 STATES = {
     TrialState.RUNNING: "running",
@@ -41,46 +39,39 @@ class LiveTable:
             self._live.start()
 
     def stop(self) -> None:
-        """Remove the live table; `show` prints the final one."""
+        """Replace the live table by the whole one."""
         self._live.stop()
+        self._console.print(study_table(self._study))
 
     def update(self, number: int) -> None:
         """Show the new state of a trial; show nothing while the storage does not answer, which the study actor waits for."""
         with suppress(StorageInternalError):
-            self._update(number)
-
-    def _update(self, number: int) -> None:
-        if self._console.is_terminal:
-            self._live.update(study_table(self._study, _ROWS))
-        else:
+            if self._console.is_terminal:
+                self._live.update(study_table(self._study, _ROWS))
+                return
             trial = self._study.study.get_trials(deepcopy=False)[number]
             state = (number, trial.state, len(epochs_of(trial.user_attrs)))
             if state not in self._printed:  # a trial reports its best and last epochs again when it ends
                 self._printed.add(state)
                 self._console.print(trial_line(self._study, trial), markup=False)
 
-    def show(self) -> None:
-        """Print the whole table, best trials first."""
-        self._console.print(study_table(self._study))
-
 
 def shown_parameters(params: Mapping[str, Any]) -> dict[str, str]:
     """Return levels (layer2 as 2), tau and learning rate as a table shows them."""
+    values = {path: params.get(path, "") for path in _SHOWN}
     return {
-        path: f"{params[path]:.3g}"
-        if isinstance(params.get(path), float)
-        else str(params.get(path, "")).replace("layer", "")
-        for path in _SHOWN
+        path: f"{value:.3g}" if isinstance(value, float) else str(value).replace("layer", "")
+        for path, value in values.items()
     }
 
 
 def trial_line(study: SearchStudy, trial: FrozenTrial) -> str:
     """Return a line with a trial's last epoch and the best trial so far."""
-    epochs, objective = epochs_of(trial.user_attrs), study.plan.objectives[0]
+    epochs = epochs_of(trial.user_attrs)
     parts = [f"trial {trial.number}", STATES[trial.state]]
     if epochs:
         parts.append(f"epoch {epochs[-1]['epoch']}/{study.epochs}")
-        parts.append(f"{objective} {epochs[-1][objective]:.4f}")
+        parts.append(f"{study.objective} {epochs[-1][study.objective]:.4f}")
         if "train/images_per_second" in epochs[-1]:
             parts.append(f"{epochs[-1]['train/images_per_second']:.0f} img/s")
     parts += [f"{_SHOWN[path]} {value}" for path, value in shown_parameters(trial.params).items() if value]
@@ -88,34 +79,18 @@ def trial_line(study: SearchStudy, trial: FrozenTrial) -> str:
         parts.append(trial.user_attrs["failure"])
     best = study.best_trial()
     if best is not None:
-        parts.append(f"best so far {score_of(study, best):.4f} (trial {best.number})")
+        parts.append(f"best so far {study.score_of(best):.4f} (trial {best.number})")
     return "  ".join(parts)
-
-
-def score_of(study: SearchStudy, trial: FrozenTrial) -> float:
-    """Return the first objective of a trial's best epoch; nan before its first epoch."""
-    best = best_epoch(trial.user_attrs, study.plan.objectives[0])
-    return best[study.plan.objectives[0]] if best else math.nan
-
-
-def ranked(study: SearchStudy) -> list[FrozenTrial]:
-    """Return all drawn trials, best first, those without a score last."""
-    sign = 1 if study.plan.objectives[0] in MINIMIZED else -1
-    scores = {trial.number: score_of(study, trial) for trial in study.drawn_trials()}
-    return sorted(
-        study.drawn_trials(),
-        key=lambda trial: (math.isnan(scores[trial.number]), sign * scores[trial.number], trial.number),
-    )
 
 
 def study_table(study: SearchStudy, rows: int | None = None) -> Table:
     """Return a table of the trials, best first: at most `rows`, but every running trial."""
     best = study.best_trial()
-    title = f"{len(study.drawn_trials())} of {study.num_trials} trials" + (
-        f", best {study.plan.objectives[0]} {score_of(study, best):.4f} (trial {best.number})" if best else ""
-    )
-    table = Table("trial", *_SHOWN.values(), "epoch", study.plan.objectives[0], "img/s", "state", title=title)
-    trials = ranked(study)
+    trials = study.ranked_trials()
+    title = f"{len(trials)} of {study.num_trials} trials"
+    if best is not None:
+        title += f", best {study.objective} {study.score_of(best):.4f} (trial {best.number})"
+    table = Table("trial", *_SHOWN.values(), "epoch", study.objective, "img/s", "state", title=title)
     if rows is not None and len(trials) > rows:
         running = [trial for trial in trials if trial.state == TrialState.RUNNING]
         ended = [trial for trial in trials if trial.state != TrialState.RUNNING]
@@ -128,7 +103,7 @@ def study_table(study: SearchStudy, rows: int | None = None) -> Table:
             str(trial.number),
             *shown_parameters(trial.params).values(),
             f"{epochs[-1]['epoch'] if epochs else 0}/{study.epochs}",
-            f"{score_of(study, trial):.4f}" if epochs else "",
+            f"{study.score_of(trial):.4f}" if epochs else "",
             "" if speed is None else f"{speed:.0f}",
             f"{state}: {trial.user_attrs['failure'][:60]}" if "failure" in trial.user_attrs else state,
         )

@@ -35,9 +35,8 @@ def open_mlflow(uri: str, search: str) -> MlflowRuns:
     """
     if importlib.util.find_spec("mlflow") is None:
         raise UserError("--mlflow needs the package mlflow; install it with: pip install 'msrn-ray[mlflow]'")
-    os.environ.setdefault(
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"
-    )  # MLflow's default of 7 waits minutes at a wrong address
+    # MLflow's default of 7 waits minutes at a wrong address
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -66,7 +65,7 @@ class MlflowRuns(NotPickled, Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Open the run of a trial that starts or is resumed."""
-        self._try(lambda: self._begin(TrialPoint.from_tune(trial.config)))
+        self._try(lambda: self._begin(TrialPoint(**trial.config)))
 
     def _begin(self, point: TrialPoint) -> None:
         from mlflow.entities import Param
@@ -75,13 +74,14 @@ class MlflowRuns(NotPickled, Callback):
         experiment = found.experiment_id if found else self._client.create_experiment(self._search)
         known = self._client.search_runs([experiment], f"tags.`{_TRIAL}` = '{point.number}'")
         if known:
-            self._client.update_run(known[0].info.run_id, status="RUNNING")
-            self._open[point.number] = known[0].info.run_id
-            return
-        run = self._client.create_run(experiment, run_name=trial_name(point.number), tags={_TRIAL: str(point.number)})
-        self._open[point.number] = run.info.run_id
-        params = [Param(path, str(value)) for path, value in point.overrides.items()]
-        self._client.log_batch(run.info.run_id, params=params)
+            run = known[0].info.run_id
+            self._client.update_run(run, status="RUNNING")
+        else:
+            tags = {_TRIAL: str(point.number)}
+            run = self._client.create_run(experiment, run_name=trial_name(point.number), tags=tags).info.run_id
+        self._open[point.number] = run
+        # of a run that is open again too: its server may not have got them
+        self._client.log_batch(run, params=[Param(path, str(value)) for path, value in point.overrides.items()])
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any

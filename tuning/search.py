@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import sys
 
-
-def main() -> None:
-    """Run `msrn search` with this script's arguments."""
-    from msrn_ray.cli.app import main as msrn
-
-    sys.argv[1:1] = ["search"]
-    msrn()
-
+from msrn_ray.cli.app import main
 
 if __name__ == "__main__":
+    sys.argv[1:1] = ["search"]
     main()

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -15,19 +15,18 @@ from optuna.trial import TrialState
 
 from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
-from msrn_ray.runs.folder import make_folder
+from msrn_ray.runs.folder import cannot_be_written, make_folder
 from msrn_ray.runs.resume import MAY_CHANGE, changed_settings
 from msrn_ray.runs.state import check_stopped
 
-from .options import SearchOptions
-from .search_plan import SearchPlan
+from .options import SearchOptions, SearchPlan
 from .space_file import DEFAULT_SPACE, build_space, read_space
 from .study import SearchStudy
 from .study_storage import check_name, create_study, hide_password, open_study
 from .trial_point import trial_name
 
 STUDY_FILE = "study.db"
-_TRIALS = 10
+_DEFAULT_TRIALS = 10
 
 
 @dataclass(frozen=True)
@@ -94,35 +93,26 @@ def plan_search(options: SearchOptions, config: ExperimentConfig, folder: Search
     plan.first_points()
     try:
         folder.path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder.path.parent):
-            pass
+        TemporaryFile(dir=folder.path.parent).close()
     except OSError as error:
-        raise UserError(f"train.storage {folder.path}: cannot be written ({error.strerror})") from None
+        raise cannot_be_written(folder.path, error) from None
     if options.study_storage is not None:
         check_name(folder.study_url, folder.path.name)
     return plan
 
 
-def make_search_folder(folder: SearchFolder, config: ExperimentConfig) -> None:
-    """Create the folder of a new search, with its config in it.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
-    try:
-        make_folder(folder.path, config.with_overrides({"train.run_name": folder.path.name}))
-    except OSError as error:
-        raise UserError(f"train.storage {folder.path}: cannot be written ({error.strerror})") from None
-
-
 def new_study(folder: SearchFolder, plan: SearchPlan, options: SearchOptions) -> SearchStudy:
-    """Create the study of a new search, or delete its folder, which is of no use without one.
+    """Create the folder of a new search, with its config in it, and its study; without a study, delete the folder again.
 
     Raises:
-        UserError: see `create_study`.
+        UserError: if the folder cannot be written; see `create_study`.
     """
     try:
-        num_trials = options.trials or (None if options.sampler == "grid" else _TRIALS)
+        make_folder(folder.path, plan.config.with_overrides({"train.run_name": folder.path.name}))
+    except OSError as error:
+        raise cannot_be_written(folder.path, error) from None
+    try:
+        num_trials = options.trials or (None if options.sampler == "grid" else _DEFAULT_TRIALS)
         return create_study(folder.study_url, folder.path.name, plan, num_trials)
     except UserError:
         shutil.rmtree(folder.path)
@@ -138,11 +128,10 @@ def reopen_study(folder: SearchFolder, options: SearchOptions, config: Experimen
     if options.study_storage is None and not (folder.path / STUDY_FILE).is_file():
         raise UserError(f"{folder.path}: no {STUDY_FILE} in it; name the study's database with --study-storage")
     study = open_study(folder.study_url, folder.path.name)
-    defaults = {option.name: option.default for option in fields(SearchOptions)}
     changed = [
         f"--{option.replace('_', '-')}"
         for option in ("sampler", "objectives", "early_stopping")
-        if getattr(options, option) not in (defaults[option], getattr(study.plan, option))
+        if getattr(options, option) not in (getattr(SearchOptions, option), getattr(study.plan, option))
     ]
     if options.space is not None and read_space(options.space) != study.plan.entries:
         changed.append("--space")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
@@ -33,7 +33,7 @@ class Parameter:
     """
 
     path: str
-    distribution: BaseDistribution
+    distribution: CategoricalDistribution | FloatDistribution | IntDistribution
     values: Mapping[Any, Any]
     when: Mapping[str, tuple[Any, ...]]
     points: int
@@ -51,20 +51,17 @@ class Parameter:
                 return trial.suggest_float(self.path, low, high, log=log)
             case IntDistribution(low=low, high=high, log=log):
                 return trial.suggest_int(self.path, low, high, log=log)
-        raise AssertionError(self.distribution)
 
     def takes(self, value: Any) -> bool:
         """Return whether a config value can be drawn."""
         if isinstance(self.distribution, CategoricalDistribution):
             return value in self.values.values()
-        assert isinstance(self.distribution, (FloatDistribution, IntDistribution))
         return isinstance(value, (int, float)) and self.distribution.low <= value <= self.distribution.high
 
     def grid_values(self) -> list[Any]:
         """Return all choices, or `points` values of the range, evenly spaced on its scale."""
         if isinstance(self.distribution, CategoricalDistribution):
             return list(self.distribution.choices)
-        assert isinstance(self.distribution, (FloatDistribution, IntDistribution))
         space = np.geomspace if self.distribution.log else np.linspace
         numbers = space(self.distribution.low, self.distribution.high, self.points).tolist()
         # rounding may move the ends of a geometric row out of the range
@@ -118,15 +115,12 @@ class Space:
         """
         points: list[dict[str, Any]] = [{}]
         for parameter in self.parameters:
-            longer: list[dict[str, Any]] = []
-            for point in points:
-                drawn = parameter.is_drawn(point)
-                longer += [point | {parameter.path: value} for value in parameter.grid_values()] if drawn else [point]
-            if len(longer) > LARGEST_GRID:
+            values = [{parameter.path: value} for value in parameter.grid_values()]
+            points = [point | value for point in points for value in (values if parameter.is_drawn(point) else [{}])]
+            if len(points) > LARGEST_GRID:
                 raise UserError(
                     f"the grid has more than {LARGEST_GRID} points; name fewer values with --space, or use --sampler tpe"
                 )
-            points = longer
         return points
 
 

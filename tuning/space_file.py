@@ -181,11 +181,9 @@ def _range(path: str, entry: Entry, base: ExperimentConfig) -> FloatDistribution
 
 def _number_type(path: str) -> type[int] | type[float] | None:
     """Return the number type that the config declares at the path, float for a float or a word such as `auto`; None: no number."""
-    settings: Any = ExperimentConfig
-    *parents, leaf = path.split(".")
-    for parent in parents:
-        settings = settings.model_fields[parent].annotation
-    annotation = settings.model_fields[leaf].annotation
+    annotation: Any = ExperimentConfig
+    for part in path.split("."):
+        annotation = annotation.model_fields[part].annotation
     parts = [get_args(part)[0] if get_origin(part) is Annotated else part for part in get_args(annotation)]
     declared = parts or [annotation]
     return float if float in declared else int if int in declared else None

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import optuna
@@ -21,14 +21,14 @@ from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
 from msrn_ray.runs.history import best_index
 
-from .search_plan import MINIMIZED, SearchPlan
+from .options import MINIMIZED, Objective, SearchPlan
 from .trial_point import TrialPoint
 
-_KEPT_METRICS = ("val/mAP", "val/CF1", "val/OF1", "val/loss", "train/loss", "train/images_per_second", "epoch_seconds")
+_KEPT_METRICS = (*get_args(Objective), "train/loss")
 REDUCTION = 3  # ASHA: the best third of a rung continues
 MAX_SAME_FAILURES = 3  # in a row, for the same reason; then the search stops
 # User attributes of the study: a format on disk, studies of earlier versions have them
-_PLAN, _TRIALS, _RETRIED = "plan", "trials", "retried"
+PLAN_KEY, NUM_TRIALS_KEY, RETRIED_KEY = "plan", "trials", "retried"
 
 
 class SearchStudy:
@@ -38,6 +38,7 @@ class SearchStudy:
         study: Optuna's.
         plan: what is searched.
         config: what trials start from: the plan's, with the settings that a resumed search may change.
+        objective: the plan's first, which ranks the trials and the epochs of a trial.
         space: the plan's.
         num_trials: how many trials the search runs in all.
         stopped_because: why the study gives out no more trials, after MAX_SAME_FAILURES in a row.
@@ -45,10 +46,11 @@ class SearchStudy:
 
     def __init__(self, study: optuna.Study) -> None:
         self.study = study
-        self.plan = SearchPlan.model_validate(study.user_attrs[_PLAN])
+        self.plan = SearchPlan.model_validate(study.user_attrs[PLAN_KEY])
         self.config = self.plan.config
+        self.objective = self.plan.objectives[0]
         self.space = self.plan.space()
-        self.num_trials = int(study.user_attrs[_TRIALS])
+        self.num_trials = int(study.user_attrs[NUM_TRIALS_KEY])
         self.stopped_because: str | None = None
         self._open: dict[int, optuna.Trial] = {}
         self._failures: list[str] = []  # kinds of those in a row
@@ -79,21 +81,21 @@ class SearchStudy:
         if self.plan.sampler == "grid" and num_trials > most:
             raise UserError(f"--trials {num_trials}: the grid has {most} points")
         self.num_trials = num_trials
-        self.study.set_user_attr(_TRIALS, num_trials)
+        self.study.set_user_attr(NUM_TRIALS_KEY, num_trials)
 
     def retry_failed(self) -> int:
         """Add the points of failed trials to the queue as additional trials, each failure once; return how many.
 
         The points that are left of a shortened grid come before them.
         """
-        done = self.study.user_attrs.get(_RETRIED, [])
+        done = self.study.user_attrs.get(RETRIED_KEY, [])
         again = [trial for trial in self.drawn_trials(TrialState.FAIL) if trial.number not in done]
         for trial in again:
             self.study.enqueue_trial(trial.params)
-        self.study.set_user_attr(_RETRIED, [*done, *(trial.number for trial in again)])
+        self.study.set_user_attr(RETRIED_KEY, [*done, *(trial.number for trial in again)])
         queued = len(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
         self.num_trials = max(self.num_trials + len(again), len(self.drawn_trials()) + queued)
-        self.study.set_user_attr(_TRIALS, self.num_trials)
+        self.study.set_user_attr(NUM_TRIALS_KEY, self.num_trials)
         return len(again)
 
     def drawn_trials(self, *states: TrialState) -> list[FrozenTrial]:
@@ -116,12 +118,11 @@ class SearchStudy:
     def next_trial(self) -> TrialPoint | None:
         """Return the next trial to run; None once all are given out or the search has stopped."""
         while self.stopped_because is None:
-            left = [trial.number for trial in self.drawn_trials(TrialState.RUNNING) if trial.number not in self._open]
+            left = [trial for trial in self.drawn_trials(TrialState.RUNNING) if trial.number not in self._open]
             if left:
-                number = left[0]
-                self._seed(number)
+                self._seed(left[0].number)
                 # Optuna has no public way to continue a trial; the parameters that it has are not drawn again
-                trial = optuna.trial.Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
+                trial = optuna.trial.Trial(self.study, left[0]._trial_id)
             elif len(self.drawn_trials()) < self.num_trials:
                 self._seed(len(self.drawn_trials()))
                 trial = self.study.ask()
@@ -172,7 +173,7 @@ class SearchStudy:
             Whether the trial is to stop.
         """
         trial, epoch = self._open.get(number), int(metrics["epoch"])
-        if trial is None or self.plan.objectives[0] not in metrics:
+        if trial is None or self.objective not in metrics:
             return False
         if _attribute(epoch) in trial.user_attrs:
             if epoch >= self.epochs:  # the storage did not answer when the trial's end was to be stored
@@ -184,8 +185,10 @@ class SearchStudy:
                 self.fail(number, "nan", f"{objective} is nan in epoch {epoch}{reason}")
                 return True
         self._failures = []  # this trial works, so the failures beside it have no cause in common with all trials
-        if len(self.plan.objectives) == 1 and epoch not in self._reported(number):
-            trial.report(float(metrics[self.plan.objectives[0]]), epoch)
+        # a kill may have come between this report to Optuna and the attribute
+        reported = self.study.get_trials(deepcopy=False)[number].intermediate_values
+        if len(self.plan.objectives) == 1 and epoch not in reported:
+            trial.report(float(metrics[self.objective]), epoch)
         trial.set_user_attr(_attribute(epoch), {name: metrics[name] for name in _KEPT_METRICS if name in metrics})
         if epoch >= self.epochs:
             self._complete(trial)
@@ -195,12 +198,8 @@ class SearchStudy:
             return True
         return False
 
-    def _reported(self, number: int) -> Collection[int]:
-        """Return the epochs whose score Optuna has; a kill may have come between that report and our attribute."""
-        return self.study.get_trials(deepcopy=False)[number].intermediate_values
-
     def _complete(self, trial: optuna.Trial) -> None:
-        best = best_epoch(trial.user_attrs, self.plan.objectives[0])
+        best = best_epoch(trial.user_attrs, self.objective)
         assert best is not None
         self.study.tell(trial.number, [best[objective] for objective in self.plan.objectives])
         del self._open[trial.number]
@@ -227,16 +226,29 @@ class SearchStudy:
                 f"{MAX_SAME_FAILURES} trials in a row failed for the same reason; the last one: {reason}"
             )
 
+    def score_of(self, trial: FrozenTrial) -> float:
+        """Return the first objective of a trial's best epoch; nan before its first epoch."""
+        best = best_epoch(trial.user_attrs, self.objective)
+        return best[self.objective] if best else math.nan
+
+    def ranked_trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """Return the drawn trials in these states, best first, those without a score last; without states all drawn trials."""
+        sign = 1 if self.objective in MINIMIZED else -1
+
+        def rank(trial: FrozenTrial) -> tuple[bool, float, int]:
+            score = self.score_of(trial)
+            return math.isnan(score), sign * score, trial.number
+
+        return sorted(self.drawn_trials(*states), key=rank)
+
+    def scored_trials(self) -> list[FrozenTrial]:
+        """Return the trials that ended with a score, best first; one that was stopped early counts with its best epoch so far."""
+        ended = self.ranked_trials(TrialState.COMPLETE, TrialState.PRUNED)
+        return [trial for trial in ended if not math.isnan(self.score_of(trial))]
+
     def best_trial(self) -> FrozenTrial | None:
-        """Return the best trial by the first objective; a trial that was stopped early counts with its best epoch so far."""
-        objective = self.plan.objectives[0]
-        scored = [
-            (best[objective], trial)
-            for trial in self.drawn_trials(TrialState.COMPLETE, TrialState.PRUNED)
-            if (best := best_epoch(trial.user_attrs, objective)) is not None
-        ]
-        choose = min if objective in MINIMIZED else max
-        return choose(scored, key=lambda pair: pair[0])[1] if scored else None
+        """Return the best trial by the first objective."""
+        return next(iter(self.scored_trials()), None)
 
     def config_of(self, trial: FrozenTrial) -> ExperimentConfig:
         """Return a trial's config for `msrn train --config`, which runs it again into `runs`, under a new name."""

@@ -1,20 +1,27 @@
-"""Creates and opens Optuna studies in their storage."""
+"""Creates and opens Optuna studies in their storage. During a search, a Ray actor beside the driver is the only writer."""
 
 from __future__ import annotations
 
 import math
 import random
+import time
+from typing import Any
 
 import optuna
+import ray
 from optuna.exceptions import StorageInternalError
 from pydantic import ValidationError
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from msrn_ray.errors import UserError
+from msrn_ray.ray_cluster.connection import on_node
 
-from .search_plan import MINIMIZED, SearchPlan
-from .study import _PLAN, _TRIALS, SearchStudy
+from .options import MINIMIZED, SearchPlan
+from .study import NUM_TRIALS_KEY, PLAN_KEY, SearchStudy
+from .trial_callback import StudyClient
+
+_PATIENCE_SECONDS = 60.0
 
 
 def create_study(url: str, name: str, plan: SearchPlan, num_trials: int | None) -> SearchStudy:
@@ -43,8 +50,8 @@ def create_study(url: str, name: str, plan: SearchPlan, num_trials: int | None) 
     for point in points:
         study.enqueue_trial(point)
     most = len(points) if plan.sampler == "grid" else math.inf
-    study.set_user_attr(_TRIALS, int(min(most, len(points) if num_trials is None else num_trials)))
-    study.set_user_attr(_PLAN, plan.model_dump(mode="json"))  # last: a study without it was never completely created
+    study.set_user_attr(NUM_TRIALS_KEY, int(min(most, len(points) if num_trials is None else num_trials)))
+    study.set_user_attr(PLAN_KEY, plan.model_dump(mode="json"))  # last: a study without it was never completely created
     return SearchStudy(study)
 
 
@@ -70,7 +77,7 @@ def open_study(url: str, name: str) -> SearchStudy:
         study = optuna.load_study(storage=open_storage(url), study_name=name)
     except KeyError:
         raise UserError(f"{hide_password(url)} has no study {name}; name its storage with --study-storage") from None
-    if _PLAN not in study.user_attrs:
+    if PLAN_KEY not in study.user_attrs:
         raise UserError(f"{hide_password(url)}: study {name} was killed before its first trial; start a new search")
     try:
         return SearchStudy(study)
@@ -106,3 +113,40 @@ def hide_password(url: str) -> str:
         return make_url(url).render_as_string(hide_password=True)
     except SQLAlchemyError:
         return url
+
+
+class StudyActor:
+    """The only writer of a study while its search runs: the driver gets trials from it, trials report their epochs to it.
+
+    Args:
+        url: storage of the study.
+        name: of the study, which must exist.
+    """
+
+    def __init__(self, url: str, name: str) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._study = open_study(url, name)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the `SearchStudy`; repeat it for a minute while the study's database does not answer.
+
+        Every method that trials and the driver call may be repeated.
+        """
+        end = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                return getattr(self._study, method)(*arguments)
+            except StorageInternalError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(1)
+
+    def stopped_because(self) -> str | None:
+        """See `SearchStudy`."""
+        return self._study.stopped_because
+
+
+def start_study_actor(url: str, name: str) -> StudyClient:
+    """Start the study actor on this node, where the file of a study in SQLite lies."""
+    actor = ray.remote(num_cpus=0)(StudyActor).options(scheduling_strategy=on_node())
+    return StudyClient(actor.remote(url, name))

@@ -44,7 +44,7 @@ def run_trial(tune_config: Mapping[str, Any], inputs: TrialInputs, study_client:
         inputs: what all trials share.
         study_client: decides whether the trial stops early.
     """
-    point, config = TrialPoint.from_tune(tune_config), inputs.config
+    point, config = TrialPoint(**tune_config), inputs.config
     name = trial_name(point.number)
     folder = Path(config.train.storage) / name
     check_list(folder)
@@ -56,6 +56,5 @@ def run_trial(tune_config: Mapping[str, Any], inputs: TrialInputs, study_client:
     try:
         run_in_folder(config, inputs.stored, inputs.allocation, [callback])
     except ray.train.TrainingFailedError as failure:
-        if is_stopped_early(failure):
-            return
-        raise
+        if not is_stopped_early(failure):
+            raise

@@ -6,7 +6,7 @@ A module without torch and Optuna, so that Ray Train's controller, which imports
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import ray.train
 
@@ -23,26 +23,23 @@ class StudyClient:
         self._actor = actor
 
     def next_trial(self) -> TrialPoint | None:
-        """See `StudyActor`."""
-        point: TrialPoint | None = self._call(self._actor.next_trial)
-        return point
+        """See `SearchStudy.next_trial`."""
+        return cast("TrialPoint | None", self._call("next_trial"))
 
     def record(self, number: int, metrics: Mapping[str, Any]) -> bool:
-        """See `StudyActor`."""
-        return bool(self._call(self._actor.record, number, metrics))
+        """See `SearchStudy.record`."""
+        return bool(self._call("record", number, metrics))
 
     def fail(self, number: int, kind: str, reason: str) -> None:
-        """See `StudyActor`."""
-        self._call(self._actor.fail, number, kind, reason)
+        """See `SearchStudy.fail`."""
+        self._call("fail", number, kind, reason)
 
     def stopped_because(self) -> str | None:
-        """See `StudyActor`."""
-        reason: str | None = self._call(self._actor.stopped_because)
-        return reason
+        """See `SearchStudy`."""
+        return cast("str | None", ray.get(self._actor.stopped_because.remote()))
 
-    @staticmethod
-    def _call(method: Any, *arguments: Any) -> Any:
-        return ray.get(method.remote(*arguments))
+    def _call(self, method: str, *arguments: Any) -> Any:
+        return ray.get(self._actor.call.remote(method, *arguments))
 
 
 class TrialCallback(ray.train.UserCallback):

@@ -9,6 +9,7 @@ outlive the driver. Trials ask the study actor themselves whether they continue 
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,13 @@ class StudySearcher(NotPickled, Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]  # Tune's type lacks FINISHED
         """Return the point of the next trial as Tune's config, or FINISHED."""
         point = self._study_client.next_trial()
-        return Searcher.FINISHED if point is None else point.to_tune()
+        return Searcher.FINISHED if point is None else asdict(point)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Do nothing: the trial has reported to the study itself."""
 
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: the study is saved at every step."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Do nothing, see `save`."""
 
 
 class SearchStopper(NotPickled, Stopper):
@@ -94,19 +92,11 @@ class SearchProgress(NotPickled, Callback):
         self._table = table
         self._stopper = stopper
 
-    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Show that a trial starts."""
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, *_: Any, **info: Any) -> None:
+        """Show that a trial starts, reports an epoch, or ends, after its last epoch or early; the study has it already."""
         self._table.update(trial.config["number"])
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
-    ) -> None:
-        """Show an epoch of a trial; the study has it already."""
-        self._table.update(trial.config["number"])
-
-    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Show the end of a trial, after its last epoch or early."""
-        self._table.update(trial.config["number"])
+    on_trial_result = on_trial_complete = on_trial_start
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Report a failed trial to the study and show it."""
@@ -117,11 +107,8 @@ class SearchProgress(NotPickled, Callback):
 
 def _error_of(trial: Trial) -> BaseException:
     """Return the error that Tune has just written on this node; `trial.get_pickled_error` reads a copy that is made later."""
-    file = trial.pickled_error_file or trial.error_file
-    if file is None:
-        return RuntimeError("no reason is known")
-    content = Path(file).read_bytes()
-    error: BaseException = (
-        cloudpickle.loads(content) if trial.pickled_error_file else RuntimeError(content.decode(errors="replace"))
-    )
-    return error
+    if trial.pickled_error_file:
+        error: BaseException = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+        return error
+    file = trial.error_file
+    return RuntimeError(Path(file).read_text("utf-8", "replace") if file else "no reason is known")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -25,8 +24,7 @@ from ..io.progress_bar import count_images
 from ..labels.word_vectors import load_word_vectors
 from ..ray_cluster.connection import connect
 from ..training.inputs import label_counts
-from .block_tasks import map_blocks
-from .pipeline import limit_ray_data
+from .pipeline import limit_ray_data, map_blocks
 
 # Rows per task: a large data set gets about as many tasks as this, and a small one has tasks for all cores
 _MIN_ROWS, _MAX_ROWS, _TASKS = 32, 1024, 2048
@@ -46,31 +44,24 @@ def diagnose_data(config: ExperimentConfig) -> Diagnosis:
     samples = all_samples(splits)
     print(f"reading {len(samples):,} images; starting Ray", flush=True)
     connect(config.resources)
-    logging.getLogger("ray.data").setLevel(
-        logging.ERROR
-    )  # its plans and warnings mean nothing to the reader of a report
+    # its plans and warnings mean nothing to the reader of a report
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     facts = []
     with count_images(Console(stderr=True, highlight=False), len(samples)) as advance:
         for block in inspect_images(samples, config.data.max_pixels):
             facts.append(block)
             advance(len(block))
-    return diagnose(
-        splits,
-        pa.concat_tables(facts),
-        config,
-        LabelFacts(counts, graph, missing),
-        left_out,
-    )
+    return diagnose(splits, pa.concat_tables(facts), config, LabelFacts(counts, graph, missing), left_out)
 
 
 def images_left_out(config: ExperimentConfig, splits: Splits) -> pa.Table:
     """Return the rows of the unlabelled images that the settings keep out of the splits."""
-    everything = {"data.keep_unlabelled_train": True, "data.keep_unlabelled_eval": True}
+    used = all_samples(splits)
     if config.data.keep_unlabelled_train and config.data.keep_unlabelled_eval:
-        return all_samples(splits).slice(0, 0)
+        return used.slice(0, 0)
+    everything = {"data.keep_unlabelled_train": True, "data.keep_unlabelled_eval": True}
     whole = all_samples(load_splits(config.with_overrides(everything)))
-    used = pc.is_in(whole["uri"], all_samples(splits)["uri"])
-    return whole.filter(pc.invert(used))
+    return whole.filter(pc.invert(pc.is_in(whole["uri"], used["uri"])))
 
 
 def inspect_images(samples: pa.Table, max_pixels: int) -> Iterator[pa.Table]:
@@ -85,20 +76,19 @@ def inspect_images(samples: pa.Table, max_pixels: int) -> Iterator[pa.Table]:
     """
     limit_ray_data(ray.cluster_resources()["CPU"])
     rows = int(np.clip(-(-len(samples) // _TASKS), _MIN_ROWS, _MAX_ROWS))
-    inspect = partial(_inspect_blocks, ray.put(samples.select(["uri"])), rows, max_pixels)
+    table = ray.put(samples.select(["uri"]))
+
+    def inspect(numbers: list[int]) -> pa.Table:
+        return pa.concat_tables([inspect_rows(ray.get(table), number * rows, rows, max_pixels) for number in numbers])
+
     facts = map_blocks(-(-len(samples) // rows), inspect)
     yield from cast(Iterator[pa.Table], iter(facts.iter_batches(batch_size=None, batch_format="pyarrow")))
-
-
-def _inspect_blocks(samples: ray.ObjectRef[pa.Table], rows: int, max_pixels: int, numbers: list[int]) -> pa.Table:
-    table = ray.get(samples)
-    return pa.concat_tables([inspect_rows(table, number * rows, rows, max_pixels) for number in numbers])
 
 
 def inspect_rows(samples: pa.Table, start: int, number: int, max_pixels: int) -> pa.Table:
     """Return the facts of up to `number` images from row `start`; see `inspect_images`."""
     uris = samples["uri"].slice(start, number).to_pylist()
-    columns: dict[str, list[Any]] = {name: [] for name in FACTS.names}
+    facts: list[dict[str, Any]] = []
     for row, uri in enumerate(uris, start):
         digest, num_bytes, height, width, error = None, 0, 0, 0, ""
         try:
@@ -107,6 +97,5 @@ def inspect_rows(samples: pa.Table, start: int, number: int, max_pixels: int) ->
             height, width = decode(data, max_pixels=max_pixels).shape[-2:]
         except (UserError, OSError) as failure:
             error = str(failure) or type(failure).__name__
-        for name, value in zip(FACTS.names, (row, digest, width, height, num_bytes, error), strict=True):
-            columns[name].append(value)
-    return pa.table(columns, schema=FACTS)
+        facts.append(dict(zip(FACTS.names, (row, digest, width, height, num_bytes, error), strict=True)))
+    return pa.Table.from_pylist(facts, schema=FACTS)

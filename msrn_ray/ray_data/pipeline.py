@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import chain
@@ -29,7 +29,8 @@ from ..settings import DataSettings
 from ..training.bad_images import BadImage, BadImages
 from ..training.sampling import EvalPlan, TrainPlan
 from ..types import Batch
-from .block_tasks import Columns, map_blocks
+
+Columns = dict[str, npt.NDArray[Any]]
 
 _TENSORS = ("image", "target", "row")
 _EXECUTION_BLOCKS = 512  # Ray Data plans all blocks of an execution before the first one starts, about 1 ms each
@@ -67,6 +68,24 @@ def limit_ray_data(num_cpus: float) -> None:
     context.custom_execution_callback_classes = [Paced]
 
 
+def map_blocks(num_blocks: int, task: Callable[[list[int]], Columns | pa.Table]) -> ray.data.Dataset:
+    """Return a data set of `num_blocks` blocks that `task` computes, in order, from their numbers.
+
+    Decoding, preparing and inspecting images share this form: one Ray Data task per block of work.
+
+    Args:
+        num_blocks: blocks, each computed by one Ray task with one CPU.
+        task: gets the numbers of its blocks, counted from 0; Ray Data may merge blocks.
+    """
+
+    def run_block(block: Columns) -> Columns | pa.Table:
+        torch.set_num_threads(1)  # tasks are the parallelism; more threads in a task only compete for the cores
+        return task([int(number) for number in block["id"]])
+
+    numbers = ray.data.range(num_blocks, override_num_blocks=num_blocks)
+    return numbers.map_batches(run_block, batch_size=None, batch_format="numpy", num_cpus=1)
+
+
 def train_epochs(
     table: ray.ObjectRef[pa.Table], plan: TrainPlan, settings: DataSettings, bad: BadImages
 ) -> Iterator[Iterator[Batch]]:
@@ -83,13 +102,8 @@ def train_epochs(
     """
     if plan.num_blocks == 0:
         return iter(())
-    return _epochs(_decoded_rows(table, plan, settings), plan, bad)
-
-
-def _epochs(rows: Iterator[Columns], plan: TrainPlan, bad: BadImages) -> Iterator[Iterator[Batch]]:
-    for epoch in range(plan.first_epoch, plan.epochs):
-        planned, valid, sizes = plan.epoch(epoch)
-        yield _cut(rows, planned, valid, sizes, bad)
+    rows = _decoded_rows(table, plan, settings)
+    return (_cut(rows, *plan.epoch(epoch), bad) for epoch in range(plan.first_epoch, plan.epochs))
 
 
 def eval_batches(
@@ -98,11 +112,10 @@ def eval_batches(
     """Yield this rank's share of a split in plan order. A batch has `plan.block_size` images, or fewer if some are bad."""
     if plan.num_blocks == 0:
         return
-    rows = _decoded_rows(table, plan, settings)
-    planned = plan.rows
+    num_rows = len(plan.rows)
     sizes = np.full(plan.num_blocks, plan.block_size)
-    sizes[-1] = len(planned) - plan.block_size * (plan.num_blocks - 1)
-    yield from _cut(rows, planned, np.ones(len(planned), bool), sizes, bad)
+    sizes[-1] = num_rows - plan.block_size * (plan.num_blocks - 1)
+    yield from _cut(_decoded_rows(table, plan, settings), plan.rows, np.ones(num_rows, bool), sizes, bad)
 
 
 def _decoded_rows(
@@ -113,27 +126,23 @@ def _decoded_rows(
     The call itself starts the first execution of Ray Data. Each further one starts when the one before has `_LEAD_BLOCKS` left.
     """
     starter = ThreadPoolExecutor(1, "decode-start")
-    starts = range(0, plan.num_blocks, _EXECUTION_BLOCKS)
-    sizes = [min(_EXECUTION_BLOCKS, plan.num_blocks - start) for start in starts]
-    executions = [
-        partial(_start_execution, table, plan, settings, range(start, start + size))
-        for start, size in zip(starts, sizes, strict=True)
-    ]
-    return _join_executions(starter, executions, sizes, starter.submit(executions[0]))
+    start = partial(_start_execution, table, plan, settings)
+    blocks = range(plan.num_blocks)
+    executions = [blocks[first : first + _EXECUTION_BLOCKS] for first in blocks[::_EXECUTION_BLOCKS]]
+    return _join_executions(starter, start, executions, starter.submit(start, executions[0]))
 
 
 def _join_executions(
     starter: ThreadPoolExecutor,
-    executions: Sequence[Callable[[], Iterator[Columns]]],
-    sizes: list[int],
+    start: Callable[[range], Iterator[Columns]],
+    executions: list[range],
     upcoming: Future[Iterator[Columns]],
 ) -> Iterator[Columns]:
     with starter:
-        for index, size in enumerate(sizes):
-            blocks = upcoming.result()
-            for left, block in zip(reversed(range(size)), blocks, strict=True):
-                if left == min(_LEAD_BLOCKS, size - 1) and index + 1 < len(executions):
-                    upcoming = starter.submit(executions[index + 1])
+        for index, blocks in enumerate(executions, 1):
+            for left, block in zip(reversed(range(len(blocks))), upcoming.result(), strict=True):
+                if left == min(_LEAD_BLOCKS, len(blocks) - 1) and index < len(executions):
+                    upcoming = starter.submit(start, executions[index])
                 yield block
 
 
@@ -144,7 +153,14 @@ def _start_execution(
 
     The number of tasks alone determines how many decoded images wait in the object store.
     """
-    decoded = map_blocks(len(blocks), partial(_decode_blocks, table, plan, settings, blocks))
+
+    def decode_blocks(numbers: list[int]) -> Columns:
+        parts = [plan.block(blocks[number]) for number in numbers]
+        rows = np.concatenate([rows for rows, _ in parts])
+        epochs = [epoch for rows, epoch in parts for _ in rows]
+        return decode_rows(ray.get(table), rows, epochs, settings, seed=getattr(plan, "seed", 0))
+
+    decoded = map_blocks(len(blocks), decode_blocks)
     decoded.context.target_max_block_size = None  # a task's output stays one block, however large the images are
     options = decoded.context.execution_options
     block_bytes = plan.block_size * 3 * settings.image_size**2
@@ -155,20 +171,6 @@ def _start_execution(
         Iterator[Columns], iter(decoded.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2))
     )
     return chain([next(batches)], batches)
-
-
-def _decode_blocks(
-    table: ray.ObjectRef[pa.Table],
-    plan: TrainPlan | EvalPlan,
-    settings: DataSettings,
-    blocks: range,
-    numbers: list[int],
-) -> Columns:
-    """Decode the rows of the blocks with these numbers among `blocks`."""
-    parts = [plan.block(blocks[number]) for number in numbers]
-    rows = np.concatenate([rows for rows, _ in parts])
-    epochs = [epoch for rows, epoch in parts for _ in rows]
-    return decode_rows(ray.get(table), rows, epochs, settings, seed=getattr(plan, "seed", 0))
 
 
 def decode_rows(

@@ -11,9 +11,8 @@ import io
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,23 +21,11 @@ import pyarrow.parquet as pq
 import ray
 from rich.console import Console
 
-from ..datasets.prepared import (
-    BAD_IMAGES_FILE,
-    FORMAT,
-    INFO_FILE,
-    PLAN_FILE,
-    RUN_AGAIN,
-    START_OVER,
-    VERSION,
-    PreparedInfo,
-    PreparedSplit,
-    index_file,
-    read_info,
-)
+from ..datasets import prepared
 from ..datasets.protocol import fingerprint
 from ..datasets.registry import read_published, reader_settings
 from ..datasets.shard_writer import ShardRecord, ShardWriter
-from ..datasets.split_names import SplitName
+from ..datasets.split_names import SPLITS, SplitName
 from ..datasets.text_files import read_json
 from ..errors import UserError
 from ..io.progress_bar import count_images
@@ -48,46 +35,10 @@ from ..ray_cluster.connection import connect
 from ..settings import DataSettings, ResourceSettings
 from ..training.bad_images import BadImage, check_bad_images
 from ..types import SampleTable
-from .block_tasks import Columns, map_blocks
-from .pipeline import limit_ray_data
+from .pipeline import limit_ray_data, map_blocks
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What one call of `prepare` writes.
-
-    Attributes:
-        settings: reader, root and limits.
-        short_side: short side in pixels to which larger images are reduced, or None.
-        rows_per_shard: images per shard.
-        tables: sample table of each split, train first.
-    """
-
-    settings: DataSettings
-    short_side: int | None
-    rows_per_shard: int
-    tables: dict[SplitName, SampleTable]
-
-    @property
-    def label_names(self) -> tuple[str, ...]:
-        return self.tables["train"].label_names
-
-    def digest(self) -> str:
-        """Return the sha256 of all that determines the bytes of the result."""
-        content = {
-            "version": VERSION,
-            "dataset": self.settings.dataset,
-            "settings": reader_settings(self.settings),
-            "short_side": self.short_side,
-            "rows_per_shard": self.rows_per_shard,
-            "max_pixels": self.settings.max_pixels,
-            "splits": {name: [table.source, table.notes, fingerprint(table)] for name, table in self.tables.items()},
-        }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class _WrittenSplit:
+class _WrittenSplit(NamedTuple):
     """One split after its last shard.
 
     Attributes:
@@ -101,10 +52,6 @@ class _WrittenSplit:
     shard_bytes: tuple[int, ...]
     contents: tuple[str, ...]
 
-    @property
-    def rows(self) -> npt.NDArray[np.int64]:
-        return self.places[:, 0]
-
 
 def prepare(
     settings: DataSettings,
@@ -113,7 +60,7 @@ def prepare(
     short_side: int | None = None,
     rows_per_shard: int = 256,
     console: Console | None = None,
-) -> PreparedInfo:
+) -> prepared.PreparedInfo:
     """Read a data set as training does, and write it to a folder from which training can read.
 
     Args:
@@ -127,25 +74,36 @@ def prepare(
         UserError: if the data set cannot be read, or the folder cannot be written or holds something else.
         BadImagesError: if a split has more bad images than allowed. What is written stays.
     """
-    plan = _Plan(settings, short_side, rows_per_shard, _read_tables(settings))
-    digest = plan.digest()
-    _claim(out, digest)
+    tables = _read_tables(settings)
+    request = {
+        "version": prepared.VERSION,
+        "dataset": settings.dataset,
+        "settings": reader_settings(settings),
+        "short_side": short_side,
+        "rows_per_shard": rows_per_shard,
+    }
+    splits = {name: [table.source, table.notes, fingerprint(table)] for name, table in tables.items()}
+    # all that determines the bytes of the result
+    everything = request | {"max_pixels": settings.max_pixels, "splits": splits}
+    plan = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+    _claim(out, plan)
 
     connect(ResourceSettings(num_workers=1))
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # `console` shows the progress
     limit_ray_data(max(1.0, ray.cluster_resources().get("CPU", 1.0) - 1))
     written: dict[SplitName, _WrittenSplit] = {}
     console = console or Console(highlight=False, soft_wrap=True)
-    with count_images(console, sum(map(len, plan.tables.values()))) as advance:
-        for name, table in plan.tables.items():
-            writer = ShardWriter(out, name, plan.label_names, digest, rows_per_shard, short_side, settings.max_pixels)
+    with count_images(console, sum(map(len, tables.values()))) as advance:
+        for name, table in tables.items():
+            writer = ShardWriter(out, name, table.label_names, plan, rows_per_shard, short_side, settings.max_pixels)
             written[name] = _write_split(writer, table, settings.max_bad_fraction, advance)
 
-    for name, table in plan.tables.items():
+    for name, table in tables.items():
         _write_index(out, name, table, written[name])
-    _write_bad_images(out, plan.tables, written)
-    info = _describe(plan, digest, written)
-    (out / INFO_FILE).write_bytes(_as_lines(info.model_dump(mode="json")))  # last: it marks the folder as finished
+    _write_bad_images(out, tables, written)
+    info = _describe(request | {"plan": plan}, tables, written)
+    # last: it marks the folder as finished
+    (out / prepared.INFO_FILE).write_bytes(_as_lines(info.model_dump(mode="json")))
     return info
 
 
@@ -155,15 +113,11 @@ def _read_tables(settings: DataSettings) -> dict[SplitName, SampleTable]:
     Raises:
         UserError: if the data set cannot be read, is prepared already, or has a split without an image.
     """
-    if settings.root is not None and read_info(Location.of(settings.root)) is not None:
+    if settings.root is not None and prepared.read_info(Location.of(settings.root)) is not None:
         raise UserError(f"data.root {settings.root} is prepared already; give the data set that it was prepared from")
     published = read_published(settings)
-    splits: tuple[tuple[SplitName, SampleTable | None], ...] = (
-        ("train", published.train),
-        ("val", published.val),
-        ("test", published.held_out),
-    )
-    tables = {name: table for name, table in splits if table is not None}
+    found = zip(SPLITS, (published.train, published.val, published.held_out), strict=True)
+    tables = {name: table for name, table in found if table is not None}
     for name, table in tables.items():
         if not len(table):
             raise UserError(
@@ -173,32 +127,30 @@ def _read_tables(settings: DataSettings) -> dict[SplitName, SampleTable]:
     return tables
 
 
-def _describe(plan: _Plan, digest: str, written: dict[SplitName, _WrittenSplit]) -> PreparedInfo:
+def _describe(
+    request: dict[str, Any], tables: dict[SplitName, SampleTable], written: dict[SplitName, _WrittenSplit]
+) -> prepared.PreparedInfo:
     """Return the content of `dataset.json`."""
-    counts = count_labels(plan.tables["train"].targets[written["train"].rows], plan.label_names)
+    train = tables["train"]
+    counts = count_labels(train.targets[written["train"].places[:, 0]], train.label_names)
     contents = [content for split in written.values() for content in split.contents]
-    return PreparedInfo(
-        format=FORMAT,
-        version=VERSION,
-        dataset=plan.settings.dataset,
-        settings=reader_settings(plan.settings),
-        short_side=plan.short_side,
-        rows_per_shard=plan.rows_per_shard,
-        label_names=plan.label_names,
+    return prepared.PreparedInfo(
+        format=prepared.FORMAT,
+        **request,
+        label_names=train.label_names,
         label_count=tuple(counts.count.tolist()),
         cooccurrence=tuple(map(tuple, counts.cooccurrence.tolist())),
         splits={
-            name: PreparedSplit(
+            name: prepared.PreparedSplit(
                 source=table.source,
                 notes=table.notes,
-                images=len(written[name].rows),
+                images=len(written[name].places),
                 bad_images=len(written[name].bad),
                 shard_bytes=written[name].shard_bytes,
             )
-            for name, table in plan.tables.items()
+            for name, table in tables.items()
         },
-        plan=digest,
-        content=hashlib.sha256(json.dumps([plan.label_names, contents]).encode()).hexdigest(),
+        content=hashlib.sha256(json.dumps([train.label_names, contents]).encode()).hexdigest(),
     )
 
 
@@ -208,16 +160,16 @@ def _as_lines(content: dict[str, Any]) -> bytes:
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
-def _claim(out: Location, digest: str) -> None:
+def _claim(out: Location, plan: str) -> None:
     """Mark the folder as that of this plan.
 
     Raises:
         UserError: if it holds something else, or cannot be written.
     """
-    place = out / PLAN_FILE
-    content = {"format": FORMAT, "version": VERSION, "plan": digest}
+    place = out / prepared.PLAN_FILE
+    content = {"format": prepared.FORMAT, "version": prepared.VERSION, "plan": plan}
     if place.is_file():
-        if read_json(place, START_OVER) != content:
+        if read_json(place, prepared.START_OVER) != content:
             raise UserError(
                 f"--out {out}: holds another data set, or this one with other labels or settings; give a new folder, or empty this one"
             )
@@ -240,7 +192,7 @@ def _write_split(
     for batch in shards.iter_batches(batch_size=None):
         for text, error in zip(batch["record"], batch["error"], strict=True):
             if error:
-                raise UserError(f"{error}; then {RUN_AGAIN}")
+                raise UserError(f"{error}; then {prepared.RUN_AGAIN}")
             record = ShardRecord.model_validate_json(text)
             assert record.number == len(sizes), "Ray Data keeps the order"
             numbers = [record.number] * len(record.rows)
@@ -253,48 +205,45 @@ def _write_split(
     return _WrittenSplit(np.concatenate(places), tuple(bad), tuple(sizes), tuple(contents))
 
 
-def _finish_shards(writer: ShardWriter, samples: ray.ObjectRef[pa.Table], numbers: list[int]) -> Columns:
+def _finish_shards(writer: ShardWriter, samples: ray.ObjectRef[pa.Table], numbers: list[int]) -> pa.Table:
     """Write the shards with these numbers. Return their records as JSON, or the errors: Ray would wrap raised errors in its own."""
-    records: list[str] = []
-    errors: list[str] = []
-    for number in numbers:
+
+    def finish(number: int) -> dict[str, str]:
         try:
-            records.append(writer.finish(ray.get(samples), number).model_dump_json())
-            errors.append("")
+            return {"record": writer.finish(ray.get(samples), number).model_dump_json(), "error": ""}
         except UserError as error:
-            records.append("")
-            errors.append(str(error))
-    return {"record": np.array(records, dtype=object), "error": np.array(errors, dtype=object)}
+            return {"record": "", "error": str(error)}
+
+    return pa.Table.from_pylist([finish(number) for number in numbers])
 
 
 def _write_index(out: Location, split: SplitName, table: SampleTable, written: _WrittenSplit) -> None:
-    kept = table.table.take(pa.array(written.rows))
-    _, shard, offset, length = written.places.T
-    index = pa.table(
-        {
-            "image_id": kept["image_id"],
-            "shard": pa.array(shard, pa.int32()),
-            "offset": pa.array(offset),
-            "length": pa.array(length),
-            "target": kept["target"],
-        }
-    )
+    row, shard, offset, length = written.places.T
+    kept = table.table.take(pa.array(row))
+    columns = {
+        "image_id": kept["image_id"],
+        "shard": pa.array(shard, pa.int32()),
+        "offset": pa.array(offset),
+        "length": pa.array(length),
+        "target": kept["target"],
+    }
     sink = io.BytesIO()
-    pq.write_table(index, sink, compression="zstd")
-    index_file(out, split).write_bytes(sink.getvalue())
+    pq.write_table(pa.table(columns), sink, compression="zstd")
+    prepared.index_file(out, split).write_bytes(sink.getvalue())
 
 
 def _write_bad_images(
     out: Location, tables: dict[SplitName, SampleTable], written: dict[SplitName, _WrittenSplit]
 ) -> None:
     """Write the list of the images that are left out. Write no file if there are none."""
-    ids = {name: table.table["image_id"] for name, table in tables.items()}
     lines = [
-        [name, ids[name][image.row].as_py(), image.reason] for name, split in written.items() for image in split.bad
+        [name, tables[name].table["image_id"][image.row].as_py(), image.reason]
+        for name, split in written.items()
+        for image in split.bad
     ]
     if lines:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([["split", "image_id", "reason"], *lines])
-        (out / BAD_IMAGES_FILE).write_bytes(text.getvalue().encode())
+        (out / prepared.BAD_IMAGES_FILE).write_bytes(text.getvalue().encode())
     else:  # an earlier call may have written it, before the user fixed the images
-        (out / BAD_IMAGES_FILE).remove()
+        (out / prepared.BAD_IMAGES_FILE).remove()

@@ -218,7 +218,7 @@ def test_resume_after_sigkill_gives_the_same_bytes(local_ray: None, tmp_path: Pa
     held_up = root / "train2014/train_012.jpg"
     photo = held_up.read_bytes()
     held_up.unlink()
-    os.mkfifo(held_up)  # a reader of the pipe waits for ever, so the run cannot end
+    os.mkfifo(held_up)  # a reader of the pipe waits forever, so the run cannot end
     killed = tmp_path / "killed"
     process = subprocess.Popen(
         [

@@ -7,7 +7,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from msrn_ray.presets import PRESETS
-from tuning.search_plan import SearchPlan
+from tuning.options import SearchPlan
 from tuning.study import SearchStudy
 from tuning.trial_point import TrialPoint
 

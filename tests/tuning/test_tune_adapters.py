@@ -42,14 +42,13 @@ class LocalStudyClient(StudyClient):
     """Calls a study in this process."""
 
     def __init__(self, study: SearchStudy) -> None:
-        super().__init__(SimpleNamespace())
-        for name in ("next_trial", "record", "fail"):
-            setattr(self._actor, name, getattr(study, name))
-        self._actor.stopped_because = lambda: study.stopped_because
+        super().__init__(study)
 
-    @staticmethod
-    def _call(method: Any, *arguments: Any) -> Any:
-        return method(*arguments)
+    def stopped_because(self) -> str | None:
+        return self._actor.stopped_because
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self._actor, method)(*arguments)
 
 
 def wrapped(cause: Exception) -> Exception:
