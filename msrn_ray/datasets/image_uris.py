@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Literal
 
@@ -16,7 +16,7 @@ import pyarrow.fs as pafs
 from ..errors import UserError
 from ..io.filesystems import filesystem_of
 from ..io.storage import Location
-from .text_files import first_few
+from .text_files import first_few, require_utf8
 
 MissingImages = Literal["error", "skip"]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -27,6 +27,36 @@ _NAMES_PER_CHUNK = 65_536  # of a folder's listing
 def is_image(name: str) -> bool:
     """Return whether a file is an image by its suffix."""
     return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def list_images(
+    root: Location, folders: Iterable[str], *, recursive: bool = False
+) -> tuple[dict[str, pa.StringArray], list[str]]:
+    """Return the images of each folder that holds any, as paths relative to `root`, and notes on what was left out.
+
+    Args:
+        root: the data set.
+        folders: paths relative to `root`.
+        recursive: include the images in inner folders.
+
+    Raises:
+        UserError: if a folder cannot be listed, or the name of an image is not UTF-8.
+    """
+    images: dict[str, pa.StringArray] = {}
+    notes: list[str] = []
+    num_other = 0
+    for folder in folders:
+        files = [name for name in (root / folder).names(recursive=recursive) if not name.endswith("/")]
+        paths = [f"{folder}/{name}" for name in files if is_image(name)]
+        num_other += len(files) - len(paths)
+        if paths:
+            require_utf8(root, paths)
+            images[folder] = pa.array(paths)
+        else:
+            notes.append(f"{folder}: no image in this folder")
+    if num_other:
+        notes.append(f"{root.name}: {num_other} files skipped that are not images ({', '.join(IMAGE_SUFFIXES)})")
+    return images, notes
 
 
 def uris_below(folder: Location, names: Sequence[str] | pa.ChunkedArray) -> pa.ChunkedArray:

@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..io.byte_ranges import range_uris
 from ..io.storage import Location
 from ..types import SampleTable
-from .containers import LABEL_FIELDS, LabelLists, build_tables, by_split
+from .containers import LABEL_FIELDS, LABELLED_IMAGES, build_tables, by_split
 from .image_uris import IMAGE_SUFFIXES
 from .split_names import SplitName
 from .text_files import is_utf8, suggest_folder
@@ -66,10 +66,7 @@ def read_webdataset(
     parts = {}
     for split, names in by_split(root, tars).items():
         read = [_read_tar(root / name if name else root, name, label_names, label_field) for name in names]
-        image_ids, uris, num_labels, labels = (list(column) for column in zip(*read, strict=True))
-        parts[split] = LabelLists(
-            pa.concat_arrays(image_ids), pa.concat_arrays(uris), np.concatenate(num_labels), pa.concat_arrays(labels)
-        )
+        parts[split] = pa.concat_tables(read)
     return build_tables(parts, label_names, root)
 
 
@@ -77,29 +74,22 @@ def _holds_tars(folder: Location) -> bool:
     return any(name.endswith(".tar") for name in folder.names(missing_ok=True))
 
 
-def _read_tar(tar: Location, name: str, label_names: tuple[str, ...] | None, label_field: str | None) -> LabelLists:
-    """Return the samples of a tar; name: its path below the root, "" if it is the root."""
+def _read_tar(tar: Location, name: str, label_names: tuple[str, ...] | None, label_field: str | None) -> pa.Table:
+    """Return the samples of a tar, of schema `LABELLED_IMAGES`; name: its path below the root, "" if it is the root."""
     prefix = (name or tar.name).removesuffix(".tar")
     ids: list[str] = []
     ranges: list[tuple[int, int]] = []
-    num_labels: list[int] = []
-    labels: list[str] = []
+    labels: list[list[str]] = []
     for sample in _samples(tar):
         where = f"{tar}: sample {sample.key}"
         if sample.image is None:
             raise UserError(f"{where} holds no image ({', '.join(sorted(_IMAGES))}); remove it")
-        sample_labels = _labels(sample, label_names, label_field, where)
         ids.append(f"{prefix}/{sample.key}")
         ranges.append(sample.image)
-        num_labels.append(len(sample_labels))
-        labels += sample_labels
+        labels.append(_labels(sample, label_names, label_field, where))
     offsets, lengths = np.array(ranges, np.int64).reshape(-1, 2).T
-    return LabelLists(
-        pa.array(ids, pa.string()),
-        range_uris(tar, offsets, lengths),
-        np.array(num_labels, np.int64),
-        pa.array(labels, pa.string()),
-    )
+    columns = {"image_id": ids, "uri": range_uris(tar, offsets, lengths), "labels": labels}
+    return pa.table(columns, LABELLED_IMAGES)
 
 
 def _samples(tar: Location) -> Iterator[_Sample]:
