@@ -30,7 +30,8 @@ Difficult = Literal["ignore", "positive", "negative"]
 _DIFFICULT_TARGETS: dict[Difficult, tuple[int, str]] = {
     **{"ignore": (UNKNOWN, "unknown"), "positive": (PRESENT, "present"), "negative": (ABSENT, "absent")}
 }
-_IN_EASY, _IN_NONE, _IN_DIFFICULT = 1, -1, 0  # the values of a class file
+_IN_EASY, _IN_DIFFICULT, _IN_NONE = 1, 0, -1  # the values of a class file; the larger one counts for several objects
+_WORDS = {_IN_EASY: "present", _IN_NONE: "absent", _IN_DIFFICULT: "difficult"}
 _XML_THREADS = 16  # a remote XML file costs a round trip, so read several at once
 
 
@@ -156,11 +157,7 @@ def _compare_with_xml(base: Location, split: str, image_ids: list[str], values: 
         notes.append(f"{split}: {num_without} of {len(image_ids)} images have no XML to compare the class files with")
     with ThreadPoolExecutor(_XML_THREADS) as pool:
         objects = list(pool.map(lambda row: _read_objects(folder / f"{image_ids[row]}.xml"), rows))
-    in_xml = np.full((len(rows), len(VOC_LABELS)), _IN_NONE, np.int8)
-    for row, seen in enumerate(objects):
-        for label, is_difficult in sorted(seen, reverse=True):  # an easy object overrides a difficult one
-            in_xml[row, VOC_LABELS.index(label)] = _IN_DIFFICULT if is_difficult else _IN_EASY
-
+    in_xml = np.array(objects, np.int8).reshape(len(rows), len(VOC_LABELS))
     in_lists = values[rows]
     contradicting = ((in_lists == _IN_EASY) & (in_xml == _IN_NONE)) | ((in_lists == _IN_NONE) & (in_xml == _IN_EASY))
     if contradicting.any():
@@ -186,16 +183,13 @@ def _compare_with_xml(base: Location, split: str, image_ids: list[str], values: 
     return notes
 
 
-_WORDS = {_IN_EASY: "present", _IN_NONE: "absent", _IN_DIFFICULT: "difficult"}
-
-
-def _read_objects(path: Location) -> set[tuple[str, bool]]:
-    """Return the classes of an image's objects, and whether the object is difficult."""
+def _read_objects(path: Location) -> list[int]:
+    """Return the value of each class as a class file would give it, from the objects of an image."""
     try:
         root = ET.fromstring(read_data(path, "unpack Annotations/ again"))
     except (ET.ParseError, ValueError, LookupError) as error:  # the last two for unknown encodings
         raise UserError(f"{path}: not an XML file ({error}); unpack it again") from None
-    objects = set()
+    values = dict.fromkeys(VOC_LABELS, _IN_NONE)
     for entry in root.findall("object"):
         label, difficult = (entry.findtext("name") or "").strip(), (entry.findtext("difficult") or "0").strip()
         if label not in VOC_LABELS or difficult not in ("0", "1"):
@@ -203,5 +197,5 @@ def _read_objects(path: Location) -> set[tuple[str, bool]]:
                 f"difficult={difficult!r}, not 0 or 1" if label in VOC_LABELS else f"the name {label!r}, no VOC class"
             )
             raise UserError(f"{path}: has an object with {problem}; correct it")
-        objects.add((label, difficult == "1"))
-    return objects
+        values[label] = max(values[label], _IN_DIFFICULT if difficult == "1" else _IN_EASY)
+    return list(values.values())

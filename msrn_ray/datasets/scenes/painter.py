@@ -176,8 +176,7 @@ class Painter:
         image = Image.fromarray(self.canvas.clip(0, 255, out=self.canvas).astype(np.uint8))
         boxes = []
         for number, name in enumerate(self.names, start=1):
-            corners = Image.fromarray(self.visible == number).getbbox()
-            if corners is not None:
+            if corners := Image.fromarray(self.visible == number).getbbox():
                 x0, y0, x1, y1 = corners
                 boxes.append((name, (x0, y0, x1 - x0, y1 - y0)))
         return image, boxes
@@ -197,12 +196,9 @@ def paint(labels: frozenset[str], place: str, sky: str, rng: Rng) -> tuple[Image
     """
     width, height = (int(side) for side in rng.integers(128, 177, 2))
     painter = Painter(place, sky, width, height, rng)
-    if "mountain" in labels:
-        painter.mountain()
-    if "sea" in labels:
-        painter.sea()
-    if "road" in labels:
-        painter.road()
+    for name, draw in (("mountain", painter.mountain), ("sea", painter.sea), ("road", painter.road)):
+        if name in labels:
+            draw()
     wanted = [(name, sprite, True) for name, sprite in SPRITES.items() if name in labels]
     kinds = ("balloon", "kite", "rock") if place == "coast" else tuple(DISTRACTORS)
     for name in map(str, rng.choice(kinds, int(rng.integers(0, 3)), replace=False)):
