@@ -14,8 +14,7 @@ from pycocotools.coco import COCO
 from ..errors import UserError
 from ..io.storage import Location
 from ..types import PRESENT, SampleTable
-from .image_uris import MissingImages, find_images, uris_below
-from .row_selection import select_rows
+from .image_uris import MissingImages, find_images, select_rows, uris_below
 from .text_files import first_few, is_utf8, read_data, require_unique, suggest_folder
 
 YEARS = (2014, 2017)

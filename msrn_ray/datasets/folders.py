@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,14 +15,6 @@ from .manifest import CustomImages
 from .split_names import SPLIT_WORDS, SPLITS
 
 _LAYOUT = "folders named after labels (dog/, cat/) with images inside, or folders train/, val/, test/ around them"
-
-
-class _LabelFolder(NamedTuple):
-    """A folder of one label; `split` is the position in `SPLITS`, `path` is relative to the root."""
-
-    split: int
-    path: str
-    label: str
 
 
 def read_folders(root: Location, *, label_names: Sequence[str] | None = None) -> CustomImages:
@@ -43,14 +34,10 @@ def read_folders(root: Location, *, label_names: Sequence[str] | None = None) ->
         raise UserError(f"{root}: no such folder; give the folder that holds {_LAYOUT}")
     top_folders = _subfolders(root)
     has_splits = _are_splits(root, top_folders)
+    paths = sorted(top_folders)
     if has_splits:
-        label_folders = sorted(
-            _LabelFolder(SPLITS.index(SPLIT_WORDS[top.lower()]), f"{top}/{label}", label)
-            for top in top_folders
-            for label in _subfolders(root / top)
-        )
-    else:
-        label_folders = [_LabelFolder(0, name, name) for name in sorted(top_folders)]
+        paths = [f"{top}/{label}" for top in top_folders for label in _subfolders(root / top)]
+        paths.sort(key=lambda path: (_split_position(path), path))
 
     notes = []
     num_stray = sum(
@@ -60,9 +47,9 @@ def read_folders(root: Location, *, label_names: Sequence[str] | None = None) ->
     )
     if num_stray:
         notes.append(f"{root.name}: {num_stray} images left out that are in no label's folder")
-    images, image_notes = list_images(root, [folder.path for folder in label_folders], recursive=True)
-    folders = [folder for folder in label_folders if folder.path in images]
-    labels = sorted({folder.label for folder in folders})
+    images, image_notes = list_images(root, paths, recursive=True)
+    folder_labels = [path.rpartition("/")[2] for path in images]
+    labels = sorted(set(folder_labels))
     if len(labels) < 2:
         raise UserError(f"{root}: {_why_no_labels(root, labels, [] if has_splits else top_folders)}")
     unknown = [label for label in labels if label_names is not None and label not in label_names]
@@ -74,17 +61,22 @@ def read_folders(root: Location, *, label_names: Sequence[str] | None = None) ->
     all_labels = tuple(labels if label_names is None else label_names)
     sizes = [len(ids) for ids in images.values()]
     targets = np.zeros((sum(sizes), len(all_labels)), np.int8)
-    targets[np.arange(len(targets)), np.repeat([all_labels.index(folder.label) for folder in folders], sizes)] = PRESENT
+    targets[np.arange(len(targets)), np.repeat([all_labels.index(label) for label in folder_labels], sizes)] = PRESENT
     ids = pa.chunked_array(list(images.values()))
     summary = f"{root.name}: {len(targets)} images, {len(all_labels)} labels (one folder per label)"
     notes = [summary, *notes, *image_notes]
     samples = SampleTable.from_columns(ids, uris_below(root, ids), targets, all_labels, root.name, tuple(notes))
-    split = np.repeat(np.array([folder.split for folder in folders], np.int8), sizes) if has_splits else None
+    split = np.repeat(np.array([_split_position(path) for path in images], np.int8), sizes) if has_splits else None
     return CustomImages(samples, split)
 
 
 def _subfolders(folder: Location) -> list[str]:
     return [name.removesuffix("/") for name in folder.names() if name.endswith("/")]
+
+
+def _split_position(path: str) -> int:
+    """Return the position in `SPLITS` of the split whose folder holds the path."""
+    return SPLITS.index(SPLIT_WORDS[path.partition("/")[0].lower()])
 
 
 def _are_splits(root: Location, top_folders: Sequence[str]) -> bool:

@@ -14,9 +14,8 @@ import pyarrow.compute as pc
 from ..errors import UserError
 from ..io.storage import Location
 from ..types import SampleTable
-from .image_uris import MissingImages, absolute_uris, find_local, require_images
+from .image_uris import MissingImages, absolute_uris, find_local, missing_notes, require_images
 from .label_columns import as_text, encode_lists, label_values, split_lists
-from .row_selection import missing_notes
 from .split_names import SPLIT_WORDS, SPLITS
 from .table_files import TableFile, open_table
 

@@ -19,8 +19,7 @@ import pyarrow.csv as pa_csv
 from ..errors import UserError
 from ..io.storage import Location
 from ..types import PRESENT, SampleTable
-from .image_uris import MissingImages, find_images, uris_below
-from .row_selection import select_rows
+from .image_uris import MissingImages, find_images, select_rows, uris_below
 from .text_files import read_data, read_label_names, read_lines, read_text, require_unique, suggest_folder
 
 # The order of the authors' release and of their checkpoints; the official list is alphabetical.

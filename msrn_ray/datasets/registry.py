@@ -19,10 +19,10 @@ from .apparel import read_apparel
 from .coco import find_year, has_split, read_coco
 from .folders import read_folders
 from .huggingface import read_huggingface
+from .image_uris import select_rows
 from .manifest import CustomImages, read_manifest
 from .nuswide import read_nuswide
 from .prepared import BAD_IMAGES_FILE, PreparedInfo, read_info, read_prepared
-from .row_selection import select_rows
 from .scenes.generate import generate_scenes
 from .split_names import SPLITS, SplitName
 from .stratify import stratified_split

@@ -17,8 +17,7 @@ import numpy.typing as npt
 from ..errors import UserError
 from ..io.storage import Location
 from ..types import ABSENT, PRESENT, UNKNOWN, SampleTable
-from .image_uris import MissingImages, find_images, uris_below
-from .row_selection import missing_notes
+from .image_uris import MissingImages, find_images, missing_notes, uris_below
 from .text_files import first_few, read_data, read_lines, require_unique, suggest_folder
 
 VOC_LABELS = (

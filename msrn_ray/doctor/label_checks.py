@@ -67,12 +67,8 @@ def _labels_without_images(dataset: DatasetFacts) -> Iterator[Finding]:
                 in_one_line(absent),
             )
     train = dataset.summaries[0]
-    known = train.num_images - train.unknown
-    always = [
-        name
-        for name, number, num_known in zip(dataset.label_names, train.present, known, strict=True)
-        if number == num_known and number >= _ENOUGH
-    ]
+    is_always = (train.present == train.num_images - train.unknown) & (train.present >= _ENOUGH)
+    always = [dataset.label_names[index] for index in np.flatnonzero(is_always)]
     if always:
         yield Finding(
             "warning",
@@ -85,22 +81,21 @@ def _labels_without_images(dataset: DatasetFacts) -> Iterator[Finding]:
 def _labels_together(counts: LabelCounts) -> Iterator[Finding]:
     probability = conditional_probability(counts)  # [r, c] = P(c | r)
     implies = (probability == 1) & (counts.count[:, None] >= _ENOUGH)
-    twins = [
-        f"{counts.names[row]} = {counts.names[column]} ({counts.count[row]} images)"
-        for row, column in np.argwhere(np.triu(implies & implies.T))
-    ]
-    if twins:
+
+    def name_pairs(chosen: npt.NDArray[np.bool_], sign: str) -> list[str]:
+        return [
+            f"{counts.names[row]} {sign} {counts.names[column]} ({counts.count[row]} images)"
+            for row, column in np.argwhere(chosen)
+        ]
+
+    if twins := name_pairs(np.triu(implies & implies.T), "="):
         yield Finding(
             "warning",
             f"{plural(len(twins), 'pair')} of labels that always occur together",
             "merge each pair into one label, or add images with only one of the two: the model cannot distinguish them",
             shorten(twins),
         )
-    implied = [
-        f"{counts.names[row]} -> {counts.names[column]} ({counts.count[row]} images)"
-        for row, column in np.argwhere(implies & ~implies.T)
-    ]
-    if implied:
+    if implied := name_pairs(implies & ~implies.T, "->"):
         yield Finding(
             "info",
             f"{plural(len(implied), 'label')} never without another",
