@@ -27,6 +27,7 @@ from .split_names import SplitName
 from .text_files import read_json, suggest_folder
 
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # missing if writing the Arrow stream stopped early
+_SAVED = ("dataset_dict.json", "state.json")  # a folder that `save_to_disk` wrote holds one of them
 _SAVE_AGAIN = "save the data set again"
 _IMAGE_FIELDS = ("image", "img", "jpg", "picture")
 
@@ -115,15 +116,11 @@ def _files_by_split(root: Location) -> dict[SplitName, list[Location]]:
     files = [name for name in root.names(recursive=True, missing_ok=True) if name.endswith(".parquet")]
     if not files:
         what = "holds no dataset_dict.json, state.json or .parquet" if root.is_dir() else "no such folder"
-        suggestion = suggest_folder(root, _is_saved)
+        suggestion = suggest_folder(root, lambda folder: any((folder / name).is_file() for name in _SAVED))
         raise UserError(
             f"{root}: {what}; give the folder that `save_to_disk` wrote, or a folder of Parquet files{suggestion}"
         )
     return {split: [root / name for name in names] for split, names in by_split(root, files).items()}
-
-
-def _is_saved(folder: Location) -> bool:
-    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def _saved_files(folder: Location) -> list[Location]:

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from ..errors import UserError
@@ -169,26 +170,22 @@ def _read_csv(
     """Return all images of the split, and [n] bool, False for missing images that are left out."""
     path = root / CSV_FILE
     table = _parse_csv(path)
-    names = [name.replace("\\", "/") for name in table["filepath"].to_pylist()]
-    image_ids = [name.removeprefix("Flickr/") for name in names]
-    require_unique(path, "filepath", image_ids)
-    split_names = table["split_name"].to_pylist()
-    allowed = _CSV_SPLITS.values()
-    unknown = next((row for row, name in enumerate(split_names) if name not in allowed), None)
-    if unknown is not None:
-        raise UserError(
-            f"{path}, row {unknown + 1}: split_name is {split_names[unknown]!r}, not {' or '.join(allowed)}; correct it"
-        )
-    rows = [row for row, name in enumerate(split_names) if name == _CSV_SPLITS[split]]
-    if not rows:
+    names = pc.replace_substring(table["filepath"], "\\", "/")
+    image_ids = pc.replace_substring_regex(names, "^Flickr/", "")
+    require_unique(path, "filepath", image_ids.to_pylist())
+    split_names, allowed = table["split_name"], list(_CSV_SPLITS.values())
+    if (row := pc.index(pc.is_in(split_names, pa.array(allowed)), False).as_py()) >= 0:
+        wrong = split_names[row].as_py()
+        raise UserError(f"{path}, row {row + 1}: split_name is {wrong!r}, not {' or '.join(allowed)}; correct it")
+    chosen = pc.equal(split_names, _CSV_SPLITS[split])
+    if not pc.any(chosen).as_py():
         raise UserError(f"{path}: no row of split {split}; download it again")
 
     requested = None if concepts is None else read_label_names(root / concepts, _NAME_CONCEPTS)
     label_names = NUSWIDE_LABELS if requested is None or set(requested) == set(NUSWIDE_LABELS) else requested
-    targets = _csv_targets(path, table["label"], label_names)[rows]
-    names = [names[row] for row in rows]
+    targets = _csv_targets(path, table["label"], label_names)[chosen.to_numpy()]
+    names, image_ids = names.filter(chosen), image_ids.filter(chosen)
     found = find_images(root, names, path, missing_images)
-    image_ids = [image_ids[row] for row in rows]
     source = f"{path.name} {_CSV_SPLITS[split]}"
     return SampleTable.from_columns(image_ids, uris_below(root, names), targets, label_names, source), found
 

@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional as transform
 from ..errors import UserError
 from ..io.byte_ranges import read_bytes
 from ..io.storage import Location
-from ..types import PRESENT
+from ..types import PRESENT, SampleTable
 from .prepared import shard_file
 from .transforms import decode
 
@@ -117,8 +117,7 @@ class ShardWriter:
             except OSError as error:  # a passing fault of a network or disk must not leave images out for good
                 raise UserError(f"{uri}: cannot be read ({error})") from None
         kept = shard_samples.take(pa.array(np.array(rows, np.int64) - start))
-        flat = np.asarray(kept["target"].combine_chunks().flatten())
-        target = flat.astype(np.int8).reshape(len(rows), len(self.label_names))
+        target = SampleTable(kept, self.label_names, self.split).targets
         table = pa.table(
             {
                 "image": pa.array(images, pa.large_binary()),

@@ -5,12 +5,12 @@ Images stay in their tar: the uri of a sample is a range of bytes of the tar.
 
 from __future__ import annotations
 
+import itertools
 import json
 import posixpath
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,13 +27,12 @@ from .text_files import is_utf8, suggest_folder
 _IMAGES = {suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES}
 
 
-@dataclass
-class _Sample:
+class _Sample(NamedTuple):
     """A sample's key, the offset and length of its image in the tar, and the content of its label files by suffix."""
 
     key: str
-    image: tuple[int, int] | None = None
-    labels: dict[str, bytes] = field(default_factory=dict)
+    image: tuple[int, int] | None
+    labels: dict[str, bytes]
 
 
 def read_webdataset(
@@ -93,35 +92,36 @@ def _read_tar(tar: Location, name: str, label_names: tuple[str, ...] | None, lab
 
 
 def _samples(tar: Location) -> Iterator[_Sample]:
-    sample: _Sample | None = None
     try:
         with (
             tar.opened_input() as stream,
             # For a remote tar, one read from start to end is quicker than a request per header.
             tarfile.open(fileobj=stream, mode="r:" if tar.is_local else "r|") as archive,
         ):
-            for member in archive:
-                archive.members = []  # type: ignore[attr-defined]  # else it keeps every header in memory
-                folder, base = posixpath.split(member.name)
-                stem, _, suffix = base.partition(".")
-                if not member.isfile() or base.startswith("."):
-                    continue
-                key = posixpath.join(folder, stem)
-                if sample is None or sample.key != key:
-                    if sample is not None:
-                        yield sample
-                    sample = _Sample(key)
-                kind = suffix.lower()
-                if kind in _IMAGES:
-                    sample.image = (member.offset_data, member.size)
-                elif kind in ("json", "cls"):
-                    content = archive.extractfile(member)
-                    assert content is not None, "member.isfile() is true"
-                    sample.labels[kind] = content.read()
+            for key, members in itertools.groupby(filter(_is_visible_file, archive), _key):
+                image, labels = None, {}
+                for member in members:
+                    archive.members = []  # type: ignore[attr-defined]  # else it keeps every header in memory
+                    suffix = posixpath.basename(member.name).lower().partition(".")[2]
+                    if suffix in _IMAGES:
+                        image = (member.offset_data, member.size)
+                    elif suffix in ("json", "cls"):
+                        content = archive.extractfile(member)
+                        assert content is not None, "member.isfile() is true"
+                        labels[suffix] = content.read()
+                yield _Sample(key, image, labels)
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"{tar}: not a whole, uncompressed tar ({error}); download or unpack it again") from None
-    if sample is not None:
-        yield sample
+
+
+def _is_visible_file(member: tarfile.TarInfo) -> bool:
+    return member.isfile() and not posixpath.basename(member.name).startswith(".")
+
+
+def _key(member: tarfile.TarInfo) -> str:
+    """Return the path of a file up to the first dot in its name."""
+    folder, name = posixpath.split(member.name)
+    return posixpath.join(folder, name.partition(".")[0])
 
 
 def _labels(sample: _Sample, names: tuple[str, ...] | None, label_field: str | None, where: str) -> list[str]:

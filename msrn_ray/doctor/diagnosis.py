@@ -39,11 +39,10 @@ class Diagnosis:
     Attributes:
         dataset, root: the data set.
         notes: notes of its reader.
-        label_names: C names.
         splits: S summaries.
         findings: most severe first.
         pairs: (label, label, images with both, P(second | first)), most frequent first.
-        counts: label counts of the train split.
+        counts: label counts of the train split; they hold the C label names.
         graph: counts that the label graph is made from.
         tau: threshold of the graph.
         taus: the graph at several thresholds.
@@ -54,7 +53,6 @@ class Diagnosis:
     dataset: str
     root: str
     notes: tuple[str, ...]
-    label_names: tuple[str, ...]
     splits: tuple[SplitSummary, ...]
     findings: tuple[Finding, ...]
     pairs: tuple[tuple[str, str, int, float], ...]
@@ -95,7 +93,6 @@ def diagnose(
         dataset=config.data.dataset,
         root=config.data.root or "generated",
         notes=splits.notes,
-        label_names=dataset.label_names,
         splits=dataset.summaries,
         findings=tuple(find_all(dataset, labels, tau, left_out)),
         pairs=_pairs(labels.counts),

@@ -6,7 +6,7 @@ only the few images that a finding shows become Python objects.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -138,9 +138,10 @@ def shorten(names: Sequence[str], total: int | None = None) -> tuple[str, ...]:
     return (*names[:MAX_SHOWN], *([f"... and {num_more:,} more"] if num_more > 0 else []))
 
 
-def in_one_line(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the first names, joined into one line."""
-    return (", ".join(shorten(names)),)
+def about_labels(severity: Severity, names: Sequence[str], problem: str, fix: str) -> Iterator[Finding]:
+    """Yield the finding that these labels have a problem, if there are any."""
+    if names:
+        yield Finding(severity, f"{plural(len(names), 'label')} {problem}", fix, (", ".join(shorten(names)),))
 
 
 def plural(number: int, noun: str) -> str:

@@ -82,8 +82,8 @@ def write_page(path: Path, diagnosis: Diagnosis, max_pixels: int) -> None:
         labels=_label_rows(diagnosis),
         per_image=_per_image_rows(diagnosis),
         origin=_origin(diagnosis),
-        margin=1 + 0.45 * min(20, max(map(len, diagnosis.label_names))),
-        heat_map=_heat_map(diagnosis) if len(diagnosis.label_names) <= _HEAT_MAP else [],
+        margin=1 + 0.45 * min(20, max(map(len, diagnosis.counts.names))),
+        heat_map=_heat_map(diagnosis) if len(diagnosis.counts.names) <= _HEAT_MAP else [],
         graph=_data_uri(plot.getvalue(), "png"),
     )
     try:
@@ -165,11 +165,11 @@ def _label_rows(diagnosis: Diagnosis) -> list[dict[str, Any]]:
     train = diagnosis.splits[0].present
     return [
         {
-            "name": diagnosis.label_names[index],
+            "name": diagnosis.counts.names[index],
             "numbers": [int(split.present[index]) for split in diagnosis.splits],
             "unknown": int(sum(split.unknown[index] for split in diagnosis.splits)),
             "share": float(train[index] / max(1, train.max())),
-            "example": diagnosis.examples.get(diagnosis.label_names[index]),
+            "example": diagnosis.examples.get(diagnosis.counts.names[index]),
         }
         for index in np.argsort(-train, kind="stable")
     ]
@@ -185,7 +185,7 @@ def _per_image_rows(diagnosis: Diagnosis) -> list[dict[str, Any]]:
 def _heat_map(diagnosis: Diagnosis) -> list[tuple[int, int, float, str]]:
     """Return (column, row, P, tooltip) of each pair that occurs together in train; row r, column c show P(c | r)."""
     probability = conditional_probability(diagnosis.counts)
-    names = diagnosis.label_names
+    names = diagnosis.counts.names
     return [
         (int(c), int(r), round(float(probability[r, c]), 3), f"P({names[c]} | {names[r]}) = {probability[r, c]:.2f}")
         for r, c in np.argwhere(probability > 0)
