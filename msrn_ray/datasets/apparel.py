@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 
@@ -17,11 +15,11 @@ from .text_files import suggest_folder
 APPAREL_LABELS = ("black", "blue", "brown", "green", "red", "white", "dress", "pants", "shirt", "shoes", "shorts")
 
 
-def read_apparel(root: str | Path | Location, *, single_labels: bool = False) -> SampleTable:
+def read_apparel(root: Location, *, single_labels: bool = False) -> SampleTable:
     """Read all images. The name of an image's folder, split at "_", gives its labels.
 
     Args:
-        root: the folder that holds the folders of images; a path or URI.
+        root: the folder that holds the folders of images.
         single_labels: whether a name without "_" is a label too. Then every folder counts, also `train/` and `backup/`.
 
     Returns:
@@ -31,7 +29,6 @@ def read_apparel(root: str | Path | Location, *, single_labels: bool = False) ->
     Raises:
         UserError: if `root` is missing, has no folder named after labels, or these folders hold no image.
     """
-    root = Location.of(root)
     pattern = "<label>" if single_labels else "<label>_<label>"
     layout = f"folders named {pattern}, such as {'dress' if single_labels else 'black_dress'}/, with images inside"
     if not root.is_dir():

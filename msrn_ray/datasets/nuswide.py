@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import ast
 import difflib
+import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -46,7 +46,7 @@ Form = Literal["official", "csv"]
 
 
 def read_nuswide(
-    root: str | Path | Location,
+    root: Location,
     split: str,
     *,
     keep_unlabelled: bool = True,
@@ -58,7 +58,7 @@ def read_nuswide(
 
     Args:
         root: the folder that holds `ImageList/`, `Groundtruth/TrainTestLabels/`, `Concepts81.txt` and `Flickr/`, or `nus_wid_data.csv`
-            and the images that its rows name; a path or URI.
+            and the images that its rows name.
         split: "Train" or "Test", which the csv calls `val`.
         keep_unlabelled: whether images without a label stay, as rows of zeros.
         form: which form to read; None: the official lists if they exist, else the csv.
@@ -75,7 +75,6 @@ def read_nuswide(
     """
     if split not in _CSV_SPLITS:
         raise UserError(f"NUS-WIDE has no split {split!r}; choose from: {', '.join(_CSV_SPLITS)}")
-    root = Location.of(root)
     read = {"official": _read_official, "csv": _read_csv}[form or _find_form(root)]
     samples, found = read(root, split, concepts, missing_images)
     return select_rows(samples, split, keep_unlabelled, found)
@@ -120,11 +119,7 @@ def _read_official(
 def _official_concepts(root: Location, split: str, file: str | None) -> tuple[str, ...]:
     """Return the concepts to read, in their order; each must have a file of labels."""
     files = (root / _LABEL_FOLDER).names(missing_ok=True)
-    known = [
-        name.removeprefix("Labels_").removesuffix("_Train.txt")
-        for name in files
-        if name.startswith("Labels_") and name.endswith("_Train.txt")
-    ]
+    known = [match[1] for name in files if (match := re.fullmatch(r"Labels_(.+)_Train\.txt", name))]
     if not known:
         raise UserError(
             f"{root / _LABEL_FOLDER}: no file Labels_<concept>_Train.txt in it; give the folder that holds {_OFFICIAL}"

@@ -70,11 +70,10 @@ def parse_json_lines(data: bytes | pa.Buffer) -> pa.Table:
         )
 
     table = parse(None)
-    is_list = {field.name: pa.types.is_list(field.type) for field in table.schema}
     times = [
-        pa.field(field.name, pa.list_(pa.string()) if is_list[field.name] else pa.string())
+        field.with_type(pa.list_(pa.string()) if pa.types.is_list(field.type) else pa.string())
         for field in table.schema
-        if pa.types.is_timestamp(field.type.value_type if is_list[field.name] else field.type)
+        if pa.types.is_timestamp(field.type.value_type if pa.types.is_list(field.type) else field.type)
     ]
     return parse(pa.schema(times)) if times else table
 

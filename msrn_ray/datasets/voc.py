@@ -8,7 +8,6 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -35,7 +34,7 @@ _XML_THREADS = 16  # a remote XML file costs a round trip, so read several at on
 
 
 def read_voc(
-    root: str | Path | Location,
+    root: Location,
     split: str,
     *,
     difficult: Difficult = "ignore",
@@ -48,7 +47,7 @@ def read_voc(
     absent, or the reverse, that is an error. If they differ only on what is difficult, a note gives the number of differences.
 
     Args:
-        root: `VOC2007` or `VOC2012`, the `VOCdevkit` around it, or the folder that holds `VOCdevkit`; a path or URI.
+        root: `VOC2007` or `VOC2012`, the `VOCdevkit` around it, or the folder that holds `VOCdevkit`.
         split: "train", "val", "trainval" or "test".
         difficult: the target of a class that an image shows only in objects marked difficult: unknown (-1; the official
             evaluation leaves these out), present or absent.
@@ -61,7 +60,7 @@ def read_voc(
     Raises:
         UserError: if the folder has another layout, a list is damaged or contradicts the other lists or the XML, or images are missing.
     """
-    base = find_voc(Location.of(root), year)
+    base = find_voc(root, year)
     lists = base / "ImageSets" / "Main"
     class_lists = {label: _read_list(lists, label, split) for label in VOC_LABELS}
     image_ids, _ = class_lists[VOC_LABELS[0]]

@@ -52,15 +52,11 @@ def read_webdataset(
     Raises:
         UserError: if there is no tar, a tar is damaged or compressed, or a sample lacks its image or labels.
     """
-    tars = (
-        [""]
-        if root.is_file()
-        else [name for name in root.names(recursive=True, missing_ok=True) if name.endswith(".tar")]
-    )
+    tars = [""] if root.is_file() else _tars_in(root, recursive=True)
     if not tars:
         compressed = ".tar.gz and .tgz have to be unpacked to .tar: images are read in place"
         what = "holds no .tar" if root.is_dir() else "no such folder"
-        suggestion = suggest_folder(root, _holds_tars)
+        suggestion = suggest_folder(root, lambda folder: bool(_tars_in(folder)))
         raise UserError(f"{root}: {what}; give the folder of WebDataset tars ({compressed}){suggestion}")
     parts = {}
     for split, names in by_split(root, tars).items():
@@ -69,8 +65,8 @@ def read_webdataset(
     return build_tables(parts, label_names, root)
 
 
-def _holds_tars(folder: Location) -> bool:
-    return any(name.endswith(".tar") for name in folder.names(missing_ok=True))
+def _tars_in(folder: Location, *, recursive: bool = False) -> list[str]:
+    return [name for name in folder.names(recursive=recursive, missing_ok=True) if name.endswith(".tar")]
 
 
 def _read_tar(tar: Location, name: str, label_names: tuple[str, ...] | None, label_field: str | None) -> pa.Table:

@@ -173,10 +173,6 @@ def _size_table(images: pa.Table) -> tuple[tuple[str, tuple[float, ...]], ...]:
 def _examples(dataset: DatasetFacts, train: SampleTable) -> dict[str, ShownImage]:
     """Return the first sound train image of each label."""
     sound = pc.equal(dataset.images["error"], "").to_numpy()[: len(train)]
-    targets = train.targets
-    examples = {}
-    for index, name in enumerate(train.label_names):
-        rows = np.flatnonzero((targets[:, index] == PRESENT) & sound)[:1]
-        if len(rows):
-            (examples[name],) = dataset.show(rows)
-    return examples
+    shows = (train.targets == PRESENT) & sound[:, None]
+    rows = {name: np.flatnonzero(column)[:1] for name, column in zip(train.label_names, shows.T, strict=True)}
+    return {name: dataset.show(first)[0] for name, first in rows.items() if len(first)}
