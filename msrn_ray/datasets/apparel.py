@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
+import pyarrow as pa
 
 from ..errors import UserError
 from ..io.storage import Location
-from ..types import PRESENT, SampleTable
-from .image_uris import IMAGE_SUFFIXES, is_image, uris_below
-from .text_files import require_utf8, suggest_folder
+from ..types import ABSENT, PRESENT, SampleTable
+from .image_uris import IMAGE_SUFFIXES, is_image, list_images, uris_below
+from .text_files import suggest_folder
 
 # The order of the authors' release: colours, then garments.
 APPAREL_LABELS = ("black", "blue", "brown", "green", "red", "white", "dress", "pants", "shirt", "shoes", "shorts")
 
 
-def read_apparel(root: str | Path | Location, *, single_labels: bool = False) -> SampleTable:
+def read_apparel(root: Location, *, single_labels: bool = False) -> SampleTable:
     """Read all images. The name of an image's folder, split at "_", gives its labels.
 
     Args:
-        root: the folder that holds the folders of images; a path or URI.
+        root: the folder that holds the folders of images.
         single_labels: whether a name without "_" is a label too. Then every folder counts, also `train/` and `backup/`.
 
     Returns:
@@ -30,7 +29,6 @@ def read_apparel(root: str | Path | Location, *, single_labels: bool = False) ->
     Raises:
         UserError: if `root` is missing, has no folder named after labels, or these folders hold no image.
     """
-    root = Location.of(root)
     pattern = "<label>" if single_labels else "<label>_<label>"
     layout = f"folders named {pattern}, such as {'dress' if single_labels else 'black_dress'}/, with images inside"
     if not root.is_dir():
@@ -44,35 +42,20 @@ def read_apparel(root: str | Path | Location, *, single_labels: bool = False) ->
 
     used = {label for labels in folders.values() for label in labels}
     label_names = APPAREL_LABELS if used <= set(APPAREL_LABELS) else tuple(sorted(used))
-    notes: list[str] = []
-    image_ids: list[str] = []
-    num_other = 0
-    for folder in folders:
-        files = [name for name in (root / folder).names() if not name.endswith("/")]
-        images = [name for name in files if is_image(name)]
-        image_ids += [f"{folder}/{name}" for name in images]
-        num_other += len(files) - len(images)
-        if not images:
-            notes.append(f"{folder}: no image in this folder")
-    if not image_ids:
+    images, notes = list_images(root, folders)
+    if not images:
         raise UserError(
             f"{root}: no image in its {len(folders)} folders; add files with {', '.join(IMAGE_SUFFIXES)}"
             f"{suggest_folder(root, _holds_images)}"
         )
-    require_utf8(root, image_ids)
-    if num_other:
-        notes.append(f"{root.name}: {num_other} files skipped that are not images ({', '.join(IMAGE_SUFFIXES)})")
     ignored = [name for name in subfolders if name not in folders]
     if ignored:
         notes.append(f"{root.name}: folders not named {pattern} are left out: {', '.join(ignored)}")
 
-    image_ids.sort()
-    targets = np.zeros((len(image_ids), len(label_names)), np.int8)
-    for row, image_id in enumerate(image_ids):
-        targets[row, [label_names.index(label) for label in folders[image_id.split("/")[0]]]] = PRESENT
-    return SampleTable.from_columns(
-        image_ids, uris_below(root, image_ids), targets, label_names, root.name, tuple(notes)
-    )
+    patterns = [[PRESENT if name in folders[folder] else ABSENT for name in label_names] for folder in images]
+    targets = np.repeat(np.array(patterns, np.int8), [len(ids) for ids in images.values()], axis=0)
+    ids = pa.chunked_array(list(images.values()))
+    return SampleTable.from_columns(ids, uris_below(root, ids), targets, label_names, root.name, tuple(notes))
 
 
 def _labels(folder: str, single_labels: bool) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,7 @@ from pycocotools.coco import COCO
 from ..errors import UserError
 from ..io.storage import Location
 from ..types import PRESENT, SampleTable
-from .image_uris import MissingImages, find_images, uris_below
-from .row_selection import select_rows
+from .image_uris import MissingImages, find_images, select_rows, uris_below
 from .text_files import first_few, is_utf8, read_data, require_unique, suggest_folder
 
 YEARS = (2014, 2017)
@@ -28,7 +26,7 @@ _SHAPES = ("segmentation", "bbox", "keypoints")  # most of a file's bytes; label
 
 
 def read_coco(
-    root: str | Path | Location,
+    root: Location,
     split: str,
     *,
     keep_unlabelled: bool,
@@ -39,7 +37,7 @@ def read_coco(
     """Read one split. A label is present if the image has at least one annotation of that category.
 
     Args:
-        root: the folder that holds `annotations/` and the image folders; a path or URI.
+        root: the folder that holds `annotations/` and the image folders.
         split: "train", "val" or "test".
         keep_unlabelled: whether images without a label stay, as rows of zeros.
         crowd: whether annotations of crowds (`iscrowd` = 1) count.
@@ -53,7 +51,6 @@ def read_coco(
     Raises:
         UserError: if the folder has another layout, the file is damaged or inconsistent, or images are missing.
     """
-    root = Location.of(root)
     name = f"{split}{find_year(root, split, year)}"
     path = _label_file(root, name)
     coco = _index(path, crowd)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -21,13 +19,7 @@ LABEL_FIELDS = ("labels", "label", "tags", "classes", "categories")
 _SPLIT = re.compile(rf"({'|'.join(SPLIT_WORDS)})(?![a-z])")
 
 
-class LabelLists(NamedTuple):
-    """n images with a list of labels each: ids [n], uris [n], lengths of the lists [n], and the lists, joined."""
-
-    image_ids: pa.StringArray
-    uris: pa.StringArray
-    num_labels: npt.NDArray[np.int64]
-    labels: pa.StringArray
+LABELLED_IMAGES = pa.schema([("image_id", pa.string()), ("uri", pa.string()), ("labels", pa.list_(pa.string()))])
 
 
 def split_of(path: str) -> SplitName | None:
@@ -61,12 +53,12 @@ def by_split(root: Location, paths: Sequence[str]) -> dict[SplitName, list[str]]
 
 
 def build_tables(
-    parts: dict[SplitName, LabelLists], label_names: tuple[str, ...] | None, root: Location
+    parts: dict[SplitName, pa.Table], label_names: tuple[str, ...] | None, root: Location
 ) -> dict[SplitName, SampleTable]:
     """Build sample tables from lists of labels.
 
     Args:
-        parts: the images of each split.
+        parts: the images of each split, of schema `LABELLED_IMAGES`.
         label_names: labels in the requested order; None: all that occur in any split, in alphabetical order.
         root: the data set, for messages.
 
@@ -74,12 +66,13 @@ def build_tables(
         UserError: if a label is not in `label_names`, no label occurs, or an image id repeats.
     """
     if label_names is None:
-        used = pa.chunked_array([part.labels for part in parts.values()], pa.string())
+        used = pc.list_flatten(pa.concat_tables(parts.values())["labels"])
         label_names = tuple(sorted(pc.unique(used).to_pylist()))
     if not label_names:
         raise UserError(f"{root}: no image has a label; check data.label_column")
     tables: dict[SplitName, SampleTable] = {}
-    for split, (image_ids, uris, num_labels, labels) in parts.items():
+    for split, part in parts.items():
+        image_ids, uris, lists = part.combine_chunks().columns
         if len(image_ids) == 0:
             raise UserError(f"{root}: the {split} split holds no image")
         counts = image_ids.value_counts()
@@ -87,16 +80,14 @@ def build_tables(
             raise UserError(
                 f"{root}: {split} has the image id {repeated['values']!r} {repeated['counts']} times; make ids unique"
             )
-        rows = np.repeat(np.arange(len(image_ids)), num_labels)
+        rows, labels = pc.list_parent_indices(lists), pc.list_flatten(lists)
         columns = pc.index_in(labels, pa.array(label_names, pa.string()))
-        if columns.null_count:
-            first = pc.index(columns.is_null(), True).as_py()
+        if (first := pc.index(columns.is_null(), True).as_py()) >= 0:
             raise UserError(
-                f"{root}: {split} image {image_ids[rows[first]]} has the label {labels[first].as_py()!r}, which is not one of the"
-                f" {len(label_names)} labels; add it to data.labels or remove it"
+                f"{root}: {split} image {image_ids[rows[first].as_py()]} has the label {labels[first].as_py()!r}, which is not"
+                f" one of the {len(label_names)} labels; add it to data.labels or remove it"
             )
         targets = np.zeros((len(image_ids), len(label_names)), np.int8)
-        targets[rows, columns.to_numpy()] = PRESENT
-        ids, locations = (pa.chunked_array([column], pa.string()) for column in (image_ids, uris))
-        tables[split] = SampleTable.from_columns(ids, locations, targets, label_names, root.name)
+        targets[rows.to_numpy(), columns.to_numpy()] = PRESENT
+        tables[split] = SampleTable.from_columns(image_ids, uris, targets, label_names, root.name)
     return tables

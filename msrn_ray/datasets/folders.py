@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -11,20 +10,11 @@ import pyarrow as pa
 from ..errors import UserError
 from ..io.storage import Location
 from ..types import PRESENT, SampleTable
-from .image_uris import IMAGE_SUFFIXES, is_image, uris_below
+from .image_uris import is_image, list_images, uris_below
 from .manifest import CustomImages
 from .split_names import SPLIT_WORDS, SPLITS
-from .text_files import require_utf8
 
 _LAYOUT = "folders named after labels (dog/, cat/) with images inside, or folders train/, val/, test/ around them"
-
-
-class _LabelFolder(NamedTuple):
-    """A folder of one label; `split` is the position in `SPLITS`, `path` is relative to the root."""
-
-    split: int
-    path: str
-    label: str
 
 
 def read_folders(root: Location, *, label_names: Sequence[str] | None = None) -> CustomImages:
@@ -44,14 +34,10 @@ def read_folders(root: Location, *, label_names: Sequence[str] | None = None) ->
         raise UserError(f"{root}: no such folder; give the folder that holds {_LAYOUT}")
     top_folders = _subfolders(root)
     has_splits = _are_splits(root, top_folders)
+    paths = sorted(top_folders)
     if has_splits:
-        label_folders = [
-            _LabelFolder(SPLITS.index(SPLIT_WORDS[top.lower()]), f"{top}/{label}", label)
-            for top in top_folders
-            for label in _subfolders(root / top)
-        ]
-    else:
-        label_folders = [_LabelFolder(0, name, name) for name in top_folders]
+        paths = [f"{top}/{label}" for top in top_folders for label in _subfolders(root / top)]
+        paths.sort(key=lambda path: (_split_position(path), path))
 
     notes = []
     num_stray = sum(
@@ -61,8 +47,9 @@ def read_folders(root: Location, *, label_names: Sequence[str] | None = None) ->
     )
     if num_stray:
         notes.append(f"{root.name}: {num_stray} images left out that are in no label's folder")
-    image_ids, folders, image_notes = _list_images(root, sorted(label_folders))
-    labels = sorted({folder.label for folder in folders})
+    images, image_notes = list_images(root, paths, recursive=True)
+    folder_labels = [path.rpartition("/")[2] for path in images]
+    labels = sorted(set(folder_labels))
     if len(labels) < 2:
         raise UserError(f"{root}: {_why_no_labels(root, labels, [] if has_splits else top_folders)}")
     unknown = [label for label in labels if label_names is not None and label not in label_names]
@@ -72,19 +59,24 @@ def read_folders(root: Location, *, label_names: Sequence[str] | None = None) ->
         )
 
     all_labels = tuple(labels if label_names is None else label_names)
-    sizes = [len(ids) for ids in image_ids]
+    sizes = [len(ids) for ids in images.values()]
     targets = np.zeros((sum(sizes), len(all_labels)), np.int8)
-    targets[np.arange(len(targets)), np.repeat([all_labels.index(folder.label) for folder in folders], sizes)] = PRESENT
-    ids = pa.chunked_array(image_ids)
+    targets[np.arange(len(targets)), np.repeat([all_labels.index(label) for label in folder_labels], sizes)] = PRESENT
+    ids = pa.chunked_array(list(images.values()))
     summary = f"{root.name}: {len(targets)} images, {len(all_labels)} labels (one folder per label)"
     notes = [summary, *notes, *image_notes]
     samples = SampleTable.from_columns(ids, uris_below(root, ids), targets, all_labels, root.name, tuple(notes))
-    split = np.repeat(np.array([folder.split for folder in folders], np.int8), sizes) if has_splits else None
+    split = np.repeat(np.array([_split_position(path) for path in images], np.int8), sizes) if has_splits else None
     return CustomImages(samples, split)
 
 
 def _subfolders(folder: Location) -> list[str]:
     return [name.removesuffix("/") for name in folder.names() if name.endswith("/")]
+
+
+def _split_position(path: str) -> int:
+    """Return the position in `SPLITS` of the split whose folder holds the path."""
+    return SPLITS.index(SPLIT_WORDS[path.partition("/")[0].lower()])
 
 
 def _are_splits(root: Location, top_folders: Sequence[str]) -> bool:
@@ -97,29 +89,6 @@ def _are_splits(root: Location, top_folders: Sequence[str]) -> bool:
             " splits or labels; keep only folders of splits or only folders of labels there"
         )
     return bool(splits) and len(splits) == len(top_folders)
-
-
-def _list_images(
-    root: Location, label_folders: Sequence[_LabelFolder]
-) -> tuple[list[pa.Array], list[_LabelFolder], list[str]]:
-    """Return the image ids of each folder that holds images, these folders, and notes on what was left out."""
-    image_ids: list[pa.Array] = []
-    folders: list[_LabelFolder] = []
-    notes: list[str] = []
-    num_other = 0
-    for folder in label_folders:
-        names = [name for name in (root / folder.path).names(recursive=True) if not name.endswith("/")]
-        images = [f"{folder.path}/{name}" for name in names if is_image(name)]
-        num_other += len(names) - len(images)
-        if images:
-            require_utf8(root, images)
-            image_ids.append(pa.array(images))
-            folders.append(folder)
-        else:
-            notes.append(f"{folder.path}: no image in this folder")
-    if num_other:
-        notes.append(f"{root.name}: {num_other} files skipped that are not images ({', '.join(IMAGE_SUFFIXES)})")
-    return image_ids, folders, notes
 
 
 def _why_no_labels(root: Location, labels: Sequence[str], top_folders: Sequence[str]) -> str:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
@@ -21,13 +20,14 @@ from ..errors import UserError
 from ..io.byte_ranges import parquet_uris, range_uris
 from ..io.storage import Location
 from ..types import SampleTable
-from .containers import LABEL_FIELDS, LabelLists, build_tables, by_split, split_of
+from .containers import LABEL_FIELDS, LABELLED_IMAGES, build_tables, by_split, split_of
 from .label_columns import is_list
 from .manifest import ID_COLUMNS
 from .split_names import SplitName
 from .text_files import read_json, suggest_folder
 
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # missing if writing the Arrow stream stopped early
+_SAVED = ("dataset_dict.json", "state.json")  # a folder that `save_to_disk` wrote holds one of them
 _SAVE_AGAIN = "save the data set again"
 _IMAGE_FIELDS = ("image", "img", "jpg", "picture")
 
@@ -41,13 +41,8 @@ class _Columns(NamedTuple):
     label_names: tuple[str, ...] | None
 
 
-class _Rows(NamedTuple):
-    """n rows: uris [n], number of labels per row [n], the labels of all rows joined, ids [n] or None."""
-
-    uris: pa.StringArray
-    num_labels: npt.NDArray[np.int64]
-    labels: pa.StringArray
-    image_ids: pa.StringArray | None
+# Blocks of n rows: their cells, and the uris of their images
+_Blocks: TypeAlias = Iterator[tuple[_Columns, pa.Table, pa.StringArray]]
 
 
 def read_huggingface(
@@ -74,38 +69,35 @@ def read_huggingface(
     Raises:
         UserError: if this is no such folder, a file is damaged, or columns are missing or ambiguous.
     """
-    parts: dict[SplitName, LabelLists] = {}
-    orders: list[tuple[str, ...] | None] = []
+    parts: dict[SplitName, pa.Table] = {}
+    orders: set[tuple[str, ...] | None] = set()
     for split, files in _files_by_split(root).items():
-        rows: list[_Rows] = []
+        rows: list[pa.Table] = []
         for file in files:
             try:
                 # A memory map leaves the images on disk: only their position in the file is needed.
                 with pa.memory_map(file.text) if file.is_local else file.opened_input() as stream:
                     read = _parquet_rows if file.name.endswith(".parquet") else _arrow_rows
-                    for columns, part in read(file, stream, image_column, label_column, label_names):
-                        orders.append(columns.label_names)
-                        rows.append(part)
+                    for columns, cells, uris in read(file, stream, image_column, label_column):
+                        orders.add(columns.label_names)
+                        rows.append(_rows(file, cells, columns, uris, label_names))
             except (OSError, pa.ArrowException) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(f"{file}: cannot be read ({reason}); download or write it again") from None
         if not rows:
             raise UserError(f"{root}: the {split} split holds no image")
-        parts[split] = _join(split, rows)
-    names = orders[0] if label_names is None and len(set(orders)) == 1 else label_names
-    return build_tables(parts, names, root)
+        parts[split] = _with_ids(split, pa.concat_tables(rows))
+    if label_names is None and len(orders) == 1:
+        (label_names,) = orders
+    return build_tables(parts, label_names, root)
 
 
-def _join(split: SplitName, parts: Sequence[_Rows]) -> LabelLists:
-    """Join the parts of a split. If a part has no ids, all images get ids that no other split has."""
-    uris, labels = (pa.concat_arrays([part[column] for part in parts]) for column in (0, 2))
-    ids = [part.image_ids for part in parts if part.image_ids is not None]
-    if len(ids) == len(parts):
-        image_ids = pa.concat_arrays(ids)
-    else:
-        numbers = pc.utf8_lpad(pa.array(np.arange(len(uris))).cast(pa.string()), 8, "0")
-        image_ids = pc.binary_join_element_wise(split, numbers, "/")
-    return LabelLists(image_ids, uris, np.concatenate([part.num_labels for part in parts]), labels)
+def _with_ids(split: SplitName, images: pa.Table) -> pa.Table:
+    """Return the images of a split. If a file has no ids, all images get ids that no other split has."""
+    if not images["image_id"].null_count:
+        return images
+    numbers = pc.utf8_lpad(pa.array(np.arange(len(images))).cast(pa.string()), 8, "0")
+    return images.set_column(0, "image_id", pc.binary_join_element_wise(split, numbers, "/"))
 
 
 def _files_by_split(root: Location) -> dict[SplitName, list[Location]]:
@@ -115,25 +107,20 @@ def _files_by_split(root: Location) -> dict[SplitName, list[Location]]:
         splits = [None if "/" in name else split_of(name) for name in names]
         if None in splits or "train" not in splits:
             raise UserError(f"{root / 'dataset_dict.json'}: splits must be called train, val or test, not {names}")
-        found: dict[SplitName, list[Location]] = {}
-        for name, split in zip(names, splits, strict=True):
-            assert split is not None
-            found.setdefault(split, []).extend(_saved_files(root / name))
-        return found
+        return {
+            split: [file for folder in folders for file in _saved_files(root / folder)]
+            for split, folders in by_split(root, names).items()
+        }
     if (root / "state.json").is_file():
         return {"train": _saved_files(root)}
     files = [name for name in root.names(recursive=True, missing_ok=True) if name.endswith(".parquet")]
     if not files:
         what = "holds no dataset_dict.json, state.json or .parquet" if root.is_dir() else "no such folder"
-        suggestion = suggest_folder(root, _is_saved)
+        suggestion = suggest_folder(root, lambda folder: any((folder / name).is_file() for name in _SAVED))
         raise UserError(
             f"{root}: {what}; give the folder that `save_to_disk` wrote, or a folder of Parquet files{suggestion}"
         )
     return {split: [root / name for name in names] for split, names in by_split(root, files).items()}
-
-
-def _is_saved(folder: Location) -> bool:
-    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def _saved_files(folder: Location) -> list[Location]:
@@ -150,9 +137,7 @@ def _saved_files(folder: Location) -> list[Location]:
     return [folder / name for name in names]
 
 
-def _arrow_rows(
-    file: Location, stream: pa.NativeFile, image: str | None, label: str | None, label_names: Sequence[str] | None
-) -> Iterator[tuple[_Columns, _Rows]]:
+def _arrow_rows(file: Location, stream: pa.NativeFile, image: str | None, label: str | None) -> _Blocks:
     """Yield the rows of each record batch. Reading message by message gives the position of a batch in the file."""
     stream.seek(stream.size() - len(_END_OF_STREAM))
     if stream.read() != _END_OF_STREAM:
@@ -161,7 +146,7 @@ def _arrow_rows(
     messages = pa.ipc.MessageReader.open_stream(stream)
     schema = pa.ipc.read_schema(messages.read_next_message())
     columns = _choose_columns(file, schema, image, label)
-    for message in iter(lambda: _next_message(messages), None):
+    for message in messages:
         batch = pa.ipc.read_record_batch(message, schema)
         batch.validate(full=True)  # untrusted file: without this, a list that ends outside of it reads other memory
         table = _flat(pa.Table.from_batches([batch]))
@@ -177,19 +162,10 @@ def _arrow_rows(
         offset_type = np.int64 if pa.types.is_large_binary(images.type) else np.int32
         offsets = np.frombuffer(ends, offset_type)[images.offset : images.offset + len(images) + 1].astype(np.int64)
         uris = range_uris(file, first + offsets[:-1], np.diff(offsets))
-        yield columns, _rows(file, table, columns, uris, label_names)
+        yield columns, table, uris
 
 
-def _next_message(messages: pa.ipc.MessageReader) -> pa.ipc.Message | None:
-    try:
-        return messages.read_next_message()
-    except StopIteration:
-        return None
-
-
-def _parquet_rows(
-    file: Location, stream: pa.NativeFile, image: str | None, label: str | None, label_names: Sequence[str] | None
-) -> Iterator[tuple[_Columns, _Rows]]:
+def _parquet_rows(file: Location, stream: pa.NativeFile, image: str | None, label: str | None) -> _Blocks:
     """Yield the rows of each row group. Images are read from the first group only, to check that the file holds them."""
     parquet = pq.ParquetFile(stream)
     columns = _choose_columns(file, parquet.schema_arrow, image, label)
@@ -200,8 +176,7 @@ def _parquet_rows(
             _require_bytes(file, columns.image, first[columns.image])
         table = _flat(parquet.read_row_group(group, columns=wanted))
         table.validate(full=True)  # Parquet accepts any bytes as text
-        uris = parquet_uris(file, group, table.num_rows, columns.image)
-        yield columns, _rows(file, table, columns, uris, label_names)
+        yield columns, table, parquet_uris(file, group, table.num_rows, columns.image)
 
 
 def _flat(table: pa.Table) -> pa.Table:
@@ -212,24 +187,24 @@ def _flat(table: pa.Table) -> pa.Table:
 
 
 def _require_bytes(file: Location, column: str, images: pa.Array) -> None:
-    empty = pc.equal(pc.fill_null(pc.binary_length(images), 0), 0)
-    if pc.any(empty).as_py():
+    row = pc.index(pc.fill_null(pc.binary_length(images), 0), 0).as_py()
+    if row >= 0:
         raise UserError(
-            f"{file}: row {pc.index(empty, True).as_py()} of a batch has no {column}, perhaps only a path;"
+            f"{file}: row {row} of a batch has no {column}, perhaps only a path;"
             " load the data set and call `save_to_disk`, which stores the bytes"
         )
 
 
 def _rows(
     file: Location, table: pa.Table, columns: _Columns, uris: pa.Array, label_names: Sequence[str] | None
-) -> _Rows:
+) -> pa.Table:
+    """Return n rows of schema `LABELLED_IMAGES`; `image_id` is null if the file has no ids."""
     column = table[columns.label].combine_chunks()
     if is_list(column.type):
         num_labels = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
         flat = column.flatten()
     else:
         num_labels, flat = np.ones(len(column), np.int64), column
-    known = flat.is_valid()
     if pa.types.is_integer(flat.type):
         names = columns.label_names or label_names
         if names is None:
@@ -252,11 +227,15 @@ def _rows(
         flat = pc.utf8_trim_whitespace(flat)
         known = pc.fill_null(pc.not_equal(flat, ""), False)
     rows = np.repeat(np.arange(len(num_labels)), num_labels)[known.to_numpy(zero_copy_only=False)]
-    image_ids = None if columns.image_id is None else table[columns.image_id].cast(pa.string()).combine_chunks()
-    if image_ids is not None and image_ids.null_count:
-        row = pc.index(image_ids.is_null(), True).as_py()
-        raise UserError(f"{file}: row {row} of a batch has no {columns.image_id}; fill it in, or remove the column")
-    return _Rows(uris, np.bincount(rows, minlength=len(num_labels)), flat.filter(known).cast(pa.string()), image_ids)
+    ends = np.cumsum(np.bincount(rows, minlength=len(num_labels)))
+    labels = pa.ListArray.from_arrays(pa.array([0, *ends], pa.int32()), flat.filter(known).cast(pa.string()))
+    if columns.image_id is None:
+        image_ids = pa.nulls(len(labels), pa.string())
+    else:
+        image_ids = table[columns.image_id].cast(pa.string())
+        if (row := pc.index(image_ids.is_null(), True).as_py()) >= 0:
+            raise UserError(f"{file}: row {row} of a batch has no {columns.image_id}; fill it in, or remove the column")
+    return pa.table([image_ids, uris, labels], LABELLED_IMAGES)
 
 
 def _choose_columns(file: Location, schema: pa.Schema, image: str | None, label: str | None) -> _Columns:

@@ -1,9 +1,10 @@
-"""Turns the image names of a label file into paths or URIs, and checks which images exist with one listing per folder."""
+"""Finds the images of a label file: their paths or URIs, which of them exist, and the rows of a sample table that remain."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Literal
 
@@ -16,7 +17,8 @@ import pyarrow.fs as pafs
 from ..errors import UserError
 from ..io.filesystems import filesystem_of
 from ..io.storage import Location
-from .text_files import first_few
+from ..types import PRESENT, SampleTable
+from .text_files import first_few, require_utf8
 
 MissingImages = Literal["error", "skip"]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -27,6 +29,36 @@ _NAMES_PER_CHUNK = 65_536  # of a folder's listing
 def is_image(name: str) -> bool:
     """Return whether a file is an image by its suffix."""
     return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def list_images(
+    root: Location, folders: Iterable[str], *, recursive: bool = False
+) -> tuple[dict[str, pa.StringArray], list[str]]:
+    """Return the images of each folder that holds any, as paths relative to `root`, and notes on what was left out.
+
+    Args:
+        root: the data set.
+        folders: paths relative to `root`.
+        recursive: include the images in inner folders.
+
+    Raises:
+        UserError: if a folder cannot be listed, or the name of an image is not UTF-8.
+    """
+    images: dict[str, pa.StringArray] = {}
+    notes: list[str] = []
+    num_other = 0
+    for folder in folders:
+        files = [name for name in (root / folder).names(recursive=recursive) if not name.endswith("/")]
+        paths = [f"{folder}/{name}" for name in files if is_image(name)]
+        num_other += len(files) - len(paths)
+        if paths:
+            require_utf8(root, paths)
+            images[folder] = pa.array(paths)
+        else:
+            notes.append(f"{folder}: no image in this folder")
+    if num_other:
+        notes.append(f"{root.name}: {num_other} files skipped that are not images ({', '.join(IMAGE_SUFFIXES)})")
+    return images, notes
 
 
 def uris_below(folder: Location, names: Sequence[str] | pa.ChunkedArray) -> pa.ChunkedArray:
@@ -123,6 +155,34 @@ def require_images(
             " finish the download or unpacking, or correct the paths"
             + ("" if num_missing == len(found) else ", or leave them out with --data.missing-images skip")
         )
+
+
+def select_rows(
+    samples: SampleTable, name: str, keep_unlabelled: bool, found: npt.NDArray[np.bool_] | None = None
+) -> SampleTable:
+    """Return the remaining rows in their order, with notes that count the dropped rows.
+
+    Args:
+        samples: n rows.
+        name: what the notes call them.
+        keep_unlabelled: whether rows without a present label stay.
+        found: [n] bool, False for missing images; None if all images exist.
+    """
+    labelled = (samples.targets == PRESENT).any(1)
+    found = np.ones(len(samples), bool) if found is None else found
+    num_found, num_labelled = np.count_nonzero(found), np.count_nonzero(labelled & found)
+    if keep_unlabelled:
+        note = f"{name}: {num_found} images, {num_found - num_labelled} without a label kept"
+    else:
+        note = f"{name}: {num_labelled} of {num_found} images, {num_found - num_labelled} without a label dropped"
+    rows = np.flatnonzero(found if keep_unlabelled else found & labelled)
+    return replace(samples.take(rows), notes=(*missing_notes(name, found), note))
+
+
+def missing_notes(name: str, found: npt.NDArray[np.bool_]) -> tuple[str, ...]:
+    """Return the note on missing images that are left out; () if all exist. found: [n] bool."""
+    num_missing = len(found) - np.count_nonzero(found)
+    return (f"{name}: {num_missing} of {len(found)} listed images are missing and left out",) if num_missing else ()
 
 
 def _strings(names: Sequence[str] | pa.ChunkedArray) -> pa.ChunkedArray:

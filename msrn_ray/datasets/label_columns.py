@@ -91,11 +91,8 @@ def split_lists(
     if is_list(column.type):
         return _as_lists(manifest, name, column), "lists"
     texts = as_text(manifest, name, column).fill_null("")
-    broken = pc.match_substring_regex(texts, r"[\r\n]")
-    if pc.any(broken).as_py():
-        raise UserError(
-            f"{manifest}, row {pc.index(broken, True).as_py() + 1}: column {name!r} has a line break in it; is a quote missing?"
-        )
+    if (row := pc.index(pc.match_substring_regex(texts, r"[\r\n]"), True).as_py()) >= 0:
+        raise UserError(f"{manifest}, row {row + 1}: column {name!r} has a line break in it; is a quote missing?")
     is_json = pc.match_substring_regex(texts, r"^\s*\[")
     if separator is None and pc.any(is_json).as_py():
         return _parse_lists(manifest, name, texts, is_json), "JSON lists"
@@ -173,9 +170,7 @@ def _as_lists(manifest: Location, name: str, column: pa.ChunkedArray) -> pa.Chun
 def _parse_lists(manifest: Location, name: str, texts: pa.ChunkedArray, is_json: pa.ChunkedArray) -> pa.ChunkedArray:
     """Parse JSON lists in texts, each chunk at once as lines of JSON objects."""
     empty = pc.equal(pc.utf8_trim_whitespace(texts), "")
-    plain = pc.invert(pc.or_(is_json, empty))
-    if pc.any(plain).as_py():
-        row = pc.index(plain, True).as_py()
+    if (row := pc.index(pc.or_(is_json, empty), False).as_py()) >= 0:
         raise UserError(
             f"{manifest}, row {row + 1}: {texts[row].as_py()!r} in column {name!r} is no JSON list, but other rows hold one;"
             " write JSON lists in all rows, or choose the separator of the labels (--data.label-separator ';')"

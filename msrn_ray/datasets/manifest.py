@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,8 @@ import pyarrow.compute as pc
 from ..errors import UserError
 from ..io.storage import Location
 from ..types import SampleTable
-from .image_uris import MissingImages, absolute_uris, find_local, require_images
+from .image_uris import MissingImages, absolute_uris, find_local, missing_notes, require_images
 from .label_columns import as_text, encode_lists, label_values, split_lists
-from .row_selection import missing_notes
 from .split_names import SPLIT_WORDS, SPLITS
 from .table_files import TableFile, open_table
 
@@ -53,14 +52,6 @@ class _Columns:
         return tuple(name for name in (self.image, self.split, self.id) if name is not None)
 
 
-class _Cells(NamedTuple):
-    """The n rows: `texts` by column, [n] string; either `label_lists` [n], or `label_values` [n, C] int8 in {1, 0, -1}."""
-
-    texts: dict[str, pa.ChunkedArray]
-    label_lists: pa.ChunkedArray | None
-    label_values: npt.NDArray[np.int8] | None
-
-
 def read_manifest(
     manifest: Location,
     *,
@@ -91,18 +82,17 @@ def read_manifest(
     """
     table = open_table(manifest)
     columns = _choose_columns(manifest, table.names, image_column, label_column, label_names)
-    cells = _read_cells(manifest, table, columns)
-    images = pc.replace_substring(cells.texts[columns.image], "\\", "/")  # Windows paths
-    image_ids = images if columns.id is None else cells.texts[columns.id]
+    texts, labels = _read_cells(manifest, table, columns)
+    images = pc.replace_substring(texts[columns.image], "\\", "/")  # Windows paths
+    image_ids = images if columns.id is None else texts[columns.id]
     _require_unique(manifest, columns.id or columns.image, image_ids)
-    split = None if columns.split is None else _split_codes(manifest, columns.split, cells.texts[columns.split])
+    split = None if columns.split is None else _split_codes(manifest, columns.split, texts[columns.split])
     uris = absolute_uris(manifest, images)
     if columns.label_list is not None:
-        lists, form = split_lists(manifest, columns.label_list, cells.label_lists, label_separator)
+        lists, form = split_lists(manifest, columns.label_list, labels, label_separator)
         names, targets = encode_lists(manifest, columns.label_list, lists, label_names)
     else:
-        assert cells.label_values is not None
-        names, targets, form = columns.labels, cells.label_values, "one column per label"
+        names, targets, form = columns.labels, labels, "one column per label"
 
     notes = [f"{manifest.name}: {len(images)} images, {len(names)} labels ({form})"]
     unused = sorted({*table.names} - {*columns.texts, *columns.labels, columns.label_list, ""})
@@ -118,8 +108,12 @@ def read_manifest(
     return CustomImages(samples.take(rows), None if split is None else split[rows])
 
 
-def _read_cells(manifest: Location, table: TableFile, columns: _Columns) -> _Cells:
-    """Read and check the columns, block by block."""
+def _read_cells(manifest: Location, table: TableFile, columns: _Columns) -> tuple[dict[str, pa.ChunkedArray], Any]:
+    """Read and check the columns, block by block.
+
+    Returns:
+        The texts by column, [n] string, and the labels: [n] lists as in the file, or [n, C] int8 in {1, 0, -1} of label columns.
+    """
     texts: dict[str, list[pa.Array]] = {name: [] for name in columns.texts}
     lists: list[pa.Array] = []
     values: list[npt.NDArray[np.int8]] = []
@@ -138,9 +132,7 @@ def _read_cells(manifest: Location, table: TableFile, columns: _Columns) -> _Cel
     if not num_rows:
         raise UserError(f"{manifest}: has a header but no row; write one row per image")
     whole = {name: _require_filled(manifest, name, pa.chunked_array(parts)) for name, parts in texts.items()}
-    if columns.label_list is not None:
-        return _Cells(whole, pa.chunked_array(lists), None)
-    return _Cells(whole, None, np.concatenate(values))
+    return whole, np.concatenate(values) if columns.label_list is None else pa.chunked_array(lists)
 
 
 def _choose_columns(
@@ -194,9 +186,8 @@ def _choose_columns(
 
 
 def _require_filled(manifest: Location, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    filled = pc.match_substring_regex(column.fill_null(""), r"^[^\r\n]+$")
-    if not pc.all(filled).as_py():
-        row = pc.index(filled, False).as_py()
+    row = pc.index(pc.match_substring_regex(column.fill_null(""), r"^[^\r\n]+$"), False).as_py()
+    if row >= 0:
         what = "has a line break in it; is a quote missing?" if column[row].as_py() else "is empty; fill it in"
         raise UserError(f"{manifest}, row {row + 1}: column {name!r} {what}")
     return column
@@ -217,8 +208,7 @@ def _require_unique(manifest: Location, name: str, column: pa.ChunkedArray) -> N
 def _split_codes(manifest: Location, name: str, column: pa.ChunkedArray) -> npt.NDArray[np.int8]:
     words = pc.utf8_lower(pc.utf8_trim_whitespace(column))
     found = pc.index_in(words, value_set=pa.array(SPLIT_WORDS))
-    if found.null_count:
-        row = pc.index(pc.is_null(found), True).as_py()
+    if (row := pc.index(found.is_null(), True).as_py()) >= 0:
         raise UserError(
             f"{manifest}, row {row + 1}: {column[row].as_py()!r} in column {name!r} is none of {', '.join(SPLIT_WORDS)}; correct it"
         )

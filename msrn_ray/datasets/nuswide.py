@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import ast
 import difflib
+import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from ..errors import UserError
 from ..io.storage import Location
 from ..types import PRESENT, SampleTable
-from .image_uris import MissingImages, find_images, uris_below
-from .row_selection import select_rows
+from .image_uris import MissingImages, find_images, select_rows, uris_below
 from .text_files import read_data, read_label_names, read_lines, read_text, require_unique, suggest_folder
 
 # The order of the authors' release and of their checkpoints; the official list is alphabetical.
@@ -46,7 +46,7 @@ Form = Literal["official", "csv"]
 
 
 def read_nuswide(
-    root: str | Path | Location,
+    root: Location,
     split: str,
     *,
     keep_unlabelled: bool = True,
@@ -58,7 +58,7 @@ def read_nuswide(
 
     Args:
         root: the folder that holds `ImageList/`, `Groundtruth/TrainTestLabels/`, `Concepts81.txt` and `Flickr/`, or `nus_wid_data.csv`
-            and the images that its rows name; a path or URI.
+            and the images that its rows name.
         split: "Train" or "Test", which the csv calls `val`.
         keep_unlabelled: whether images without a label stay, as rows of zeros.
         form: which form to read; None: the official lists if they exist, else the csv.
@@ -75,7 +75,6 @@ def read_nuswide(
     """
     if split not in _CSV_SPLITS:
         raise UserError(f"NUS-WIDE has no split {split!r}; choose from: {', '.join(_CSV_SPLITS)}")
-    root = Location.of(root)
     read = {"official": _read_official, "csv": _read_csv}[form or _find_form(root)]
     samples, found = read(root, split, concepts, missing_images)
     return select_rows(samples, split, keep_unlabelled, found)
@@ -120,11 +119,7 @@ def _read_official(
 def _official_concepts(root: Location, split: str, file: str | None) -> tuple[str, ...]:
     """Return the concepts to read, in their order; each must have a file of labels."""
     files = (root / _LABEL_FOLDER).names(missing_ok=True)
-    known = [
-        name.removeprefix("Labels_").removesuffix("_Train.txt")
-        for name in files
-        if name.startswith("Labels_") and name.endswith("_Train.txt")
-    ]
+    known = [match[1] for name in files if (match := re.fullmatch(r"Labels_(.+)_Train\.txt", name))]
     if not known:
         raise UserError(
             f"{root / _LABEL_FOLDER}: no file Labels_<concept>_Train.txt in it; give the folder that holds {_OFFICIAL}"
@@ -170,26 +165,22 @@ def _read_csv(
     """Return all images of the split, and [n] bool, False for missing images that are left out."""
     path = root / CSV_FILE
     table = _parse_csv(path)
-    names = [name.replace("\\", "/") for name in table["filepath"].to_pylist()]
-    image_ids = [name.removeprefix("Flickr/") for name in names]
-    require_unique(path, "filepath", image_ids)
-    split_names = table["split_name"].to_pylist()
-    allowed = _CSV_SPLITS.values()
-    unknown = next((row for row, name in enumerate(split_names) if name not in allowed), None)
-    if unknown is not None:
-        raise UserError(
-            f"{path}, row {unknown + 1}: split_name is {split_names[unknown]!r}, not {' or '.join(allowed)}; correct it"
-        )
-    rows = [row for row, name in enumerate(split_names) if name == _CSV_SPLITS[split]]
-    if not rows:
+    names = pc.replace_substring(table["filepath"], "\\", "/")
+    image_ids = pc.replace_substring_regex(names, "^Flickr/", "")
+    require_unique(path, "filepath", image_ids.to_pylist())
+    split_names, allowed = table["split_name"], list(_CSV_SPLITS.values())
+    if (row := pc.index(pc.is_in(split_names, pa.array(allowed)), False).as_py()) >= 0:
+        wrong = split_names[row].as_py()
+        raise UserError(f"{path}, row {row + 1}: split_name is {wrong!r}, not {' or '.join(allowed)}; correct it")
+    chosen = pc.equal(split_names, _CSV_SPLITS[split])
+    if not pc.any(chosen).as_py():
         raise UserError(f"{path}: no row of split {split}; download it again")
 
     requested = None if concepts is None else read_label_names(root / concepts, _NAME_CONCEPTS)
     label_names = NUSWIDE_LABELS if requested is None or set(requested) == set(NUSWIDE_LABELS) else requested
-    targets = _csv_targets(path, table["label"], label_names)[rows]
-    names = [names[row] for row in rows]
+    targets = _csv_targets(path, table["label"], label_names)[chosen.to_numpy()]
+    names, image_ids = names.filter(chosen), image_ids.filter(chosen)
     found = find_images(root, names, path, missing_images)
-    image_ids = [image_ids[row] for row in rows]
     source = f"{path.name} {_CSV_SPLITS[split]}"
     return SampleTable.from_columns(image_ids, uris_below(root, names), targets, label_names, source), found
 

@@ -32,11 +32,13 @@ START_OVER = "empty the folder and run `msrn prepare` again, or remove the file 
 RUN_AGAIN = "run the same `msrn prepare` again, it writes only what is missing"
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
+    """What a file of a prepared data set describes: unknown fields are refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class PreparedSplit(_Frozen):
+class PreparedSplit(Frozen):
     """One split of a prepared data set.
 
     Attributes:
@@ -53,7 +55,7 @@ class PreparedSplit(_Frozen):
     shard_bytes: tuple[int, ...]
 
 
-class PreparedInfo(_Frozen):
+class PreparedInfo(Frozen):
     """The content of `dataset.json`.
 
     Attributes:

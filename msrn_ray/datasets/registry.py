@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from .apparel import read_apparel
 from .coco import find_year, has_split, read_coco
 from .folders import read_folders
 from .huggingface import read_huggingface
+from .image_uris import select_rows
 from .manifest import CustomImages, read_manifest
 from .nuswide import read_nuswide
 from .prepared import BAD_IMAGES_FILE, PreparedInfo, read_info, read_prepared
-from .row_selection import select_rows
 from .scenes.generate import generate_scenes
 from .split_names import SPLITS, SplitName
 from .stratify import stratified_split
@@ -114,71 +115,49 @@ def default_scenes_root() -> Path:
     return Path(cache) / "msrn_ray" / "scenes"
 
 
-def _coco(settings: DataSettings) -> PublishedSplits:
-    return _coco_layout(_root(settings), settings)
-
-
 def _scenes(settings: DataSettings) -> PublishedSplits:
     root = _root(settings) if settings.root else Location.of(default_scenes_root())
     if not root.is_local:
         raise UserError(
             f"data.root {root}: scenes are generated into a folder on this machine; read a copy elsewhere with --data.dataset coco"
         )
-    return _coco_layout(Location.of(generate_scenes(Path(str(root)))), settings)
+    return _coco(settings.model_copy(update={"root": str(generate_scenes(Path(str(root))))}))
 
 
-def _coco_layout(root: Location, settings: DataSettings) -> PublishedSplits:
+def _coco(settings: DataSettings) -> PublishedSplits:
+    root = _root(settings)
     year = find_year(root, "train", settings.year)  # one year for all splits: val2014 and train2017 share images
-
-    def read(split: str, keep_unlabelled: bool) -> SampleTable:
-        return read_coco(
-            root,
-            split,
-            keep_unlabelled=keep_unlabelled,
-            crowd=settings.crowd,
-            year=year,
-            missing_images=settings.missing_images,
-        )
-
-    train = read("train", settings.keep_unlabelled_train)
-    val = read("val", settings.keep_unlabelled_eval)
+    read = partial(read_coco, root, crowd=settings.crowd, year=year, missing_images=settings.missing_images)
+    train = read("train", keep_unlabelled=settings.keep_unlabelled_train)
+    val = read("val", keep_unlabelled=settings.keep_unlabelled_eval)
     # COCO publishes no test labels; another data set in its layout may have them
     if has_split(root, "test", year):
-        return PublishedSplits(train, val, read("test", settings.keep_unlabelled_eval))
+        return PublishedSplits(train, val, read("test", keep_unlabelled=settings.keep_unlabelled_eval))
     return PublishedSplits(train, None, val)
 
 
 def _voc(settings: DataSettings) -> PublishedSplits:
     base = find_voc(_root(settings), settings.year)
     # VOC2012 publishes no labels of its test split
-    names = ("train", "val") if base.name == "VOC2012" else ("trainval", "test")
+    train, test = ("train", "val") if base.name == "VOC2012" else ("trainval", "test")
     difficult = settings.voc_difficult
     policies: tuple[Difficult, Difficult] = (
         ("positive", "ignore") if difficult == "reference" else (difficult, difficult)
     )
-    train, test = (
-        read_voc(base, name, difficult=policy, missing_images=settings.missing_images)
-        for name, policy in zip(names, policies, strict=True)
-    )
-    return PublishedSplits(train, None, test)
+    read = partial(read_voc, base, missing_images=settings.missing_images)
+    return PublishedSplits(read(train, difficult=policies[0]), None, read(test, difficult=policies[1]))
 
 
 def _nuswide(settings: DataSettings) -> PublishedSplits:
-    train, test = (
-        read_nuswide(
-            _root(settings),
-            split,
-            keep_unlabelled=keep_unlabelled,
-            form=settings.nuswide_form,
-            concepts=settings.concepts,
-            missing_images=settings.missing_images,
-        )
-        for split, keep_unlabelled in (
-            ("Train", settings.keep_unlabelled_train),
-            ("Test", settings.keep_unlabelled_eval),
-        )
+    read = partial(
+        read_nuswide,
+        _root(settings),
+        form=settings.nuswide_form,
+        concepts=settings.concepts,
+        missing_images=settings.missing_images,
     )
-    return PublishedSplits(train, None, test)
+    train = read("Train", keep_unlabelled=settings.keep_unlabelled_train)
+    return PublishedSplits(train, None, read("Test", keep_unlabelled=settings.keep_unlabelled_eval))
 
 
 def _apparel(settings: DataSettings) -> PublishedSplits:

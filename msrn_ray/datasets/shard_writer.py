@@ -17,14 +17,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from torchvision.transforms.v2 import functional as transform
 
 from ..errors import UserError
 from ..io.byte_ranges import read_bytes
 from ..io.storage import Location
-from ..types import PRESENT
-from .prepared import shard_file
+from ..types import PRESENT, SampleTable
+from .prepared import Frozen, shard_file
 from .transforms import decode
 
 JPEG_QUALITY = 95  # of re-encoded images; the loss of the second encoding is invisible
@@ -32,7 +32,7 @@ _MAX_JPEG_SIDE = 65_500  # pixels of the longest side that libjpeg writes
 _RECORD_KEY = "msrn_ray.shard"
 
 
-class ShardRecord(BaseModel):
+class ShardRecord(Frozen):
     """The content of a shard.
 
     Attributes:
@@ -43,8 +43,6 @@ class ShardRecord(BaseModel):
         content: sha256 of ids, targets and image bytes.
         size: bytes of the file; not in the footer, which is part of the file.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     plan: str
     split: str
@@ -117,8 +115,7 @@ class ShardWriter:
             except OSError as error:  # a passing fault of a network or disk must not leave images out for good
                 raise UserError(f"{uri}: cannot be read ({error})") from None
         kept = shard_samples.take(pa.array(np.array(rows, np.int64) - start))
-        flat = np.asarray(kept["target"].combine_chunks().flatten())
-        target = flat.astype(np.int8).reshape(len(rows), len(self.label_names))
+        target = SampleTable(kept, self.label_names, self.split).targets
         table = pa.table(
             {
                 "image": pa.array(images, pa.large_binary()),

@@ -70,11 +70,10 @@ def parse_json_lines(data: bytes | pa.Buffer) -> pa.Table:
         )
 
     table = parse(None)
-    is_list = {field.name: pa.types.is_list(field.type) for field in table.schema}
     times = [
-        pa.field(field.name, pa.list_(pa.string()) if is_list[field.name] else pa.string())
+        field.with_type(pa.list_(pa.string()) if pa.types.is_list(field.type) else pa.string())
         for field in table.schema
-        if pa.types.is_timestamp(field.type.value_type if is_list[field.name] else field.type)
+        if pa.types.is_timestamp(field.type.value_type if pa.types.is_list(field.type) else field.type)
     ]
     return parse(pa.schema(times)) if times else table
 
@@ -119,9 +118,8 @@ def _open_csv(file: Location) -> TableFile:
         try:
             with pa_csv.open_csv(
                 stream,
-                pa_csv.ReadOptions(
-                    use_threads=False, block_size=_BLOCK_BYTES
-                ),  # with threads, pyarrow reports no row number
+                # With threads, pyarrow reports no row number.
+                pa_csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
                 pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=refuse),
                 convert,
             ) as reader:
@@ -176,10 +174,9 @@ def _why_csv_stopped(file: Location, rows: Sequence[pa_csv.InvalidRow]) -> str:
     decode_text(file, data)
     if data.count(b'"') % 2:
         return _ODD_QUOTES
-    return _wrong_length(rows[0]) if rows else ""
-
-
-def _wrong_length(row: pa_csv.InvalidRow) -> str:
+    if not rows:
+        return ""
+    row = rows[0]
     return (
         f", row {row.number - 1}: has {row.actual_columns} cells, but there are {row.expected_columns} columns"
         f" ({row.text[:80]!r}); put a cell that holds the separator in quotes"

@@ -145,9 +145,5 @@ def normalize(images: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequen
 @lru_cache(maxsize=8)
 def _normalization(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return factor and offset: x / 255 / std - mean / std. Cached, so that no step copies constants to the device."""
-    scale = torch.tensor(std, dtype=torch.float64)
-    factor, offset = 1 / (255 * scale), -torch.tensor(mean, dtype=torch.float64) / scale
-    return (
-        factor.float().view(3, 1, 1).to(device),
-        offset.float().view(3, 1, 1).to(device),
-    )
+    centre, scale = torch.tensor([mean, std], dtype=torch.float64).view(2, 3, 1, 1)
+    return (1 / (255 * scale)).float().to(device), (-centre / scale).float().to(device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -17,8 +16,7 @@ import numpy.typing as npt
 from ..errors import UserError
 from ..io.storage import Location
 from ..types import ABSENT, PRESENT, UNKNOWN, SampleTable
-from .image_uris import MissingImages, find_images, uris_below
-from .row_selection import missing_notes
+from .image_uris import MissingImages, find_images, missing_notes, uris_below
 from .text_files import first_few, read_data, read_lines, require_unique, suggest_folder
 
 VOC_LABELS = (
@@ -30,12 +28,13 @@ Difficult = Literal["ignore", "positive", "negative"]
 _DIFFICULT_TARGETS: dict[Difficult, tuple[int, str]] = {
     **{"ignore": (UNKNOWN, "unknown"), "positive": (PRESENT, "present"), "negative": (ABSENT, "absent")}
 }
-_IN_EASY, _IN_NONE, _IN_DIFFICULT = 1, -1, 0  # the values of a class file
+_IN_EASY, _IN_DIFFICULT, _IN_NONE = 1, 0, -1  # the values of a class file; the larger one counts for several objects
+_WORDS = {_IN_EASY: "present", _IN_NONE: "absent", _IN_DIFFICULT: "difficult"}
 _XML_THREADS = 16  # a remote XML file costs a round trip, so read several at once
 
 
 def read_voc(
-    root: str | Path | Location,
+    root: Location,
     split: str,
     *,
     difficult: Difficult = "ignore",
@@ -48,7 +47,7 @@ def read_voc(
     absent, or the reverse, that is an error. If they differ only on what is difficult, a note gives the number of differences.
 
     Args:
-        root: `VOC2007` or `VOC2012`, the `VOCdevkit` around it, or the folder that holds `VOCdevkit`; a path or URI.
+        root: `VOC2007` or `VOC2012`, the `VOCdevkit` around it, or the folder that holds `VOCdevkit`.
         split: "train", "val", "trainval" or "test".
         difficult: the target of a class that an image shows only in objects marked difficult: unknown (-1; the official
             evaluation leaves these out), present or absent.
@@ -61,7 +60,7 @@ def read_voc(
     Raises:
         UserError: if the folder has another layout, a list is damaged or contradicts the other lists or the XML, or images are missing.
     """
-    base = find_voc(Location.of(root), year)
+    base = find_voc(root, year)
     lists = base / "ImageSets" / "Main"
     class_lists = {label: _read_list(lists, label, split) for label in VOC_LABELS}
     image_ids, _ = class_lists[VOC_LABELS[0]]
@@ -156,11 +155,7 @@ def _compare_with_xml(base: Location, split: str, image_ids: list[str], values: 
         notes.append(f"{split}: {num_without} of {len(image_ids)} images have no XML to compare the class files with")
     with ThreadPoolExecutor(_XML_THREADS) as pool:
         objects = list(pool.map(lambda row: _read_objects(folder / f"{image_ids[row]}.xml"), rows))
-    in_xml = np.full((len(rows), len(VOC_LABELS)), _IN_NONE, np.int8)
-    for row, seen in enumerate(objects):
-        for label, is_difficult in sorted(seen, reverse=True):  # an easy object overrides a difficult one
-            in_xml[row, VOC_LABELS.index(label)] = _IN_DIFFICULT if is_difficult else _IN_EASY
-
+    in_xml = np.array(objects, np.int8).reshape(len(rows), len(VOC_LABELS))
     in_lists = values[rows]
     contradicting = ((in_lists == _IN_EASY) & (in_xml == _IN_NONE)) | ((in_lists == _IN_NONE) & (in_xml == _IN_EASY))
     if contradicting.any():
@@ -186,16 +181,13 @@ def _compare_with_xml(base: Location, split: str, image_ids: list[str], values: 
     return notes
 
 
-_WORDS = {_IN_EASY: "present", _IN_NONE: "absent", _IN_DIFFICULT: "difficult"}
-
-
-def _read_objects(path: Location) -> set[tuple[str, bool]]:
-    """Return the classes of an image's objects, and whether the object is difficult."""
+def _read_objects(path: Location) -> list[int]:
+    """Return the value of each class as a class file would give it, from the objects of an image."""
     try:
         root = ET.fromstring(read_data(path, "unpack Annotations/ again"))
     except (ET.ParseError, ValueError, LookupError) as error:  # the last two for unknown encodings
         raise UserError(f"{path}: not an XML file ({error}); unpack it again") from None
-    objects = set()
+    values = dict.fromkeys(VOC_LABELS, _IN_NONE)
     for entry in root.findall("object"):
         label, difficult = (entry.findtext("name") or "").strip(), (entry.findtext("difficult") or "0").strip()
         if label not in VOC_LABELS or difficult not in ("0", "1"):
@@ -203,5 +195,5 @@ def _read_objects(path: Location) -> set[tuple[str, bool]]:
                 f"difficult={difficult!r}, not 0 or 1" if label in VOC_LABELS else f"the name {label!r}, no VOC class"
             )
             raise UserError(f"{path}: has an object with {problem}; correct it")
-        objects.add((label, difficult == "1"))
-    return objects
+        values[label] = max(values[label], _IN_DIFFICULT if difficult == "1" else _IN_EASY)
+    return list(values.values())

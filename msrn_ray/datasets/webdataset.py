@@ -5,12 +5,12 @@ Images stay in their tar: the uri of a sample is a range of bytes of the tar.
 
 from __future__ import annotations
 
+import itertools
 import json
 import posixpath
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..io.byte_ranges import range_uris
 from ..io.storage import Location
 from ..types import SampleTable
-from .containers import LABEL_FIELDS, LabelLists, build_tables, by_split
+from .containers import LABEL_FIELDS, LABELLED_IMAGES, build_tables, by_split
 from .image_uris import IMAGE_SUFFIXES
 from .split_names import SplitName
 from .text_files import is_utf8, suggest_folder
@@ -27,13 +27,12 @@ from .text_files import is_utf8, suggest_folder
 _IMAGES = {suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES}
 
 
-@dataclass
-class _Sample:
+class _Sample(NamedTuple):
     """A sample's key, the offset and length of its image in the tar, and the content of its label files by suffix."""
 
     key: str
-    image: tuple[int, int] | None = None
-    labels: dict[str, bytes] = field(default_factory=dict)
+    image: tuple[int, int] | None
+    labels: dict[str, bytes]
 
 
 def read_webdataset(
@@ -53,85 +52,72 @@ def read_webdataset(
     Raises:
         UserError: if there is no tar, a tar is damaged or compressed, or a sample lacks its image or labels.
     """
-    tars = (
-        [""]
-        if root.is_file()
-        else [name for name in root.names(recursive=True, missing_ok=True) if name.endswith(".tar")]
-    )
+    tars = [""] if root.is_file() else _tars_in(root, recursive=True)
     if not tars:
         compressed = ".tar.gz and .tgz have to be unpacked to .tar: images are read in place"
         what = "holds no .tar" if root.is_dir() else "no such folder"
-        suggestion = suggest_folder(root, _holds_tars)
+        suggestion = suggest_folder(root, lambda folder: bool(_tars_in(folder)))
         raise UserError(f"{root}: {what}; give the folder of WebDataset tars ({compressed}){suggestion}")
     parts = {}
     for split, names in by_split(root, tars).items():
         read = [_read_tar(root / name if name else root, name, label_names, label_field) for name in names]
-        image_ids, uris, num_labels, labels = (list(column) for column in zip(*read, strict=True))
-        parts[split] = LabelLists(
-            pa.concat_arrays(image_ids), pa.concat_arrays(uris), np.concatenate(num_labels), pa.concat_arrays(labels)
-        )
+        parts[split] = pa.concat_tables(read)
     return build_tables(parts, label_names, root)
 
 
-def _holds_tars(folder: Location) -> bool:
-    return any(name.endswith(".tar") for name in folder.names(missing_ok=True))
+def _tars_in(folder: Location, *, recursive: bool = False) -> list[str]:
+    return [name for name in folder.names(recursive=recursive, missing_ok=True) if name.endswith(".tar")]
 
 
-def _read_tar(tar: Location, name: str, label_names: tuple[str, ...] | None, label_field: str | None) -> LabelLists:
-    """Return the samples of a tar; name: its path below the root, "" if it is the root."""
+def _read_tar(tar: Location, name: str, label_names: tuple[str, ...] | None, label_field: str | None) -> pa.Table:
+    """Return the samples of a tar, of schema `LABELLED_IMAGES`; name: its path below the root, "" if it is the root."""
     prefix = (name or tar.name).removesuffix(".tar")
     ids: list[str] = []
     ranges: list[tuple[int, int]] = []
-    num_labels: list[int] = []
-    labels: list[str] = []
+    labels: list[list[str]] = []
     for sample in _samples(tar):
         where = f"{tar}: sample {sample.key}"
         if sample.image is None:
             raise UserError(f"{where} holds no image ({', '.join(sorted(_IMAGES))}); remove it")
-        sample_labels = _labels(sample, label_names, label_field, where)
         ids.append(f"{prefix}/{sample.key}")
         ranges.append(sample.image)
-        num_labels.append(len(sample_labels))
-        labels += sample_labels
+        labels.append(_labels(sample, label_names, label_field, where))
     offsets, lengths = np.array(ranges, np.int64).reshape(-1, 2).T
-    return LabelLists(
-        pa.array(ids, pa.string()),
-        range_uris(tar, offsets, lengths),
-        np.array(num_labels, np.int64),
-        pa.array(labels, pa.string()),
-    )
+    columns = {"image_id": ids, "uri": range_uris(tar, offsets, lengths), "labels": labels}
+    return pa.table(columns, LABELLED_IMAGES)
 
 
 def _samples(tar: Location) -> Iterator[_Sample]:
-    sample: _Sample | None = None
     try:
         with (
             tar.opened_input() as stream,
             # For a remote tar, one read from start to end is quicker than a request per header.
             tarfile.open(fileobj=stream, mode="r:" if tar.is_local else "r|") as archive,
         ):
-            for member in archive:
-                archive.members = []  # type: ignore[attr-defined]  # else it keeps every header in memory
-                folder, base = posixpath.split(member.name)
-                stem, _, suffix = base.partition(".")
-                if not member.isfile() or base.startswith("."):
-                    continue
-                key = posixpath.join(folder, stem)
-                if sample is None or sample.key != key:
-                    if sample is not None:
-                        yield sample
-                    sample = _Sample(key)
-                kind = suffix.lower()
-                if kind in _IMAGES:
-                    sample.image = (member.offset_data, member.size)
-                elif kind in ("json", "cls"):
-                    content = archive.extractfile(member)
-                    assert content is not None, "member.isfile() is true"
-                    sample.labels[kind] = content.read()
+            for key, members in itertools.groupby(filter(_is_visible_file, archive), _key):
+                image, labels = None, {}
+                for member in members:
+                    archive.members = []  # type: ignore[attr-defined]  # else it keeps every header in memory
+                    suffix = posixpath.basename(member.name).lower().partition(".")[2]
+                    if suffix in _IMAGES:
+                        image = (member.offset_data, member.size)
+                    elif suffix in ("json", "cls"):
+                        content = archive.extractfile(member)
+                        assert content is not None, "member.isfile() is true"
+                        labels[suffix] = content.read()
+                yield _Sample(key, image, labels)
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"{tar}: not a whole, uncompressed tar ({error}); download or unpack it again") from None
-    if sample is not None:
-        yield sample
+
+
+def _is_visible_file(member: tarfile.TarInfo) -> bool:
+    return member.isfile() and not posixpath.basename(member.name).startswith(".")
+
+
+def _key(member: tarfile.TarInfo) -> str:
+    """Return the path of a file up to the first dot in its name."""
+    folder, name = posixpath.split(member.name)
+    return posixpath.join(folder, name.partition(".")[0])
 
 
 def _labels(sample: _Sample, names: tuple[str, ...] | None, label_field: str | None, where: str) -> list[str]:

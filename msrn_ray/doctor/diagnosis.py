@@ -6,10 +6,9 @@ only the few images that a finding shows become Python objects.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -30,7 +29,6 @@ FACTS = pa.schema(
         ("error", pa.string()),  # why the image cannot be read or decoded; "" for a sound image
     ]
 )
-_BLOCK = 65_536  # rows counted at once
 TAUS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -41,11 +39,10 @@ class Diagnosis:
     Attributes:
         dataset, root: the data set.
         notes: notes of its reader.
-        label_names: C names.
         splits: S summaries.
         findings: most severe first.
         pairs: (label, label, images with both, P(second | first)), most frequent first.
-        counts: label counts of the train split.
+        counts: label counts of the train split; they hold the C label names.
         graph: counts that the label graph is made from.
         tau: threshold of the graph.
         taus: the graph at several thresholds.
@@ -56,7 +53,6 @@ class Diagnosis:
     dataset: str
     root: str
     notes: tuple[str, ...]
-    label_names: tuple[str, ...]
     splits: tuple[SplitSummary, ...]
     findings: tuple[Finding, ...]
     pairs: tuple[tuple[str, str, int, float], ...]
@@ -65,7 +61,7 @@ class Diagnosis:
     tau: float
     taus: tuple[TauRow, ...]
     sizes: tuple[tuple[str, tuple[float, ...]], ...]
-    examples: dict[str, ShownImage] = field(default_factory=dict)
+    examples: dict[str, ShownImage]
 
     def num_findings(self, severity: Severity) -> int:
         """Return the number of findings of a severity."""
@@ -97,7 +93,6 @@ def diagnose(
         dataset=config.data.dataset,
         root=config.data.root or "generated",
         notes=splits.notes,
-        label_names=dataset.label_names,
         splits=dataset.summaries,
         findings=tuple(find_all(dataset, labels, tau, left_out)),
         pairs=_pairs(labels.counts),
@@ -106,7 +101,7 @@ def diagnose(
         tau=tau,
         taus=tuple(tau_row(probability, value) for value in sorted({*TAUS, tau})),
         sizes=_size_table(dataset.images),
-        examples=_examples(dataset),
+        examples=_examples(dataset, splits.train),
     )
 
 
@@ -118,45 +113,29 @@ def _gather(splits: Splits, images: pa.Table, config: ExperimentConfig) -> Datas
     parts = _parts(splits)
     bounds = np.cumsum([0, *(len(table) for _, table in parts)])
     assert len(images) == bounds[-1], "one row of facts for each image"
-    counted = [
+    summaries = tuple(
         _summarize(name, table, images.slice(first, len(table)))
         for (name, table), first in zip(parts, bounds, strict=False)
-    ]
-    return DatasetFacts(
-        config,
-        tuple(name for name, _ in parts),
-        tuple(table for _, table in parts),
-        all_samples(splits),
-        bounds[:-1],
-        images,
-        tuple(summary for summary, _ in counted),
-        np.concatenate([num_labels for _, num_labels in counted]),
     )
+    names = tuple(name for name, _ in parts)
+    return DatasetFacts(config, names, splits.train.label_names, all_samples(splits), bounds[:-1], images, summaries)
 
 
-def _summarize(name: str, table: SampleTable, images: pa.Table) -> tuple[SplitSummary, npt.NDArray[np.int32]]:
-    """Return the summary of one split, and the number of labels of each image as `DatasetFacts` holds it."""
-    present, unknown = np.zeros((2, len(table.label_names)), np.int64)
-    num_labels = np.zeros(len(table), np.int32)
+def _summarize(name: str, table: SampleTable, images: pa.Table) -> SplitSummary:
+    """Return one split in numbers; images: its rows of schema `FACTS`."""
     targets = table.targets
-    for begin in range(0, len(table), _BLOCK):
-        block = targets[begin : begin + _BLOCK]
-        present += (block == PRESENT).sum(0)
-        unknown += (block == UNKNOWN).sum(0)
-        num_present = (block == PRESENT).sum(1, dtype=np.int32)
-        num_labels[begin : begin + _BLOCK] = np.where(block.any(1), num_present, -1)
-    summary = SplitSummary(
+    present = targets == PRESENT
+    return SplitSummary(
         name,
         table.source,
         len(table),
-        int(np.count_nonzero(num_labels == -1)),
+        np.flatnonzero(~targets.any(1)),
         int(pc.sum(pc.not_equal(images["error"], "")).as_py()),
         int(pc.sum(images["num_bytes"]).as_py()),
-        present,
-        unknown,
-        np.bincount(np.maximum(num_labels, 0)),
+        present.sum(0),
+        (targets == UNKNOWN).sum(0),
+        np.bincount(present.sum(1)),
     )
-    return summary, num_labels
 
 
 def _pairs(counts: LabelCounts) -> tuple[tuple[str, str, int, float], ...]:
@@ -190,14 +169,9 @@ def _size_table(images: pa.Table) -> tuple[tuple[str, tuple[float, ...]], ...]:
     )
 
 
-def _examples(dataset: DatasetFacts) -> dict[str, ShownImage]:
+def _examples(dataset: DatasetFacts, train: SampleTable) -> dict[str, ShownImage]:
     """Return the first sound train image of each label."""
-    train = dataset.tables[0]
     sound = pc.equal(dataset.images["error"], "").to_numpy()[: len(train)]
-    targets = train.targets
-    examples = {}
-    for index, name in enumerate(train.label_names):
-        rows = np.flatnonzero((targets[:, index] == PRESENT) & sound)[:1]
-        if len(rows):
-            (examples[name],) = dataset.show(rows)
-    return examples
+    shows = (train.targets == PRESENT) & sound[:, None]
+    rows = {name: np.flatnonzero(column)[:1] for name, column in zip(train.label_names, shows.T, strict=True)}
+    return {name: dataset.show(first)[0] for name, first in rows.items() if len(first)}

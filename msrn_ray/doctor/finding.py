@@ -6,7 +6,7 @@ only the few images that a finding shows become Python objects.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,6 @@ import pyarrow as pa
 
 from ..config import ExperimentConfig
 from ..labels.graph import LabelCounts
-from ..types import SampleTable
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")  # most severe first
@@ -56,7 +55,8 @@ class SplitSummary:
 
     Attributes:
         name, source: `train`, `val` or `test`, and what was read.
-        num_images, num_unlabelled, num_unreadable, num_bytes: of its images.
+        num_images, num_unreadable, num_bytes: of its images.
+        unlabelled: int64, the rows of the split without a label, not even an unknown one.
         present, unknown: [C] int64, images where the label is present, and images where it is unknown.
         labels_per_image: [K] int64, images with 0, 1, ..., K - 1 labels.
     """
@@ -64,12 +64,17 @@ class SplitSummary:
     name: str
     source: str
     num_images: int
-    num_unlabelled: int
+    unlabelled: npt.NDArray[np.int64]
     num_unreadable: int
     num_bytes: int
     present: npt.NDArray[np.int64]
     unknown: npt.NDArray[np.int64]
     labels_per_image: npt.NDArray[np.int64]
+
+    @property
+    def num_unlabelled(self) -> int:
+        """Return the number of images without a label."""
+        return len(self.unlabelled)
 
     @property
     def mean_labels(self) -> float:
@@ -97,26 +102,20 @@ class DatasetFacts:
     """Labels and images of all splits; `config` is the experiment that they are checked for.
 
     Attributes:
-        split_names, tables, summaries: one for each split.
+        split_names, summaries: one for each split.
+        label_names: the C label names.
         first_rows: [S] int64, where each split starts in `samples`.
         samples: [n] rows of `image_id`, `uri`, `target`.
         images: [n] rows of schema `diagnosis.FACTS`, in the order of `samples`.
-        num_labels: [n] int32, present labels of each image; -1 for an image without a label, not even an unknown one.
     """
 
     config: ExperimentConfig
     split_names: tuple[str, ...]
-    tables: tuple[SampleTable, ...]
+    label_names: tuple[str, ...]
     samples: pa.Table
     first_rows: npt.NDArray[np.int64]
     images: pa.Table
     summaries: tuple[SplitSummary, ...]
-    num_labels: npt.NDArray[np.int32]
-
-    @property
-    def label_names(self) -> tuple[str, ...]:
-        """Return the C label names."""
-        return self.tables[0].label_names
 
     def split_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the number of the split that each row is in."""
@@ -139,9 +138,10 @@ def shorten(names: Sequence[str], total: int | None = None) -> tuple[str, ...]:
     return (*names[:MAX_SHOWN], *([f"... and {num_more:,} more"] if num_more > 0 else []))
 
 
-def in_one_line(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the first names, joined into one line."""
-    return (", ".join(shorten(names)),)
+def about_labels(severity: Severity, names: Sequence[str], problem: str, fix: str) -> Iterator[Finding]:
+    """Yield the finding that these labels have a problem, if there are any."""
+    if names:
+        yield Finding(severity, f"{plural(len(names), 'label')} {problem}", fix, (", ".join(shorten(names)),))
 
 
 def plural(number: int, noun: str) -> str:

@@ -105,14 +105,12 @@ def unlabelled_images(dataset: DatasetFacts, left_out: pa.Table | None) -> Itera
     fix = "check that their labels were not forgotten; images that really show none of the labels are worth keeping"
     for first_row, summary in zip(dataset.first_rows, dataset.summaries, strict=True):
         if summary.num_unlabelled:
-            num_labels = dataset.num_labels[first_row:][: summary.num_images]
-            rows = np.flatnonzero(num_labels == -1) + first_row
             yield Finding(
                 "warning" if summary.num_unlabelled > _UNLABELLED * summary.num_images else "info",
                 f"{plural(summary.num_unlabelled, 'image')} of {summary.name} without a label"
                 f" ({summary.num_unlabelled / summary.num_images:.2%})",
                 fix,
-                *_show_uris(dataset, rows),
+                *_show_uris(dataset, first_row + summary.unlabelled),
             )
     if left_out is not None and len(left_out):
         uris = left_out["uri"].slice(0, MAX_SHOWN).to_pylist()

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from ..config import ExperimentConfig
 from ..labels.graph import LabelCounts, choose_tau, conditional_probability
-from .finding import SEVERITIES, DatasetFacts, Finding, LabelFacts, in_one_line, plural, shorten
+from .finding import SEVERITIES, DatasetFacts, Finding, LabelFacts, about_labels, plural, shorten
 from .image_checks import copies, sizes, unlabelled_images, unreadable_images
 
 _ENOUGH = 5  # images from which on "always together" is more than a coincidence
@@ -57,50 +57,37 @@ def tau_row(probability: npt.NDArray[np.float64], tau: float) -> TauRow:
 def _labels_without_images(dataset: DatasetFacts) -> Iterator[Finding]:
     for summary in dataset.summaries:
         absent = [name for name, number in zip(dataset.label_names, summary.present, strict=True) if not number]
-        if absent:
-            yield Finding(
-                "warning",
-                f"{plural(len(absent), 'label')} without an image in {summary.name}",
-                "add images with them, or take the labels out of the data set: they cannot be learnt"
-                if summary.name == "train"
-                else "their AP is nan and left out of mAP; add images with them, or split the data differently",
-                in_one_line(absent),
-            )
-    train = dataset.summaries[0]
-    known = train.num_images - train.unknown
-    always = [
-        name
-        for name, number, num_known in zip(dataset.label_names, train.present, known, strict=True)
-        if number == num_known and number >= _ENOUGH
-    ]
-    if always:
-        yield Finding(
-            "warning",
-            f"{plural(len(always), 'label')} on every train image where known",
-            "add images without them, or take the labels out: training has nothing to compare them with",
-            in_one_line(always),
+        fix = (
+            "add images with them, or take the labels out of the data set: they cannot be learnt"
+            if summary.name == "train"
+            else "their AP is nan and left out of mAP; add images with them, or split the data differently"
         )
+        yield from about_labels("warning", absent, f"without an image in {summary.name}", fix)
+    train = dataset.summaries[0]
+    is_always = (train.present == train.num_images - train.unknown) & (train.present >= _ENOUGH)
+    always = [dataset.label_names[index] for index in np.flatnonzero(is_always)]
+    fix = "add images without them, or take the labels out: training has nothing to compare them with"
+    yield from about_labels("warning", always, "on every train image where known", fix)
 
 
 def _labels_together(counts: LabelCounts) -> Iterator[Finding]:
     probability = conditional_probability(counts)  # [r, c] = P(c | r)
     implies = (probability == 1) & (counts.count[:, None] >= _ENOUGH)
-    twins = [
-        f"{counts.names[row]} = {counts.names[column]} ({counts.count[row]} images)"
-        for row, column in np.argwhere(np.triu(implies & implies.T))
-    ]
-    if twins:
+
+    def name_pairs(chosen: npt.NDArray[np.bool_], sign: str) -> list[str]:
+        return [
+            f"{counts.names[row]} {sign} {counts.names[column]} ({counts.count[row]} images)"
+            for row, column in np.argwhere(chosen)
+        ]
+
+    if twins := name_pairs(np.triu(implies & implies.T), "="):
         yield Finding(
             "warning",
             f"{plural(len(twins), 'pair')} of labels that always occur together",
             "merge each pair into one label, or add images with only one of the two: the model cannot distinguish them",
             shorten(twins),
         )
-    implied = [
-        f"{counts.names[row]} -> {counts.names[column]} ({counts.count[row]} images)"
-        for row, column in np.argwhere(implies & ~implies.T)
-    ]
-    if implied:
+    if implied := name_pairs(implies & ~implies.T, "->"):
         yield Finding(
             "info",
             f"{plural(len(implied), 'label')} never without another",
@@ -113,14 +100,12 @@ def _balance(dataset: DatasetFacts) -> Iterator[Finding]:
     names, present = dataset.label_names, dataset.summaries[0].present
     order = np.argsort(present, kind="stable")
     rare = [f"{names[index]} ({present[index]})" for index in order if 0 < present[index] < _FEW]
-    if rare:
-        yield Finding(
-            "info",
-            f"{plural(len(rare), 'label')} with fewer than {_FEW} train images",
-            "add images, or merge with a similar label; if the data set is small, freeze the backbone "
-            "(model.frozen_stages 5)",
-            in_one_line(rare),
-        )
+    yield from about_labels(
+        "info",
+        rare,
+        f"with fewer than {_FEW} train images",
+        "add images, or merge with a similar label; if the data set is small, freeze the backbone (model.frozen_stages 5)",
+    )
     seen = [index for index in order if present[index]]
     if seen and present[seen[-1]] >= _UNEVEN * present[seen[0]]:
         most, least = int(present.argmax()), seen[0]
@@ -160,13 +145,8 @@ def _graph(graph: LabelCounts, tau: float, config: ExperimentConfig) -> Iterator
 
 
 def _word_vectors(missing: Sequence[str], config: ExperimentConfig) -> Iterator[Finding]:
-    if missing:
-        stops = config.data.missing_words == "error"
-        yield Finding(
-            "error" if stops else "info",
-            f"{plural(len(missing), 'label')} without a word vector",
-            "training would stop; rename them, or choose --data.missing-words random or --data.word-vectors learned"
-            if stops
-            else f"they get {config.data.missing_words} vectors (data.missing_words); rename them to get real vectors",
-            in_one_line(missing),
-        )
+    given = config.data.missing_words
+    fix = f"they get {given} vectors (data.missing_words); rename them to get real vectors"
+    if given == "error":
+        fix = "training would stop; rename them, or choose --data.missing-words random or --data.word-vectors learned"
+    yield from about_labels("error" if given == "error" else "info", missing, "without a word vector", fix)

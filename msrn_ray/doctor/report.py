@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+from collections.abc import Iterable, Iterator
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,11 @@ from rich.table import Column, Table
 from ..datasets.transforms import decode
 from ..errors import UserError
 from ..io.byte_ranges import read_bytes
+from ..io.files import atomic_write
 from ..labels.graph import conditional_probability
 from ..labels.graph_plot import draw_graph
 from .diagnosis import Diagnosis
-from .finding import SEVERITIES, Severity, ShownImage
+from .finding import SEVERITIES, Severity, plural
 
 _COLOURS: dict[Severity, str] = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 _LABEL_ROWS = 60  # labels that the terminal lists; the page lists all
@@ -35,14 +38,7 @@ def print_diagnosis(out: Console, diagnosis: Diagnosis) -> None:
     """Print the numbers, then the findings, most severe first."""
     for note in diagnosis.notes:
         out.print(note, markup=False)
-    for table in (
-        _splits_table(diagnosis),
-        _labels_table(diagnosis),
-        _per_image_table(diagnosis),
-        _pairs_table(diagnosis),
-        _tau_table(diagnosis),
-        _sizes_table(diagnosis),
-    ):
+    for table in _tables(diagnosis):
         out.print(table)
     for finding in diagnosis.findings:
         out.print(f"[{_COLOURS[finding.severity]}]{finding.severity}[/] {escape(finding.title)}")
@@ -56,9 +52,7 @@ def summary_line(diagnosis: Diagnosis) -> str:
     """Return the number of findings of each severity, in one line."""
     counts = [(severity, diagnosis.num_findings(severity)) for severity in SEVERITIES]
     words = [
-        f"{number} {severity}{'' if number == 1 or severity == 'info' else 's'}"
-        for severity, number in counts
-        if number
+        f"{number} info" if severity == "info" else plural(number, severity) for severity, number in counts if number
     ]
     return f"findings: {', '.join(words) or 'none'}"
 
@@ -79,89 +73,86 @@ def write_page(path: Path, diagnosis: Diagnosis, max_pixels: int) -> None:
     )
     environment.filters["short"] = _short
     template = environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
-    thumbnails: dict[str, str | None] = {}
-
-    def thumbnail(image: ShownImage) -> str | None:
-        if image.uri not in thumbnails:
-            thumbnails[image.uri] = _thumbnail(image.uri, max_pixels)
-        return thumbnails[image.uri]
-
     plot = io.BytesIO()
     draw_graph(diagnosis.graph, diagnosis.tau, plot)
     page = template.render(
         diagnosis=diagnosis,
         summary=summary_line(diagnosis),
-        thumbnail=thumbnail,
+        thumbnail=cache(lambda uri: _thumbnail(uri, max_pixels)),
         labels=_label_rows(diagnosis),
         per_image=_per_image_rows(diagnosis),
         origin=_origin(diagnosis),
-        margin=1 + 0.45 * min(20, max(map(len, diagnosis.label_names))),
-        heat_map=_heat_map(diagnosis) if len(diagnosis.label_names) <= _HEAT_MAP else [],
+        margin=1 + 0.45 * min(20, max(map(len, diagnosis.counts.names))),
+        heat_map=_heat_map(diagnosis) if len(diagnosis.counts.names) <= _HEAT_MAP else [],
         graph=_data_uri(plot.getvalue(), "png"),
     )
     try:
-        path.write_text(page, encoding="utf-8")
+        with atomic_write(path) as partial:
+            partial.write_text(page, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def _splits_table(diagnosis: Diagnosis) -> Table:
-    headings = ("split", "images", "without label", "unreadable", "labels per image", "MB")
-    table = Table(*headings, Column("from", overflow="fold"), title="images")
-    for split in diagnosis.splits:
-        table.add_row(
-            split.name,
-            f"{split.num_images:,}",
-            f"{split.num_unlabelled:,}",
-            f"{split.num_unreadable:,}",
-            f"{split.mean_labels:.2f}",
-            f"{split.num_bytes / 1e6:,.1f}",
-            escape(split.source),
+def _tables(diagnosis: Diagnosis) -> Iterator[Table]:
+    names = [split.name for split in diagnosis.splits]
+    sources = Column("from", overflow="fold")
+    yield _table(
+        "images",
+        ("split", "images", "without label", "unreadable", "labels per image", "MB", sources),
+        (
+            (
+                split.name,
+                f"{split.num_images:,}",
+                f"{split.num_unlabelled:,}",
+                f"{split.num_unreadable:,}",
+                f"{split.mean_labels:.2f}",
+                f"{split.num_bytes / 1e6:,.1f}",
+                split.source,
+            )
+            for split in diagnosis.splits
+        ),
+    )
+    yield _table("images with each label", ("label", *names, "train"), _label_cells(diagnosis))
+    per_image = ((f"{row['number']}", *(f"{count:,}" for count in row["counts"])) for row in _per_image_rows(diagnosis))
+    yield _table("images by number of labels", ("labels", *names), per_image)
+    pairs = (
+        (f"{first}, {second}", f"{num_both:,}", f"{probability:.2f}")
+        for first, second, num_both, probability in diagnosis.pairs[: _LABEL_ROWS // 5]
+    )
+    yield _table("labels that occur together most often (train)", ("pair", "images", "P(second | first)"), pairs)
+    taus = (
+        (
+            f"{row.tau:.4g}{' *' if row.tau == diagnosis.tau else ''}",
+            f"{row.num_edges:,}",
+            f"{row.mean_degree:.2f}",
+            f"{row.num_alone}",
         )
+        for row in diagnosis.taus
+    )
+    headings = ("tau", "edges", "edges per label", "labels without edges")
+    yield _table(f"label graph, counted on {_origin(diagnosis)}", headings, taus)
+    sizes = ((measure, *map(_short, values)) for measure, values in diagnosis.sizes)
+    yield _table("sizes", ("", "minimum", "5 %", "median", "95 %", "maximum"), sizes)
+
+
+def _table(title: str, headings: Iterable[str | Column], rows: Iterable[Iterable[str]]) -> Table:
+    """Return a table for the terminal; title and cells are shown as they are, without markup."""
+    table = Table(*headings, title=escape(title))
+    for row in rows:
+        table.add_row(*map(escape, row))
     return table
 
 
-def _labels_table(diagnosis: Diagnosis) -> Table:
-    table = Table("label", *(split.name for split in diagnosis.splits), "train", title="images with each label")
-    rows = _label_rows(diagnosis)
-    num_skipped = len(rows) - _LABEL_ROWS
-    for place, row in enumerate(rows):
-        if num_skipped > 0 and place == _LABEL_ROWS // 2:
-            table.add_row(f"... {num_skipped} more", *[""] * (len(diagnosis.splits) + 1))
-        if num_skipped <= 0 or not _LABEL_ROWS // 2 <= place < len(rows) - _LABEL_ROWS // 2:
-            bar = "█" * round(_BAR * row["share"]) or ("▏" if row["numbers"][0] else "")
-            table.add_row(escape(row["name"]), *(f"{number:,}" for number in row["numbers"]), bar)
-    return table
-
-
-def _per_image_table(diagnosis: Diagnosis) -> Table:
-    table = Table("labels", *(split.name for split in diagnosis.splits), title="images by number of labels")
-    for row in _per_image_rows(diagnosis):
-        table.add_row(str(row["number"]), *(f"{count:,}" for count in row["counts"]))
-    return table
-
-
-def _pairs_table(diagnosis: Diagnosis) -> Table:
-    table = Table("pair", "images", "P(second | first)", title="labels that occur together most often (train)")
-    for first, second, num_both, probability in diagnosis.pairs[: _LABEL_ROWS // 5]:
-        table.add_row(escape(f"{first}, {second}"), f"{num_both:,}", f"{probability:.2f}")
-    return table
-
-
-def _tau_table(diagnosis: Diagnosis) -> Table:
-    title = escape(f"label graph, counted on {_origin(diagnosis)}")
-    table = Table("tau", "edges", "edges per label", "labels without edges", title=title)
-    for row in diagnosis.taus:
-        mark = " *" if row.tau == diagnosis.tau else ""
-        table.add_row(f"{row.tau:.4g}{mark}", f"{row.num_edges:,}", f"{row.mean_degree:.2f}", str(row.num_alone))
-    return table
-
-
-def _sizes_table(diagnosis: Diagnosis) -> Table:
-    table = Table("", "minimum", "5 %", "median", "95 %", "maximum", title="sizes")
-    for measure, values in diagnosis.sizes:
-        table.add_row(measure, *(_short(value) for value in values))
-    return table
+def _label_cells(diagnosis: Diagnosis) -> list[tuple[str, ...]]:
+    """Return a row per label; from the middle of many rows, only their number."""
+    rows: list[tuple[str, ...]] = []
+    for row in _label_rows(diagnosis):
+        bar = "█" * round(_BAR * row["share"]) or ("▏" if row["numbers"][0] else "")
+        rows.append((row["name"], *(f"{number:,}" for number in row["numbers"]), bar))
+    half = _LABEL_ROWS // 2
+    if len(rows) > _LABEL_ROWS:
+        rows[half:-half] = [(f"... {len(rows) - _LABEL_ROWS} more", *[""] * (len(diagnosis.splits) + 1))]
+    return rows
 
 
 def _origin(diagnosis: Diagnosis) -> str:
@@ -174,11 +165,11 @@ def _label_rows(diagnosis: Diagnosis) -> list[dict[str, Any]]:
     train = diagnosis.splits[0].present
     return [
         {
-            "name": diagnosis.label_names[index],
+            "name": diagnosis.counts.names[index],
             "numbers": [int(split.present[index]) for split in diagnosis.splits],
             "unknown": int(sum(split.unknown[index] for split in diagnosis.splits)),
             "share": float(train[index] / max(1, train.max())),
-            "example": diagnosis.examples.get(diagnosis.label_names[index]),
+            "example": diagnosis.examples.get(diagnosis.counts.names[index]),
         }
         for index in np.argsort(-train, kind="stable")
     ]
@@ -194,7 +185,7 @@ def _per_image_rows(diagnosis: Diagnosis) -> list[dict[str, Any]]:
 def _heat_map(diagnosis: Diagnosis) -> list[tuple[int, int, float, str]]:
     """Return (column, row, P, tooltip) of each pair that occurs together in train; row r, column c show P(c | r)."""
     probability = conditional_probability(diagnosis.counts)
-    names = diagnosis.label_names
+    names = diagnosis.counts.names
     return [
         (int(c), int(r), round(float(probability[r, c]), 3), f"P({names[c]} | {names[r]}) = {probability[r, c]:.2f}")
         for r, c in np.argwhere(probability > 0)

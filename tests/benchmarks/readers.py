@@ -22,6 +22,7 @@ import numpy as np
 from msrn_ray.datasets.coco import read_coco
 from msrn_ray.datasets.nuswide import CSV_FILE, NUSWIDE_LABELS, read_nuswide
 from msrn_ray.datasets.voc import VOC_LABELS, read_voc
+from msrn_ray.io.storage import Location
 from msrn_ray.official import COCO_LABELS
 from msrn_ray.types import SampleTable
 
@@ -146,10 +147,10 @@ def main() -> None:
             write(root)
         megabytes = (coco / "annotations/instances_train2014.json").stat().st_size / 1e6
         readers: dict[str, Callable[[], SampleTable]] = {
-            f"COCO, {megabytes:.0f} MB of JSON": partial(read_coco, coco, "train", keep_unlabelled=True),
-            "VOC with its XML files": partial(read_voc, voc, "trainval"),
-            "NUS-WIDE, official lists": partial(read_nuswide, nuswide, "Train", form="official"),
-            "NUS-WIDE, csv": partial(read_nuswide, nuswide, "Train", form="csv"),
+            f"COCO, {megabytes:.0f} MB of JSON": partial(read_coco, Location.of(coco), "train", keep_unlabelled=True),
+            "VOC with its XML files": partial(read_voc, Location.of(voc), "trainval"),
+            "NUS-WIDE, official lists": partial(read_nuswide, Location.of(nuswide), "Train", form="official"),
+            "NUS-WIDE, csv": partial(read_nuswide, Location.of(nuswide), "Train", form="csv"),
         }
         for name, read in readers.items():
             measured = measure(read)

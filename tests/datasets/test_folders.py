@@ -79,7 +79,7 @@ def test_missing_splits_are_drawn_by_seed(shared: Path) -> None:
     sizes = [len(splits.named(name)) for name in ("train", "val", "test")]
     assert sizes == [375, 42, 104]
     images = [image for name in ("train", "val", "test") for image in splits.named(name).table["image_id"].to_pylist()]
-    assert sorted(images) == read_apparel(shared / "data/apparel_mini").table["image_id"].to_pylist()
+    assert sorted(images) == read_apparel(Location.of(shared / "data/apparel_mini")).table["image_id"].to_pylist()
 
 
 def test_behind_a_uri(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from tests.datasets.manifest_files import (
 def photographs(shared: Path) -> dict[str, SampleTable]:
     """The COCO photographs, read by the COCO reader."""
     root = shared / "data/coco_mini"
-    return {split: read_coco(root, split, keep_unlabelled=True) for split in ("train", "val")}
+    return {split: read_coco(Location.of(root), split, keep_unlabelled=True) for split in ("train", "val")}
 
 
 @pytest.mark.parametrize("form", FORMS)

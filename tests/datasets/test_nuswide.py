@@ -13,6 +13,7 @@ import pytest
 
 from msrn_ray.datasets.nuswide import NUSWIDE_LABELS, read_nuswide
 from msrn_ray.errors import UserError
+from msrn_ray.io.storage import Location
 
 
 def write(root: Path, concepts: tuple[str, ...] = ("sky", "animal", "tree")) -> Path:
@@ -33,7 +34,7 @@ def write(root: Path, concepts: tuple[str, ...] = ("sky", "animal", "tree")) -> 
 
 
 def test_other_concepts_keep_the_order_of_their_file(tmp_path: Path) -> None:
-    samples = read_nuswide(write(tmp_path), "Train")
+    samples = read_nuswide(Location.of(write(tmp_path)), "Train")
     assert samples.label_names == ("sky", "animal", "tree")
     assert samples.table["image_id"].to_pylist() == ["zoo/2.jpg", "art/1.jpg", "zoo/3.jpg"]
     assert samples.targets.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
@@ -43,7 +44,7 @@ def test_other_concepts_keep_the_order_of_their_file(tmp_path: Path) -> None:
 
 def test_the_81_concepts_follow_the_authors_order(tmp_path: Path) -> None:
     concepts = tuple(sorted(NUSWIDE_LABELS))
-    samples = read_nuswide(write(tmp_path, concepts), "Train")
+    samples = read_nuswide(Location.of(write(tmp_path, concepts)), "Train")
     assert samples.label_names == NUSWIDE_LABELS != concepts
     assert samples.targets[0, NUSWIDE_LABELS.index(concepts[0])] == 1
     assert samples.targets.sum() == 2
@@ -59,7 +60,7 @@ def test_labels_are_the_authors_list(shared: Path) -> None:
 )
 def test_agrees_with_the_csv(shared: Path, split: str, in_csv: str, images: int, unlabelled: int, mean: float) -> None:
     root = shared / "data/nuswide_mini"
-    samples = read_nuswide(root, split)
+    samples = read_nuswide(Location.of(root), split)
     with (root / "nus_wid_data.csv").open() as lines:
         expected = {
             str(root / row["filepath"]): set(literal_eval(row["label"]))
@@ -78,14 +79,16 @@ def test_agrees_with_the_csv(shared: Path, split: str, in_csv: str, images: int,
 
 
 def test_concepts_with_positives(shared: Path) -> None:
-    seen = [read_nuswide(shared / "data/nuswide_mini", split).targets.any(0) for split in ("Train", "Test")]
+    seen = [
+        read_nuswide(Location.of(shared / "data/nuswide_mini"), split).targets.any(0) for split in ("Train", "Test")
+    ]
     assert np.count_nonzero(seen[0] | seen[1]) == 22
     assert np.count_nonzero(seen[0] & seen[1]) == 20
 
 
 def test_unknown_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no split 'train'; choose from: Train, Test"):
-        read_nuswide(write(tmp_path), "train")
+        read_nuswide(Location.of(write(tmp_path)), "train")
 
 
 @pytest.mark.parametrize(
@@ -104,50 +107,54 @@ def test_unknown_split_is_refused(tmp_path: Path) -> None:
 def test_missing_file_is_refused(tmp_path: Path, file: str, message: str) -> None:
     (write(tmp_path) / file).unlink()
     with pytest.raises(UserError, match=message):
-        read_nuswide(tmp_path, "Train")
+        read_nuswide(Location.of(tmp_path), "Train")
 
 
 def test_concept_without_test_labels_is_refused(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "ImageList/TrainImagelist.txt").rename(tmp_path / "ImageList/TestImagelist.txt")
     with pytest.raises(UserError, match=r"the concept 'sky' has no .*Labels_sky_Test\.txt"):
-        read_nuswide(tmp_path, "Test")
+        read_nuswide(Location.of(tmp_path), "Test")
 
 
 def test_any_subset_of_concepts(tmp_path: Path) -> None:
     root = write(tmp_path)
     (root / "Concepts2.txt").write_text("tree\nsky\n")
-    assert read_nuswide(root, "Train").label_names == ("sky", "animal", "tree"), "Concepts81.txt comes first"
-    samples = read_nuswide(root, "Train", concepts="Concepts2.txt")
+    assert read_nuswide(Location.of(root), "Train").label_names == ("sky", "animal", "tree"), (
+        "Concepts81.txt comes first"
+    )
+    samples = read_nuswide(Location.of(root), "Train", concepts="Concepts2.txt")
     assert samples.label_names == ("tree", "sky")
     assert samples.targets.tolist() == [[0, 1], [0, 0], [0, 0]]
     (root / "Concepts81.txt").unlink()
-    assert read_nuswide(root, "Train").label_names == ("tree", "sky"), "the only list"
+    assert read_nuswide(Location.of(root), "Train").label_names == ("tree", "sky"), "the only list"
     (root / "Concepts1.txt").write_text("sky\n")
     with pytest.raises(UserError, match=r"has Concepts1\.txt and Concepts2\.txt; choose one with --data\.concepts"):
-        read_nuswide(root, "Train")
+        read_nuswide(Location.of(root), "Train")
     for name in ("Concepts1.txt", "Concepts2.txt"):
         (root / name).unlink()
-    assert read_nuswide(root, "Train").label_names == ("animal", "sky", "tree"), "those with a file of labels"
+    assert read_nuswide(Location.of(root), "Train").label_names == ("animal", "sky", "tree"), (
+        "those with a file of labels"
+    )
     with pytest.raises(UserError, match=r"Concepts9\.txt: no such file; name a file in the folder"):
-        read_nuswide(root, "Train", concepts="Concepts9.txt")
+        read_nuswide(Location.of(root), "Train", concepts="Concepts9.txt")
 
 
 def test_unknown_concept_gets_a_suggestion(tmp_path: Path) -> None:
     root = write(tmp_path)
     (root / "Concepts81.txt").write_text("sky\nanimals\n")
     with pytest.raises(UserError, match=r"Concepts81\.txt: the concept 'animals' has no .* \(did you mean animal\?\)"):
-        read_nuswide(root, "Train")
+        read_nuswide(Location.of(root), "Train")
 
 
 @pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
 def test_byte_order_marks_and_line_ends(tmp_path: Path, ends: str) -> None:
     root = write(tmp_path)
-    expected = read_nuswide(root, "Train")
+    expected = read_nuswide(Location.of(root), "Train")
     for path in root.rglob("*.txt"):
         text = "\n".join(path.read_text().splitlines())
         path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", ends).encode())
-    found = read_nuswide(root, "Train")
+    found = read_nuswide(Location.of(root), "Train")
     assert found.table.equals(expected.table)
     assert found.label_names == expected.label_names
 
@@ -162,7 +169,7 @@ def test_byte_order_marks_and_line_ends(tmp_path: Path, ends: str) -> None:
 def test_other_encodings_are_refused(tmp_path: Path, data: bytes, message: str) -> None:
     (write(tmp_path) / "ImageList/TrainImagelist.txt").write_bytes(data)
     with pytest.raises(UserError, match=message):
-        read_nuswide(tmp_path, "Train")
+        read_nuswide(Location.of(tmp_path), "Train")
 
 
 @pytest.mark.parametrize("level", ["ImageList", "Flickr/zoo", ".."])
@@ -176,9 +183,9 @@ def test_wrong_folder_level_gets_a_suggestion(tmp_path: Path, level: str, form: 
     with pytest.raises(
         UserError, match=rf"neither ImageList/ nor nus_wid_data\.csv; give .* \(did you mean {root}\?\)"
     ):
-        read_nuswide(tmp_path if level == ".." else root / level, "Train")
+        read_nuswide(Location.of(tmp_path if level == ".." else root / level), "Train")
     with pytest.raises(UserError, match=r"nowhere: no such folder with ImageList/"):
-        read_nuswide(tmp_path / "nowhere", "Train")
+        read_nuswide(Location.of(tmp_path / "nowhere"), "Train")
 
 
 CSV_ROWS = ("zoo/3.jpg,[],val", """zoo/2.jpg,"['sky', 'sun']",train""", "art/1.jpg,['tree'],train")
@@ -191,33 +198,33 @@ def write_csv(root: Path, rows: Sequence[str], header: str = "filepath,label,spl
 
 def test_csv(tmp_path: Path) -> None:
     root = write_csv(write(tmp_path), CSV_ROWS)
-    samples = read_nuswide(root, "Train", form="csv")
+    samples = read_nuswide(Location.of(root), "Train", form="csv")
     assert samples.label_names == NUSWIDE_LABELS
     assert samples.table["image_id"].to_pylist() == ["zoo/2.jpg", "art/1.jpg"]
     assert samples.table["uri"].to_pylist()[0] == str(root / "Flickr/zoo/2.jpg")
     labels = [[NUSWIDE_LABELS[column] for column in np.flatnonzero(row)] for row in samples.targets]
     assert labels == [["sky", "sun"], ["tree"]]
     assert samples.source == "nus_wid_data.csv train"
-    assert read_nuswide(root, "Train").source == "TrainImagelist.txt", "the official lists come first"
-    assert len(read_nuswide(root, "Test", form="csv")) == 1
-    assert len(read_nuswide(root, "Test", form="csv", keep_unlabelled=False)) == 0
+    assert read_nuswide(Location.of(root), "Train").source == "TrainImagelist.txt", "the official lists come first"
+    assert len(read_nuswide(Location.of(root), "Test", form="csv")) == 1
+    assert len(read_nuswide(Location.of(root), "Test", form="csv", keep_unlabelled=False)) == 0
     (root / "nus_wid_data.csv").write_bytes(
         b"\xef\xbb\xbf" + (root / "nus_wid_data.csv").read_bytes().replace(b"\n", b"\r\n").replace(b"/", b"\\")
     )
-    assert read_nuswide(root, "Train", form="csv").table.equals(samples.table)
+    assert read_nuswide(Location.of(root), "Train", form="csv").table.equals(samples.table)
 
 
 def test_csv_of_other_concepts(tmp_path: Path) -> None:
     root = write_csv(write(tmp_path), [*CSV_ROWS[:2], "art/1.jpg,['unicorn'],train"])
     with pytest.raises(UserError, match=r"csv, row 3: 'unicorn' is no concept of NUS-WIDE; correct it, or name a file"):
-        read_nuswide(root, "Train", form="csv")
+        read_nuswide(Location.of(root), "Train", form="csv")
     (root / "mine.txt").write_text("unicorn\nsun\n")
-    samples = read_nuswide(root, "Train", form="csv", concepts="mine.txt")
+    samples = read_nuswide(Location.of(root), "Train", form="csv", concepts="mine.txt")
     assert samples.label_names == ("unicorn", "sun")
     assert samples.targets.tolist() == [[0, 1], [1, 0]]
     (root / "mine.txt").write_text("unicorns\nunicorn\n")
     with pytest.raises(UserError, match=r"no row has the concept 'unicorns'; correct its name in the file of --data"):
-        read_nuswide(root, "Train", form="csv", concepts="mine.txt")
+        read_nuswide(Location.of(root), "Train", form="csv", concepts="mine.txt")
 
 
 @pytest.mark.parametrize(
@@ -244,20 +251,20 @@ def test_csv_of_other_concepts(tmp_path: Path) -> None:
 def test_damaged_csv_is_refused(tmp_path: Path, row: str, message: str) -> None:
     root = write_csv(write(tmp_path), [CSV_ROWS[1], row])
     with pytest.raises(UserError, match=message) as error:
-        read_nuswide(root, "Train", form="csv")
+        read_nuswide(Location.of(root), "Train", form="csv")
     assert "nus_wid_data.csv" in str(error.value)
 
 
 def test_csv_without_a_column_or_split_is_refused(tmp_path: Path) -> None:
     root = write_csv(write(tmp_path), CSV_ROWS, "filepath,labels,split_name")
     with pytest.raises(UserError, match=r"with the columns filepath, label, split_name \(.*'label'"):
-        read_nuswide(root, "Train", form="csv")
+        read_nuswide(Location.of(root), "Train", form="csv")
     write_csv(root, CSV_ROWS[1:])
     with pytest.raises(UserError, match=r"csv: no row of split Test"):
-        read_nuswide(root, "Test", form="csv")
+        read_nuswide(Location.of(root), "Test", form="csv")
     (root / "nus_wid_data.csv").unlink()
     with pytest.raises(UserError, match=r"nus_wid_data\.csv: no such file; give the folder that holds nus_wid"):
-        read_nuswide(root, "Train", form="csv")
+        read_nuswide(Location.of(root), "Train", form="csv")
 
 
 @pytest.mark.parametrize(
@@ -292,13 +299,13 @@ def test_csv_without_a_column_or_split_is_refused(tmp_path: Path) -> None:
 def test_damaged_file_is_refused(tmp_path: Path, file: str, text: str, message: str) -> None:
     (write(tmp_path) / file).write_text(text)
     with pytest.raises(UserError, match=message):
-        read_nuswide(tmp_path, "Train")
+        read_nuswide(Location.of(tmp_path), "Train")
 
 
 def test_missing_images_are_refused(tmp_path: Path) -> None:
     (write(tmp_path) / "Flickr/art/1.jpg").unlink()
     with pytest.raises(UserError, match=r"1 of its 3 images are missing \(\S*Flickr/art/1\.jpg\); finish"):
-        read_nuswide(tmp_path, "Train")
+        read_nuswide(Location.of(tmp_path), "Train")
     (tmp_path / "Flickr/art").rmdir()
     with pytest.raises(UserError, match=r"1 of its 3 images are missing \(\S*Flickr/art/1\.jpg\); finish"):
-        read_nuswide(tmp_path, "Train")
+        read_nuswide(Location.of(tmp_path), "Train")

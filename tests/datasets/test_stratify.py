@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from msrn_ray.datasets.apparel import read_apparel
 from msrn_ray.datasets.stratify import stratified_split
 from msrn_ray.errors import UserError
+from msrn_ray.io.storage import Location
 
 TARGETS = hnp.arrays(np.int8, st.tuples(st.integers(0, 40), st.integers(1, 6)), elements=st.sampled_from([1, 0, 0, -1]))
 FRACTIONS = st.floats(0.01, 0.99)
@@ -62,7 +63,7 @@ def test_seeds_give_different_splits() -> None:
 
 
 def test_apparel_labels_keep_their_shares(shared: Path) -> None:
-    targets = read_apparel(shared / "data/apparel_mini").targets
+    targets = read_apparel(Location.of(shared / "data/apparel_mini")).targets
     _, part = stratified_split(targets, 0.2, 0)
     assert len(part) == round(0.2 * len(targets))
     assert (abs(targets[part].sum(0) - 0.2 * targets.sum(0)) <= 3).all()

@@ -12,6 +12,7 @@ import pytest
 
 from msrn_ray.datasets.voc import VOC_LABELS, read_voc
 from msrn_ray.errors import UserError
+from msrn_ray.io.storage import Location
 from msrn_ray.types import ABSENT, PRESENT, UNKNOWN
 
 # Photos with at least one object that is not difficult, in the order of the labels.
@@ -39,7 +40,7 @@ def test_difficult_objects_follow_the_policy(
     tmp_path: Path, difficult: Literal["ignore", "positive", "negative"], value: int
 ) -> None:
     base = write(tmp_path)
-    samples = read_voc(tmp_path, "train", difficult=difficult)
+    samples = read_voc(Location.of(tmp_path), "train", difficult=difficult)
     expected = np.zeros((3, 20), np.int8)
     expected[0, VOC_LABELS.index("cat")], expected[0, VOC_LABELS.index("dog")] = value, 1
     expected[1, VOC_LABELS.index("cat")] = 1
@@ -51,32 +52,34 @@ def test_difficult_objects_follow_the_policy(
 
 def test_unknown_is_the_default(tmp_path: Path) -> None:
     write(tmp_path)
-    assert (read_voc(tmp_path, "train").targets == -1).sum() == 1
+    assert (read_voc(Location.of(tmp_path), "train").targets == -1).sum() == 1
 
 
 @pytest.mark.parametrize("level", [".", "VOCdevkit", "VOCdevkit/VOC2007"])
 def test_root_may_be_any_of_three_levels(tmp_path: Path, level: str) -> None:
     write(tmp_path)
-    assert len(read_voc(tmp_path / level, "train")) == 3
+    assert len(read_voc(Location.of(tmp_path / level), "train")) == 3
 
 
 @pytest.mark.parametrize(("split", "images", "positives"), [("trainval", 137, TRAINVAL), ("test", 87, TEST)])
 def test_positives_match_the_photographs(shared: Path, split: str, images: int, positives: tuple[int, ...]) -> None:
-    samples = read_voc(shared / "data/voc_mini", split)
+    samples = read_voc(Location.of(shared / "data/voc_mini"), split)
     assert len(samples) == images
     assert samples.label_names == VOC_LABELS == tuple(sorted(VOC_LABELS))
     assert tuple((samples.targets == 1).sum(0).tolist()) == positives
 
 
 def test_unknown_labels(shared: Path) -> None:
-    targets = np.concatenate([read_voc(shared / "data/voc_mini", split).targets for split in ("train", "val", "test")])
+    targets = np.concatenate(
+        [read_voc(Location.of(shared / "data/voc_mini"), split).targets for split in ("train", "val", "test")]
+    )
     assert len(targets) == 224
     assert (targets == -1).any(1).sum() == 39
     assert ((targets == -1).any(1) & ~(targets == 1).any(1)).sum() == 12
 
 
 def test_agrees_with_the_annotations(shared: Path) -> None:
-    samples = read_voc(shared / "data/voc_mini", "trainval")
+    samples = read_voc(Location.of(shared / "data/voc_mini"), "trainval")
     for row in samples.table.to_pylist():
         path = shared / f"data/voc_mini/VOCdevkit/VOC2007/Annotations/{row['image_id']}.xml"
         easy: dict[str, bool] = {}
@@ -97,13 +100,13 @@ def test_folder_without_voc_is_refused(tmp_path: Path) -> None:
         UserError,
         match=r"no ImageSets/Main in it, in VOC2007/, .* or in VOCdevkit/VOC2012/; give the folder of VOC2007$",
     ):
-        read_voc(tmp_path, "train")
+        read_voc(Location.of(tmp_path), "train")
 
 
 def test_missing_split_is_refused(tmp_path: Path) -> None:
     write(tmp_path)
     with pytest.raises(UserError, match=r"aeroplane_test\.txt: no such file; unpack .* or choose from: train$"):
-        read_voc(tmp_path, "test")
+        read_voc(Location.of(tmp_path), "test")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +129,7 @@ def test_missing_split_is_refused(tmp_path: Path) -> None:
 def test_damaged_list_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (write(tmp_path) / "ImageSets/Main/cat_train.txt").write_text(text)
     with pytest.raises(UserError, match=message):
-        read_voc(tmp_path, "train")
+        read_voc(Location.of(tmp_path), "train")
 
 
 @pytest.mark.parametrize(
@@ -134,13 +137,13 @@ def test_damaged_list_is_refused(tmp_path: Path, text: str, message: str) -> Non
 )
 def test_byte_order_mark_and_line_ends(tmp_path: Path, data: bytes) -> None:
     (write(tmp_path) / "ImageSets/Main/cat_train.txt").write_bytes(data)
-    assert read_voc(tmp_path, "train").targets[:, VOC_LABELS.index("cat")].tolist() == [0, 1, 0]
+    assert read_voc(Location.of(tmp_path), "train").targets[:, VOC_LABELS.index("cat")].tolist() == [0, 1, 0]
 
 
 def test_other_encodings_are_refused(tmp_path: Path) -> None:
     (write(tmp_path) / "ImageSets/Main/cat_train.txt").write_bytes("000002 -1\n".encode("utf-16"))
     with pytest.raises(UserError, match=r"cat_train\.txt: is UTF-16; save the whole file as UTF-8"):
-        read_voc(tmp_path, "train")
+        read_voc(Location.of(tmp_path), "train")
 
 
 def write_xml(base: Path, image_id: str, *objects: tuple[str, str]) -> None:
@@ -162,11 +165,11 @@ def write_agreeing(base: Path) -> Path:
 
 def test_agreeing_xml_adds_no_note(tmp_path: Path) -> None:
     base = write(tmp_path)
-    samples = read_voc(tmp_path, "train")
+    samples = read_voc(Location.of(tmp_path), "train")
     (note, _) = samples.notes
     assert note == "train: 3 of 3 images have no XML to compare the class files with"
     write_agreeing(base)
-    compared = read_voc(tmp_path, "train")
+    compared = read_voc(Location.of(tmp_path), "train")
     assert compared.table.equals(samples.table)
     assert len(compared.notes) == 1
 
@@ -199,16 +202,16 @@ def test_contradicting_xml_is_refused(
     base = write_agreeing(write(tmp_path))
     write_xml(base, image_id, *objects)
     with pytest.raises(UserError, match=message):
-        read_voc(tmp_path, "train")
+        read_voc(Location.of(tmp_path), "train")
 
 
 def test_a_note_counts_differences_on_difficult(tmp_path: Path) -> None:
     base = write(tmp_path)
-    samples = read_voc(tmp_path, "train")
+    samples = read_voc(Location.of(tmp_path), "train")
     write_agreeing(base)
     write_xml(base, "000002", ("cat", "0"), ("dog", "1"))
     write_xml(base, "000009", ("sheep", "1"))
-    compared = read_voc(tmp_path, "train")
+    compared = read_voc(Location.of(tmp_path), "train")
     assert compared.table.equals(samples.table), "the class files are used"
     assert compared.notes[0] == (
         "train: class files and XML differ in 3 labels on what is difficult; the class files are used (1 absent / difficult,"
@@ -220,7 +223,7 @@ def test_damaged_xml_is_refused(tmp_path: Path) -> None:
     base = write_agreeing(write(tmp_path))
     (base / "Annotations/000005.xml").write_text("<annotation><object>")
     with pytest.raises(UserError, match=r"000005\.xml: not an XML file \(.*\); unpack it again"):
-        read_voc(tmp_path, "train")
+        read_voc(Location.of(tmp_path), "train")
 
 
 @pytest.mark.parametrize("encoding", ["gb2312", "nothing-known"])
@@ -229,7 +232,7 @@ def test_xml_with_unknown_encoding_is_refused(tmp_path: Path, encoding: str) -> 
     path = base / "Annotations/000005.xml"
     path.write_text(f'<?xml version="1.0" encoding="{encoding}"?><annotation/>')
     with pytest.raises(UserError, match=r"000005\.xml: not an XML file \(.*encoding.*\); unpack it again"):
-        read_voc(tmp_path, "train")
+        read_voc(Location.of(tmp_path), "train")
 
 
 def test_malicious_xml_is_refused(tmp_path: Path) -> None:
@@ -239,32 +242,32 @@ def test_malicious_xml_is_refused(tmp_path: Path) -> None:
         text = f"<!DOCTYPE annotation [{entities}]><annotation><object><name>&{name};</name></object></annotation>"
         (base / "Annotations/000005.xml").write_text(text)
         with pytest.raises(UserError, match=r"000005\.xml: not an XML file"):
-            read_voc(tmp_path, "train")
+            read_voc(Location.of(tmp_path), "train")
 
 
 def test_years(tmp_path: Path) -> None:
     base = write(tmp_path)
     later = shutil.copytree(base, base.parent / "VOC2012")
-    assert read_voc(tmp_path, "train").source == "VOC2007 train"
-    assert read_voc(tmp_path, "train", year=2012).source == "VOC2012 train"
-    assert read_voc(later, "train").source == "VOC2012 train"
+    assert read_voc(Location.of(tmp_path), "train").source == "VOC2007 train"
+    assert read_voc(Location.of(tmp_path), "train", year=2012).source == "VOC2012 train"
+    assert read_voc(Location.of(later), "train").source == "VOC2012 train"
     with pytest.raises(
         UserError, match=r"VOC2007: no ImageSets/Main in .*; give the folder of VOC2012 \(did you mean .*kit\?\)"
     ):
-        read_voc(base, "train", year=2012)
+        read_voc(Location.of(base), "train", year=2012)
     with pytest.raises(UserError, match=r"data\.year 2014: VOC has 2007 and 2012; choose one"):
-        read_voc(base, "train", year=2014)
+        read_voc(Location.of(base), "train", year=2014)
     shutil.rmtree(base)
-    assert read_voc(tmp_path, "train").source == "VOC2012 train"
+    assert read_voc(Location.of(tmp_path), "train").source == "VOC2012 train"
 
 
 @pytest.mark.parametrize("level", ["JPEGImages", "ImageSets", "ImageSets/Main"])
 def test_wrong_folder_level_gets_a_suggestion(tmp_path: Path, level: str) -> None:
     base = write(tmp_path / "set")
     with pytest.raises(UserError, match=rf"did you mean {base}\?"):
-        read_voc(base / level, "train")
+        read_voc(Location.of(base / level), "train")
     with pytest.raises(UserError, match=rf"did you mean {tmp_path}/set\?"):
-        read_voc(tmp_path, "train")
+        read_voc(Location.of(tmp_path), "train")
 
 
 def test_image_ids_cannot_leave_the_folder(tmp_path: Path) -> None:
@@ -272,7 +275,7 @@ def test_image_ids_cannot_leave_the_folder(tmp_path: Path) -> None:
     for path in (base / "ImageSets/Main").iterdir():
         path.write_text(path.read_text().replace("000005", "../../x"))
     with pytest.raises(UserError, match=r"aeroplane_train\.txt: the file name '\.\./\.\./x\.jpg' leads out of"):
-        read_voc(tmp_path, "train")
+        read_voc(Location.of(tmp_path), "train")
 
 
 def test_missing_images_are_refused(tmp_path: Path) -> None:
@@ -281,7 +284,7 @@ def test_missing_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"aeroplane_train\.txt: 1 of its 3 images are missing \(\S*JPEGImages/000005\.jpg\); finish"
     ):
-        read_voc(tmp_path, "train")
+        read_voc(Location.of(tmp_path), "train")
     shutil.rmtree(base / "JPEGImages")
     with pytest.raises(UserError, match=r"JPEGImages: no such folder"):
-        read_voc(tmp_path, "train")
+        read_voc(Location.of(tmp_path), "train")

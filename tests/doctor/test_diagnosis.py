@@ -248,8 +248,7 @@ def test_photographs_of_coco(shared: Path) -> None:
 
 def test_a_part_of_a_file_is_shown_by_its_id() -> None:
     samples = pa.table({"image_id": ["7", "8"], "uri": ["/a.parquet#bytes=4+5", "/b.jpg"]})
-    num_labels = np.zeros(2, np.int32)
-    dataset = DatasetFacts(ExperimentConfig(), ("train",), (), samples, np.array([0]), samples, (), num_labels)
+    dataset = DatasetFacts(ExperimentConfig(), ("train",), (), samples, np.array([0]), samples, ())
     assert [(image.caption, image.uri) for image in dataset.show(np.array([0, 1]))] == [
         ("train: 7", "/a.parquet#bytes=4+5"),
         ("train: /b.jpg", "/b.jpg"),

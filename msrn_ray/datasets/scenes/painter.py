@@ -30,12 +30,6 @@ SEA_COLOURS: tuple[Colour, ...] = ((35, 95, 150), (40, 130, 140), (70, 100, 120)
 ROCK_COLOURS: tuple[Colour, ...] = ((105, 100, 110), (120, 95, 80), (95, 85, 125))
 
 
-def smooth_noise(rng: Rng, height: int, width: int, rows: int, columns: int) -> Pixels:
-    """Return [height, width, 1] float32: random numbers on rows x columns cells, interpolated smoothly."""
-    cells = Image.fromarray(rng.standard_normal((rows, columns), np.float32))
-    return np.asarray(cells.resize((width, height), Image.Resampling.BICUBIC))[..., None]
-
-
 class Painter:
     """A picture of H x W pixels under construction; its first `horizon` rows are above the horizon.
 
@@ -57,11 +51,16 @@ class Painter:
         top, bottom = (np.array(vary(rng, colour, by=12), np.float32) for colour in palette)
         down = np.linspace(0, 1, self.horizon, dtype=np.float32)[:, None, None]
         self.canvas = np.empty((height, width, 3), np.float32)
-        self.canvas[: self.horizon] = top + (bottom - top) * down + 6 * smooth_noise(rng, self.horizon, width, 3, 4)
+        self.canvas[: self.horizon] = top + (bottom - top) * down + 6 * self.noise(self.horizon, 3, 4)
         rows = height - self.horizon
-        texture = 9 * smooth_noise(rng, rows, width, rows // 3, width // 2) + 12 * smooth_noise(rng, rows, width, 3, 5)
+        texture = 9 * self.noise(rows, rows // 3, width // 2) + 12 * self.noise(rows, 3, 5)
         ground = np.array(vary(rng, *GROUND_COLOURS[place]), np.float32)
         self.canvas[self.horizon :] = (ground + texture) * self.light
+
+    def noise(self, height: int, rows: int, columns: int) -> Pixels:
+        """Return [height, W, 1] float32: random numbers on rows x columns cells, interpolated smoothly."""
+        cells = Image.fromarray(self.rng.standard_normal((rows, columns), np.float32))
+        return np.asarray(cells.resize((self.width, height), Image.Resampling.BICUBIC))[..., None]
 
     def cover(self, name: str, above: bool, opacity: Pixels, colours: Pixels) -> None:
         """Paint colours ([h, W, 3]) over the h rows above or below the horizon, as an object with the label `name`."""
@@ -87,11 +86,9 @@ class Painter:
         rise = np.interp(x, knots, peaks, left=0, right=0).astype(np.float32)
         depth = y - (self.horizon - rise)  # under the ridge
         opacity = np.clip(depth, 0, 1) * (rise > 1)
-        colours = np.array(vary(rng, *ROCK_COLOURS), np.float32) + 14 * smooth_noise(
-            rng, self.horizon, self.width, 9, 12
-        )
+        colours = np.array(vary(rng, *ROCK_COLOURS), np.float32) + 14 * self.noise(self.horizon, 9, 12)
         if rng.random() < 0.7:
-            snow = depth + 3 * smooth_noise(rng, self.horizon, self.width, 5, 24)[..., 0] < 0.3 * rise - 4
+            snow = depth + 3 * self.noise(self.horizon, 5, 24)[..., 0] < 0.3 * rise - 4
             colours[snow] = (235, 238, 242)
         self.cover("mountain", True, opacity, colours)
         self.occupied[: self.horizon] |= opacity > 0.5
@@ -102,7 +99,7 @@ class Painter:
         shore = self.height * rng.uniform(0.8, 0.93) if beach else self.height + 5.0
         self.strip = (self.strip[0], min(shore, self.height))
         until = shore + 2.5 * np.sin(x / rng.uniform(6, 14)) - y
-        waves = smooth_noise(rng, len(y), self.width, self.height // 7, 9)
+        waves = self.noise(len(y), self.height // 7, 9)
         colours = np.array(vary(rng, *SEA_COLOURS), np.float32) + 16 * waves
         colours[(waves[..., 0] > 1.1) | (until < 2.5)] += 55
         self.cover("sea", False, np.clip(until, 0, 1), colours)
@@ -120,7 +117,7 @@ class Painter:
             middle_x = self.width * (rng.uniform(0.35, 0.65) * (1 - near) + rng.uniform(0.4, 0.6) * near)
             side = (x - middle_x) / (self.width * (0.02 + rng.uniform(0.3, 0.42) * near))
             along = np.broadcast_to(3.0 / near, side.shape)
-        texture = 5 * smooth_noise(rng, len(y), self.width, len(y) // 2, self.width // 2)
+        texture = 5 * self.noise(len(y), len(y) // 2, self.width // 2)
         colours = np.array(vary(rng, (80, 80, 85), (60, 60, 66), by=10), np.float32) + texture
         colours[np.abs(np.abs(side) - 0.86) < 0.06] = (225, 225, 220)
         colours[(np.abs(side) < 0.06) & (along.astype(np.int32) % 2 == 0)] = (235, 225, 180)
@@ -176,8 +173,7 @@ class Painter:
         image = Image.fromarray(self.canvas.clip(0, 255, out=self.canvas).astype(np.uint8))
         boxes = []
         for number, name in enumerate(self.names, start=1):
-            corners = Image.fromarray(self.visible == number).getbbox()
-            if corners is not None:
+            if corners := Image.fromarray(self.visible == number).getbbox():
                 x0, y0, x1, y1 = corners
                 boxes.append((name, (x0, y0, x1 - x0, y1 - y0)))
         return image, boxes
@@ -197,12 +193,9 @@ def paint(labels: frozenset[str], place: str, sky: str, rng: Rng) -> tuple[Image
     """
     width, height = (int(side) for side in rng.integers(128, 177, 2))
     painter = Painter(place, sky, width, height, rng)
-    if "mountain" in labels:
-        painter.mountain()
-    if "sea" in labels:
-        painter.sea()
-    if "road" in labels:
-        painter.road()
+    for name, draw in (("mountain", painter.mountain), ("sea", painter.sea), ("road", painter.road)):
+        if name in labels:
+            draw()
     wanted = [(name, sprite, True) for name, sprite in SPRITES.items() if name in labels]
     kinds = ("balloon", "kite", "rock") if place == "coast" else tuple(DISTRACTORS)
     for name in map(str, rng.choice(kinds, int(rng.integers(0, 3)), replace=False)):
