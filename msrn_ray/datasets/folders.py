@@ -39,14 +39,12 @@ def read_folders(root: Location, *, label_names: Sequence[str] | None = None) ->
         paths = [f"{top}/{label}" for top in top_folders for label in _subfolders(root / top)]
         paths.sort(key=lambda path: (_split_position(path), path))
 
-    notes = []
     num_stray = sum(
         is_image(name)
         for folder in (root, *(root / top for top in top_folders if has_splits))
         for name in folder.names()
     )
-    if num_stray:
-        notes.append(f"{root.name}: {num_stray} images left out that are in no label's folder")
+    stray_notes = [f"{root.name}: {num_stray} images left out that are in no label's folder"] if num_stray else []
     images, image_notes = list_images(root, paths, recursive=True)
     folder_labels = [path.rpartition("/")[2] for path in images]
     labels = sorted(set(folder_labels))
@@ -64,8 +62,8 @@ def read_folders(root: Location, *, label_names: Sequence[str] | None = None) ->
     targets[np.arange(len(targets)), np.repeat([all_labels.index(label) for label in folder_labels], sizes)] = PRESENT
     ids = pa.chunked_array(list(images.values()))
     summary = f"{root.name}: {len(targets)} images, {len(all_labels)} labels (one folder per label)"
-    notes = [summary, *notes, *image_notes]
-    samples = SampleTable.from_columns(ids, uris_below(root, ids), targets, all_labels, root.name, tuple(notes))
+    notes = (summary, *stray_notes, *image_notes)
+    samples = SampleTable.from_columns(ids, uris_below(root, ids), targets, all_labels, root.name, notes)
     split = np.repeat(np.array([_split_position(path) for path in images], np.int8), sizes) if has_splits else None
     return CustomImages(samples, split)
 

@@ -187,8 +187,7 @@ def _flat(table: pa.Table) -> pa.Table:
 
 
 def _require_bytes(file: Location, column: str, images: pa.Array) -> None:
-    row = pc.index(pc.fill_null(pc.binary_length(images), 0), 0).as_py()
-    if row >= 0:
+    if (row := pc.index(pc.fill_null(pc.binary_length(images), 0), 0).as_py()) >= 0:
         raise UserError(
             f"{file}: row {row} of a batch has no {column}, perhaps only a path;"
             " load the data set and call `save_to_disk`, which stores the bytes"

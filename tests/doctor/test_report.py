@@ -98,6 +98,22 @@ def test_a_page_that_cannot_be_written(root: Path, tmp_path: Path) -> None:
         write_page(tmp_path, diagnosis_of(root), 10**6)
 
 
+def test_a_failed_write_keeps_the_old_page(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "report.html"
+    page.write_text("old")
+    diagnosis = diagnosis_of(root)
+
+    def fill_the_disk(path: Path, text: str, **_: object) -> None:
+        path.write_bytes(text[:10].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill_the_disk)
+    with pytest.raises(UserError, match=r"report\.html: cannot be written \(No space left on device\)"):
+        write_page(page, diagnosis, 10**6)
+    assert page.read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "set"}
+
+
 def run(monkeypatch: pytest.MonkeyPatch, *argv: str | Path) -> int:
     monkeypatch.setattr("sys.argv", ["msrn", "doctor", *map(str, argv)])
     try:
