@@ -63,7 +63,7 @@ class ExperimentConfig(Settings):
             node: Any = tree
             while parents and isinstance(node.get(parents[0]), dict):
                 node = node[parents.pop(0)]
-            if parents or leaf not in node:
+            if parents or leaf not in node:  # parents: what is left of the path because it was not found
                 raise UserError(f"unknown setting {path!r}; allowed here: {', '.join(sorted(node))}")
             if isinstance(node[leaf], dict):
                 raise UserError(f"{path!r} is a group; set one of: {', '.join(f'{path}.{key}' for key in node[leaf])}")

@@ -88,15 +88,15 @@ def convert_state_dict(official: Mapping[str, Tensor], *, levels: int = 3) -> di
         raise UserError(f"levels={levels}: a number from 1 to {len(LEVELS)} is expected")
     source = {name.removeprefix("module."): tensor for name, tensor in official.items()}
     has_mlp = "fc1.weight" in source
+    names = {} if has_mlp else dict(_ELEMENTWISE)
+    for old, new in _GRAPH_ATTENTION.items():
+        names |= {f"{old}.W": f"{new}.weight", f"{old}.a": f"{new}.score"}
     layers = {"fc_label": "label_semantics.input"} | (_MLP if has_mlp else {})
     for index, level in enumerate(LEVELS[-levels:]):
         layers[f"ProjectM.{index}"] = f"projections.{level}"
         if level != "layer4":
             layers[f"resnet_101.conv_buffer{LEVELS.index(level)}"] = f"buffer_convs.{level}"
-    names = {f"{old}.{part}": f"{new}.{part}" for old, new in layers.items() for part in ("weight", "bias")}
-    for old, new in _GRAPH_ATTENTION.items():
-        names |= {f"{old}.W": f"{new}.weight", f"{old}.a": f"{new}.score"}
-    names |= {} if has_mlp else _ELEMENTWISE
+    names |= {f"{old}.{part}": f"{new}.{part}" for old, new in layers.items() for part in ("weight", "bias")}
     missing = [name for name in names if name not in source]
     if missing:
         raise UserError(

@@ -14,7 +14,7 @@ Dataset = Literal["scenes", "coco", "voc", "nuswide", "apparel", "manifest", "fo
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
-# Marks fields that may differ when a run is resumed: they do not change what is trained, or only say where a file is
+# Marks fields that may differ when a run is resumed: they do not change what is trained (epochs may only grow), or only say where a file is
 MAY_DIFFER = "may differ"
 
 

@@ -32,7 +32,16 @@ from .live_table import LiveTable
 from .mlflow_logger import open_mlflow
 from .options import SearchOptions, check_options
 from .report import CSV, write_results
-from .search_folder import SearchFolder, change_study, name_folder, new_study, plan_search, reopen_study, single_driver
+from .search_folder import (
+    SearchFolder,
+    change_study,
+    make_search_folder,
+    name_folder,
+    new_study,
+    plan_search,
+    reopen_study,
+    single_driver,
+)
 from .study import SearchStudy
 from .study_storage import start_study_actor
 from .trial import TrialInputs, run_trial
@@ -54,10 +63,8 @@ def search(options: SearchOptions) -> Path:
     config = absolute_paths(options.experiment)
     resources = config.resources
     folder = name_folder(options, config)
-    loggers: list[Callback] = []
+    mlflow = None if options.mlflow is None else open_mlflow(options.mlflow, folder.path.name)
     with ExitStack() as stack:
-        if options.mlflow is not None:
-            loggers = [stack.enter_context(closing(open_mlflow(options.mlflow, folder.path.name)))]
         if options.resume is not None:
             stack.enter_context(single_driver(folder))
             study = reopen_study(folder, options, config)
@@ -66,6 +73,8 @@ def search(options: SearchOptions) -> Path:
         inputs = gather_inputs(config)
         check_batch(config, len(inputs.splits.train))
         data = describe_data(inputs.splits, config)
+        # without test, on which only the run of the best config is scored
+        inputs = replace(inputs, splits=replace(inputs.splits, test=None))
         if options.resume is not None:
             study.check_data(data["fingerprint"], data["data"])
             change_study(study, folder, options)
@@ -73,14 +82,14 @@ def search(options: SearchOptions) -> Path:
         connect(resources.model_copy(update={"dashboard": True}), runs=runs)
         allocation = share_cluster(allocate(resources), options.max_concurrent, ray.nodes())
         if options.resume is None:
+            make_search_folder(folder, config)
+            stack.enter_context(single_driver(folder))
             plan = plan.model_copy(update={"data": data["fingerprint"], "source": data["data"]})
             study = new_study(folder, plan, options)
-            stack.enter_context(single_driver(folder))
         stopper = SearchStopper(None if options.time_budget is None else 60 * options.time_budget)
         trial_config = config.with_overrides({"train.storage": str(folder.path)})
-        # without test, on which only the run of the best config is scored
-        shared = replace(inputs, splits=replace(inputs.splits, test=None))
-        trial_inputs = TrialInputs(trial_config, store_inputs(shared, data), allocation)
+        trial_inputs = TrialInputs(trial_config, store_inputs(inputs, data), allocation)
+        loggers: list[Callback] = [] if mlflow is None else [stack.enter_context(closing(mlflow))]
         _run_trials(study, folder, trial_inputs, stopper, loggers)
     return folder.path
 

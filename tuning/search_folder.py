@@ -101,16 +101,24 @@ def plan_search(options: SearchOptions, config: ExperimentConfig, folder: Search
     return plan
 
 
-def new_study(folder: SearchFolder, plan: SearchPlan, options: SearchOptions) -> SearchStudy:
-    """Create the folder of a new search, with its config in it, and its study; without a study, delete the folder again.
+def make_search_folder(folder: SearchFolder, config: ExperimentConfig) -> None:
+    """Create the folder of a new search, with its config in it.
 
     Raises:
-        UserError: if the folder cannot be written; see `create_study`.
+        UserError: if it cannot be written.
     """
     try:
-        make_folder(folder.path, plan.config.with_overrides({"train.run_name": folder.path.name}))
+        make_folder(folder.path, config.with_overrides({"train.run_name": folder.path.name}))
     except OSError as error:
         raise cannot_be_written(folder.path, error) from None
+
+
+def new_study(folder: SearchFolder, plan: SearchPlan, options: SearchOptions) -> SearchStudy:
+    """Create the study of a new search, or delete its folder, which is of no use without one.
+
+    Raises:
+        UserError: see `create_study`.
+    """
     try:
         num_trials = options.trials or (None if options.sampler == "grid" else _DEFAULT_TRIALS)
         return create_study(folder.study_url, folder.path.name, plan, num_trials)

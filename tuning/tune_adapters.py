@@ -92,7 +92,9 @@ class SearchProgress(NotPickled, Callback):
         self._table = table
         self._stopper = stopper
 
-    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, *_: Any, **info: Any) -> None:
+    def on_trial_start(
+        self, iteration: int, trials: list[Trial], trial: Trial, *_: Any, **info: Any
+    ) -> None:  # `_`: a result
         """Show that a trial starts, reports an epoch, or ends, after its last epoch or early; the study has it already."""
         self._table.update(trial.config["number"])
 

@@ -91,8 +91,10 @@ COMMANDS: dict[str, type[Any]] = {
 def main() -> None:
     """Run one subcommand. Exit with 2 and one line for what the user can fix, and with 130 after Ctrl-C; a bug keeps its traceback."""
     try:
-        parse(COMMANDS, sys.argv[1:] or ["--help"]).run()
-        sys.stdout.flush()  # here, so that an error of it is caught below
+        try:
+            parse(COMMANDS, sys.argv[1:] or ["--help"]).run()
+        finally:
+            sys.stdout.flush()  # before a message on stderr, and here, so that an error of the flush is caught below
     except ValidationError as error:
         _fail("; ".join(describe_errors(error)))
     except UserError as error:

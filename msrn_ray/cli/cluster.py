@@ -88,14 +88,14 @@ class Plan:
         """Print the plan."""
         from ..training.estimate import Hardware, describe_plan
 
-        config = PRESETS[self.preset].config
-        if self.batch_size is not None:
-            config = config.with_overrides({"train.batch_size": self.batch_size})
         for option, value in vars(self).items():
             if isinstance(value, (int, float)) and not 0 < value < math.inf:
                 raise UserError(f"--{option.replace('_', '-')} {value:g}: must be greater than 0, and finite")
         if self.efficiency > 1:
             raise UserError(f"--efficiency {self.efficiency:g}: a part of the peak, 1 at most")
+        config = PRESETS[self.preset].config
+        if self.batch_size is not None:
+            config = config.with_overrides({"train.batch_size": self.batch_size})
         flops, link, memory = self.gpu_tflops * 1e12, self.network_gbps / 8 * 1e9, self.memory_gbs * 1e9
         hardware = Hardware(self.gpus, flops, link, memory, self.efficiency)
         plan = describe_plan(

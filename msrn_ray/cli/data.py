@@ -51,7 +51,9 @@ class Prepare(StartsFromConfig):
                 raise UserError(f"{option} {value}: must be at least 1")
         start = time.monotonic()
         place = Location.of(self.out)
-        info = prepare(self.data, place, short_side=self.short_side, rows_per_shard=self.rows_per_shard)
+        info = prepare(
+            self.data, place, short_side=self.short_side, rows_per_shard=self.rows_per_shard, console=new_console()
+        )
         for name, split in info.splits.items():
             for line in split.notes:
                 print(line)

@@ -17,8 +17,7 @@ from .text_files import require_utf8
 
 LABEL_FIELDS = ("labels", "label", "tags", "classes", "categories")
 _SPLIT = re.compile(rf"({'|'.join(SPLIT_WORDS)})(?![a-z])")
-
-
+# n images: unique id (null until it is given), URI of the image, its labels
 LABELLED_IMAGES = pa.schema([("image_id", pa.string()), ("uri", pa.string()), ("labels", pa.list_(pa.string()))])
 
 

@@ -227,7 +227,7 @@ def _rows(
         known = pc.fill_null(pc.not_equal(flat, ""), False)
     rows = np.repeat(np.arange(len(num_labels)), num_labels)[known.to_numpy(zero_copy_only=False)]
     ends = np.cumsum(np.bincount(rows, minlength=len(num_labels)))
-    labels = pa.ListArray.from_arrays(pa.array([0, *ends], pa.int32()), flat.filter(known).cast(pa.string()))
+    labels = pa.ListArray.from_arrays(pa.array(np.append(0, ends), pa.int32()), flat.filter(known).cast(pa.string()))
     if columns.image_id is None:
         image_ids = pa.nulls(len(labels), pa.string())
     else:

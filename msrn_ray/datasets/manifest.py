@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -108,7 +108,9 @@ def read_manifest(
     return CustomImages(samples.take(rows), None if split is None else split[rows])
 
 
-def _read_cells(manifest: Location, table: TableFile, columns: _Columns) -> tuple[dict[str, pa.ChunkedArray], Any]:
+def _read_cells(
+    manifest: Location, table: TableFile, columns: _Columns
+) -> tuple[dict[str, pa.ChunkedArray], pa.ChunkedArray | npt.NDArray[np.int8]]:
     """Read and check the columns, block by block.
 
     Returns:

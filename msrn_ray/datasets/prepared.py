@@ -33,7 +33,7 @@ RUN_AGAIN = "run the same `msrn prepare` again, it writes only what is missing"
 
 
 class Frozen(BaseModel):
-    """What a file of a prepared data set describes: unknown fields are refused."""
+    """Base of the records in the files of a prepared data set; unknown fields are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -28,7 +28,8 @@ Difficult = Literal["ignore", "positive", "negative"]
 _DIFFICULT_TARGETS: dict[Difficult, tuple[int, str]] = {
     **{"ignore": (UNKNOWN, "unknown"), "positive": (PRESENT, "present"), "negative": (ABSENT, "absent")}
 }
-_IN_EASY, _IN_DIFFICULT, _IN_NONE = 1, 0, -1  # the values of a class file; the larger one counts for several objects
+# The values of a class file. Of several objects of a class the largest value counts: an easy object overrides a difficult one
+_IN_EASY, _IN_DIFFICULT, _IN_NONE = 1, 0, -1
 _WORDS = {_IN_EASY: "present", _IN_NONE: "absent", _IN_DIFFICULT: "difficult"}
 _XML_THREADS = 16  # a remote XML file costs a round trip, so read several at once
 

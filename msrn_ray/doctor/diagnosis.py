@@ -29,6 +29,7 @@ FACTS = pa.schema(
         ("error", pa.string()),  # why the image cannot be read or decoded; "" for a sound image
     ]
 )
+_BLOCK = 2**16  # rows counted at once
 TAUS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -70,7 +71,7 @@ class Diagnosis:
 
 def all_samples(splits: Splits) -> pa.Table:
     """Return the images of all splits, train before val before test: [n] rows of `image_id`, `uri`, `target`."""
-    return pa.concat_tables([table.table for _, table in _parts(splits)])
+    return pa.concat_tables([table.table for table in splits.tables.values()])
 
 
 def diagnose(
@@ -105,26 +106,30 @@ def diagnose(
     )
 
 
-def _parts(splits: Splits) -> list[tuple[str, SampleTable]]:
-    return list(splits.tables.items())
-
-
 def _gather(splits: Splits, images: pa.Table, config: ExperimentConfig) -> DatasetFacts:
-    parts = _parts(splits)
-    bounds = np.cumsum([0, *(len(table) for _, table in parts)])
+    tables = splits.tables
+    bounds = np.cumsum([0, *map(len, tables.values())])
     assert len(images) == bounds[-1], "one row of facts for each image"
     summaries = tuple(
         _summarize(name, table, images.slice(first, len(table)))
-        for (name, table), first in zip(parts, bounds, strict=False)
+        for (name, table), first in zip(tables.items(), bounds, strict=False)
     )
-    names = tuple(name for name, _ in parts)
-    return DatasetFacts(config, names, splits.train.label_names, all_samples(splits), bounds[:-1], images, summaries)
+    return DatasetFacts(
+        config, tuple(tables), splits.train.label_names, all_samples(splits), bounds[:-1], images, summaries
+    )
 
 
 def _summarize(name: str, table: SampleTable, images: pa.Table) -> SplitSummary:
     """Return one split in numbers; images: its rows of schema `FACTS`."""
     targets = table.targets
-    present = targets == PRESENT
+    present, unknown = np.zeros((2, len(table.label_names)), np.int64)
+    num_present = np.zeros(len(table), np.int64)
+    for first in range(0, len(table), _BLOCK):
+        block = targets[first : first + _BLOCK]
+        is_present = block == PRESENT
+        present += is_present.sum(0)
+        unknown += (block == UNKNOWN).sum(0)
+        num_present[first : first + _BLOCK] = is_present.sum(1)
     return SplitSummary(
         name,
         table.source,
@@ -132,9 +137,9 @@ def _summarize(name: str, table: SampleTable, images: pa.Table) -> SplitSummary:
         np.flatnonzero(~targets.any(1)),
         int(pc.sum(pc.not_equal(images["error"], "")).as_py()),
         int(pc.sum(images["num_bytes"]).as_py()),
-        present.sum(0),
-        (targets == UNKNOWN).sum(0),
-        np.bincount(present.sum(1)),
+        present,
+        unknown,
+        np.bincount(num_present),
     )
 
 
@@ -172,6 +177,6 @@ def _size_table(images: pa.Table) -> tuple[tuple[str, tuple[float, ...]], ...]:
 def _examples(dataset: DatasetFacts, train: SampleTable) -> dict[str, ShownImage]:
     """Return the first sound train image of each label."""
     sound = pc.equal(dataset.images["error"], "").to_numpy()[: len(train)]
-    shows = (train.targets == PRESENT) & sound[:, None]
-    rows = {name: np.flatnonzero(column)[:1] for name, column in zip(train.label_names, shows.T, strict=True)}
+    columns = zip(train.label_names, train.targets.T, strict=True)
+    rows = {name: np.flatnonzero((column == PRESENT) & sound)[:1] for name, column in columns}
     return {name: dataset.show(first)[0] for name, first in rows.items() if len(first)}

@@ -145,8 +145,10 @@ def _graph(graph: LabelCounts, tau: float, config: ExperimentConfig) -> Iterator
 
 
 def _word_vectors(missing: Sequence[str], config: ExperimentConfig) -> Iterator[Finding]:
-    given = config.data.missing_words
-    fix = f"they get {given} vectors (data.missing_words); rename them to get real vectors"
-    if given == "error":
-        fix = "training would stop; rename them, or choose --data.missing-words random or --data.word-vectors learned"
-    yield from about_labels("error" if given == "error" else "info", missing, "without a word vector", fix)
+    stops = config.data.missing_words == "error"
+    fix = (
+        "training would stop; rename them, or choose --data.missing-words random or --data.word-vectors learned"
+        if stops
+        else f"they get {config.data.missing_words} vectors (data.missing_words); rename them to get real vectors"
+    )
+    yield from about_labels("error" if stops else "info", missing, "without a word vector", fix)

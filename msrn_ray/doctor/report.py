@@ -21,7 +21,7 @@ from rich.table import Column, Table
 from ..datasets.transforms import decode
 from ..errors import UserError
 from ..io.byte_ranges import read_bytes
-from ..io.files import atomic_write
+from ..io.files import write_output
 from ..labels.graph import conditional_probability
 from ..labels.graph_plot import draw_graph
 from .diagnosis import Diagnosis
@@ -86,11 +86,8 @@ def write_page(path: Path, diagnosis: Diagnosis, max_pixels: int) -> None:
         heat_map=_heat_map(diagnosis) if len(diagnosis.counts.names) <= _HEAT_MAP else [],
         graph=_data_uri(plot.getvalue(), "png"),
     )
-    try:
-        with atomic_write(path) as partial:
-            partial.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    with write_output(path) as partial:
+        partial.write_text(page, encoding="utf-8")
 
 
 def _tables(diagnosis: Diagnosis) -> Iterator[Table]:

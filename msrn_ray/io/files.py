@@ -38,13 +38,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def write_output(path: Path) -> Iterator[Path]:
-    """Like `atomic_write`, for a file that the user names.
+    """Like `atomic_write`, for a file that the user names. A link stays, and the file that it points to is replaced.
 
     Raises:
         UserError: if the file cannot be written.
     """
     try:
-        with atomic_write(path) as partial:
+        with atomic_write(path.resolve()) as partial:
             yield partial
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None

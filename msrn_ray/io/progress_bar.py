@@ -24,7 +24,8 @@ def count_images(console: Console, total: int) -> Iterator[Callable[[int], None]
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) if console.is_terminal else nullcontext() as bar:
+    progress = Progress(*columns, console=console, transient=True) if console.is_terminal else nullcontext()
+    with progress as bar:
         if bar is not None:
             bar.add_task("images", total=total, rate="")
 

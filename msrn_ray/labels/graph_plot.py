@@ -78,7 +78,8 @@ def draw_graph(counts: LabelCounts, tau: float, target: Path | BinaryIO) -> None
     )
     axis.axis("off")
     figure.colorbar(colour, ax=axis, label="P(i | j)", shrink=0.4, pad=0.01)
-    with write_output(target) if isinstance(target, Path) else nullcontext(target) as file:
+    output = write_output(target) if isinstance(target, Path) else nullcontext(target)
+    with output as file:
         figure.savefig(file, format="png")
 
 

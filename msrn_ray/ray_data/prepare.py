@@ -92,8 +92,7 @@ def prepare(
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # `console` shows the progress
     limit_ray_data(max(1.0, ray.cluster_resources().get("CPU", 1.0) - 1))
     written: dict[SplitName, _WrittenSplit] = {}
-    console = console or Console(highlight=False, soft_wrap=True)
-    with count_images(console, sum(map(len, tables.values()))) as advance:
+    with count_images(console or Console(highlight=False, soft_wrap=True), sum(map(len, tables.values()))) as advance:
         for name, table in tables.items():
             writer = ShardWriter(out, name, table.label_names, plan, rows_per_shard, short_side, settings.max_pixels)
             written[name] = _write_split(writer, table, settings.max_bad_fraction, advance)

@@ -84,9 +84,16 @@ class Worker:
             self.bad["train"].recall(start.account.unreadable, ray.get(self.splits["train"].table)["uri"])
             clear_leftovers(self.input.folder)
         self.plan = replace(self.plan, first_epoch=start.epoch, first_step=start.stats.steps)
-        plan = self.plan
-        progress = plan.first_epoch, plan.first_step, plan.epochs, plan.num_steps
-        self.send(WorkersStarted(*progress, reported_epochs(), _describe(plan, self.learner, self.kernels)))
+        self.send(
+            WorkersStarted(
+                first_epoch=start.epoch,
+                first_step=start.stats.steps,
+                epochs=self.plan.epochs,
+                steps_per_epoch=self.plan.num_steps,
+                reported=reported_epochs(),
+                description=_describe(self.plan, self.learner, self.kernels),
+            )
+        )
         train = self.splits["train"]
         self.gap_start: float | None = None  # end of the last step of the previous epoch, without scoring and saving
         with StoreMeter() if self.plan.rank == 0 else nullcontext() as self.store:

@@ -40,7 +40,8 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(11, 4), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [line["epoch"] for line in history]
-    for axis, names in (left, ("train/classification_loss", "val/loss")), (right, ("val/mAP", "val/CF1", "val/OF1")):
+    panels = (left, ("train/classification_loss", "val/loss")), (right, ("val/mAP", "val/CF1", "val/OF1"))
+    for axis, names in panels:
         for name in names:
             axis.plot(epochs, [line[name] for line in history], marker="o", markersize=3, label=name)
         axis.set_xlabel("epoch")

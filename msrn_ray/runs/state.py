@@ -55,17 +55,17 @@ def kept_state(folder: Path, heartbeat_seconds: float = _HEARTBEAT_SECONDS) -> I
 
     thread = threading.Thread(target=touch, name="run-state", daemon=True)
     thread.start()
-    ending = {"state": "finished"}
+    ending = {"state": "failed", "reason": ""}
     try:
         yield
+        ending = {"state": "finished"}
     except BaseException as error:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             ending = {"state": "interrupted", "reason": "stopped"}
         elif is_stopped_early(error):
-            ending["reason"] = "stopped early"
+            ending = {"state": "finished", "reason": "stopped early"}
         else:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            ending = {"state": "failed", "reason": reason}
+            ending["reason"] = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise
     finally:
         stop.set()

@@ -94,9 +94,8 @@ def predict_step(cost: Cost, hardware: Hardware, images: float, gradient_bytes: 
         images: images per worker.
         gradient_bytes: bytes per weight that workers exchange.
     """
-    compute = (
-        3 * images * cost.flops / (hardware.flops * hardware.efficiency)
-    )  # the backward pass costs twice the forward pass
+    # the backward pass costs twice the forward pass
+    compute = 3 * images * cost.flops / (hardware.flops * hardware.efficiency)
     update = UPDATE_BYTES * cost.weights / hardware.memory
     sent = 2 * (hardware.workers - 1) / hardware.workers * gradient_bytes * cost.weights
     exchange = sent / hardware.link

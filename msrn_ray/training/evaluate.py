@@ -77,6 +77,7 @@ def split_metrics(split: str, scores: Scores, label_names: Sequence[str]) -> dic
     metric = MultiLabelMetrics(len(label_names))
     metric.update(scores.scores, scores.target)
     values: dict[str, Any] = {**metric.compute()}
-    values |= {f"AP/{label}": value for label, value in zip(label_names, values.pop("AP"), strict=True)}
+    per_class = values.pop("AP")
+    values |= {f"AP/{label}": value for label, value in zip(label_names, per_class, strict=True)}
     values |= {"loss": float(scores.loss.mean()), "images": len(scores.row)}
     return {f"{split}/{name}": value for name, value in values.items()}

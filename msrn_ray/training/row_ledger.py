@@ -110,7 +110,8 @@ def _mask(rows: Rows | list[int], plan: TrainPlan) -> Mask:
 
 
 def _unpack(bits: npt.NDArray[np.uint8], num_rows: int) -> Mask:
-    return np.unpackbits(bits, count=num_rows).astype(bool)
+    # numpy leaves the result uninitialised if there are no bits at all
+    return np.unpackbits(np.append(bits, np.uint8(0)), count=num_rows).astype(bool)
 
 
 def _name(rows: npt.NDArray[np.int64]) -> str:

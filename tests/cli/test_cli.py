@@ -263,6 +263,18 @@ def test_closed_pipe_ends_the_command_quietly(tmp_path: Path) -> None:
     assert process.returncode == 1
 
 
+def test_error_comes_after_the_output_in_a_file(tmp_path: Path) -> None:
+    """As in `msrn predict ... >log 2>&1`: Python buffers what it prints into a file, but not its errors."""
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    environment = {**os.environ, "PYTHONPATH": str(Path(msrn_ray.__file__).parents[1])}
+    environment.pop("PYTHONUNBUFFERED", None)
+    command = [sys.executable, "-m", "msrn_ray", "predict", str(make_tiny_checkpoint(tmp_path / "run")), "bad.jpg"]
+    with (tmp_path / "log").open("w") as log:
+        subprocess.run(command, cwd=tmp_path, env=environment, stdout=log, stderr=log, check=False, timeout=120)
+    lines = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
+    assert lines[-2:] == ["1 of 1 images skipped", "msrn: error: none of the images could be read"]
+
+
 def test_presets_lists_all(cli: Cli) -> None:
     done = cli("presets")
     assert (done.code, done.err) == (0, "")

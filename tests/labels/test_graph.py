@@ -271,6 +271,15 @@ def test_saved_counts_load_unchanged(tmp_path: Path, provenance: Provenance | No
         assert str(back.provenance) == "12 images of instances_train2014.json (fingerprint abababababab)"
 
 
+def test_save_replaces_the_file_behind_a_link(tmp_path: Path) -> None:
+    link, target = tmp_path / "counts.npz", tmp_path / "elsewhere.npz"
+    target.touch()
+    link.symlink_to(target)
+    save_counts(link, dog_and_leash())
+    assert link.is_symlink()
+    assert load_counts(target).names == dog_and_leash().names
+
+
 def test_failed_save_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be written \(Is a directory\)"):
         save_counts(tmp_path, dog_and_leash())

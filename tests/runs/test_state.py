@@ -81,6 +81,19 @@ def test_error_gives_final_state_and_reason(tmp_path: Path, error: BaseException
     assert (summarize(run).state, summarize(run).reason) == (state, reason)
 
 
+def test_error_without_text_is_a_failure(tmp_path: Path) -> None:
+    """The reason cannot be written, but the run must not count as finished."""
+
+    class UnprintableError(Exception):
+        def __str__(self) -> str:
+            raise OSError("no text")
+
+    run = make_run(tmp_path / "run", (0.5,))
+    with pytest.raises(OSError, match="no text"), kept_state(run):
+        raise UnprintableError
+    assert summarize(run).state == "failed"
+
+
 def test_user_error_is_the_whole_reason(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     with pytest.raises(UserError), kept_state(run):

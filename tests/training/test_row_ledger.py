@@ -157,5 +157,8 @@ def test_account_differs_from_another_order() -> None:
     assert "passed over" in account.difference(plan, 1, 3)
     assert "before their turn" in account.difference(plan, 1, 1)
     assert account.difference(plan, 2, 2), "every epoch has a different order"
+    none = Account.unpack({name: bits[:0] for name, bits in account.pack().items()}, 150_000)
+    assert not none.trained.any()
+    assert not none.unreadable.any()
     shorter = Account.unpack({name: bits[:1] for name, bits in account.pack().items()}, 20)
     assert shorter.difference(plan, 1, 2), "rows beyond the end are not finished"
