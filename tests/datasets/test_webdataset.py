@@ -147,3 +147,12 @@ def test_webdataset_invalid_characters_are_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"a.jpg": picture(0), "a.json": as_json(["a\ud800"])})
     with pytest.raises(UserError, match=r"sample a: 'a\\ud800' is not a label"):
         read_webdataset(Location.of(tmp_path))
+
+
+def test_image_is_the_file_with_one_suffix(tmp_path: Path) -> None:
+    """`a.seg.png` belongs to the sample `a`, but is not its image."""
+    files = {"a.jpg": picture(0), "a.seg.png": picture(1), "a.json": as_json(["dog"])}
+    write_tar(tmp_path / "a.tar", files)
+    (table,) = read_webdataset(Location.of(tmp_path)).values()
+    assert table.table["image_id"].to_pylist() == ["a/a"]
+    assert targets_and_images(table) == ([[1]], [picture(0)])

@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from msrn_ray.errors import UserError
-from msrn_ray.ray_cluster.allocation import Allocation, allocate, decode_cpus
+from msrn_ray.ray_cluster.allocation import Allocation, allocate, decode_cpus, with_fewer
 from msrn_ray.ray_train.torch_trainer import scaling_config
 from msrn_ray.settings import ResourceSettings
 
@@ -202,3 +202,10 @@ def test_worker_may_take_part_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert scaling_config(allocation).resources_per_worker == {"CPU": 1, "GPU": 0.25}
     whole = allocate(ResourceSettings(num_workers=1))
     assert scaling_config(whole).resources_per_worker == {"CPU": 1, "GPU": 1}
+
+
+def test_fewer_workers_stay_elastic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run still takes a node that comes back, and still continues without one more."""
+    cluster(monkeypatch, cpus=5.0)
+    fewer = with_fewer(Allocation(6, False, 1, (2, 6)), ResourceSettings(num_workers="2..6"))
+    assert fewer == Allocation(4, False, 1, (2, 4))

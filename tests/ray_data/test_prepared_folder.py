@@ -7,8 +7,11 @@ import re
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from msrn_ray.datasets import prepared
 from msrn_ray.datasets.prepared import PreparedInfo, index_file, read_info, shard_file
 from msrn_ray.datasets.registry import read_published
 from msrn_ray.errors import UserError
@@ -99,3 +102,33 @@ def test_uris_carry_shard_offset_and_length(ready: Path) -> None:
     uris = read_published(raw_settings(ready)).train.table["uri"].to_pylist()
     assert all(re.fullmatch(r".*\.parquet#bytes=\d+\+\d+", uri) for uri in uris)
     assert uris[2].startswith(f"{ready}/train/train-00001.parquet#bytes=")
+
+
+@pytest.mark.parametrize(("length", "fits"), [(5, True), (6, False)])
+def test_index_past_the_end_of_a_shard_is_refused(tmp_path: Path, length: int, fits: bool) -> None:
+    root = Location.of(tmp_path)
+    prepared.shard_file(root, "train", 0).write_bytes(b"0123456789")
+    columns = {"image_id": ["x"], "shard": pa.array([0], pa.int32()), "offset": [5], "length": [length]}
+    index = pa.table({**columns, "target": pa.array([[1]], pa.list_(pa.int8(), 1))})
+    pq.write_table(index, tmp_path / "train.index.parquet")
+    info = prepared.PreparedInfo(
+        format=prepared.FORMAT,
+        version=prepared.VERSION,
+        dataset="coco",
+        settings={},
+        short_side=None,
+        rows_per_shard=1,
+        label_names=("a",),
+        label_count=(1,),
+        cooccurrence=((0,),),
+        splits={
+            "train": prepared.PreparedSplit(source="s", notes=(), images=1, bad_images=0, shard_bytes=(10,)),
+        },
+        plan="",
+        content="",
+    )
+    if fits:
+        assert len(prepared.read_prepared(root, info)["train"]) == 1
+    else:
+        with pytest.raises(UserError, match="does not fit"):
+            prepared.read_prepared(root, info)

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from msrn_ray.datasets.prepared import shard_file
-from msrn_ray.datasets.shard_writer import ShardWriter
+from msrn_ray.datasets.shard_writer import ShardWriter, _content_hash
 from msrn_ray.errors import UserError
 from msrn_ray.io.byte_ranges import read_bytes
 from msrn_ray.io.storage import Location
@@ -177,3 +177,8 @@ def test_full_disk_leaves_no_shard(samples: SampleTable, tmp_path: Path) -> None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list((tmp_path / "out/train").iterdir()) == []
+
+
+def test_content_covers_the_labels() -> None:
+    first, second = (_content_hash(["a"], np.array([target], np.int8), [b"x"]) for target in ([1, 0], [0, 1]))
+    assert first != second

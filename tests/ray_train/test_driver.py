@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -20,9 +21,10 @@ from msrn_ray.ray_cluster.allocation import Allocation
 from msrn_ray.ray_cluster.private_api import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 from msrn_ray.ray_train import driver, torch_trainer
 from msrn_ray.ray_train.driver import fit_elastic, train
+from msrn_ray.ray_train.event_pump import event_pump
 from msrn_ray.ray_train.failures import FailureCallback
 from msrn_ray.runs import state as run_state
-from msrn_ray.runs.events import Event, WorkerFailed
+from msrn_ray.runs.events import BadImagesFound, Event, WorkerFailed
 from msrn_ray.runs.folder import CONFIG_FILE, make_folder
 from msrn_ray.runs.state import list_runs
 from msrn_ray.settings import ResourceSettings
@@ -215,10 +217,10 @@ def test_fewer_workers_until_a_cpu_decodes(
         fit_elastic(build, ResourceSettings(**settings), initial, logged.append)
     assert attempts[0] == initial
     assert [attempt.num_workers for attempt in attempts[1:]] == tried
-    assert all(
-        attempt.runs == initial.runs and (attempt.elastic or (0, attempt.num_workers))[1] == attempt.num_workers
-        for attempt in attempts[1:]
-    )
+    assert all(attempt.runs == initial.runs for attempt in attempts)
+    assert [attempt.elastic[1] for attempt in attempts[1:] if attempt.elastic] == [
+        attempt.num_workers for attempt in attempts[1:] if attempt.elastic
+    ]
     assert len(logged) == len(tried)
 
 
@@ -230,3 +232,38 @@ def test_waiting_worker_threads_sleep(monkeypatch: pytest.MonkeyPatch, user_poli
         monkeypatch.setenv("OMP_WAIT_POLICY", user_policy)
     environment = torch_trainer.run_config("run", "runs").worker_runtime_env
     assert cast(Any, environment)["env_vars"]["OMP_WAIT_POLICY"] == policy
+
+
+class LocalQueue(list[Event]):
+    """Stands in for the queue of events, in this process."""
+
+    def qsize(self) -> int:
+        return len(self)
+
+    def empty(self) -> bool:
+        return not self
+
+    def get_nowait_batch(self, number: int) -> list[Event]:
+        batch = self[:number]
+        del self[:number]
+        return batch
+
+
+def test_failing_log_ends_the_log_not_the_training(tmp_path: Path) -> None:
+    """The watchdog gets the later events, the log none; the error comes when the training ends."""
+    handled: list[Event] = []
+    forgotten: list[bool] = []
+
+    def fail(event: Event) -> None:
+        handled.append(event)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log: Any = SimpleNamespace(folder=tmp_path, handle=fail, close=lambda: None)
+    watchdog: Any = SimpleNamespace(check=lambda: None, forget_workers=lambda: forgotten.append(True))
+    first, second = BadImagesFound("train", ()), WorkerFailed("lost")
+    events: Any = LocalQueue([first, second])
+    message = r"cannot be written \(No space left on device\)"
+    with pytest.raises(UserError, match=message), event_pump(events, log, watchdog):
+        pass
+    assert handled == [first]
+    assert forgotten == [True]

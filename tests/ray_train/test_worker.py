@@ -20,7 +20,7 @@ from msrn_ray.model import build_model, choose_attention_kernels
 from msrn_ray.ray_train.checkpoints import StartPoint, load_start
 from msrn_ray.ray_train.worker import BLOCK_ROWS, Worker
 from msrn_ray.ray_train.worker_input import StoredSplit
-from msrn_ray.runs.checkpoint import TrainState, get_rng, save_train_state
+from msrn_ray.runs.checkpoint import TrainState, capture, get_rng, restore, save_train_state
 from msrn_ray.runs.events import BadImagesFound, Event
 from msrn_ray.settings import ModelSettings
 from msrn_ray.training.bad_images import RECALLED, BadImage, BadImages
@@ -173,3 +173,16 @@ def test_checkpoint_of_another_order_is_refused(resume: ResumeFunction) -> None:
 def test_checkpoint_of_other_data_is_refused(resume: ResumeFunction) -> None:
     with pytest.raises(UserError, match=r"checkpoint saved belongs to other images or labels than data\.root holds"):
         resume(replace(make_state(Account.empty(NUM_ROWS), 0), data="other"))
+
+
+@pytest.mark.parametrize(("rank", "seed"), [(0, 1), (1, 2), (2, 1)])
+def test_each_rank_gets_its_random_state(rank: int, seed: int) -> None:
+    """An additional rank shares the state of a saved one."""
+    learner, saved = make_learner(), []
+    for saved_seed in (1, 2):
+        torch.manual_seed(saved_seed)
+        saved.append(get_rng(torch.device("cpu")))
+    restore(learner, replace(capture(learner, epoch=1, data="d"), rng=saved), rank)
+    drawn = torch.rand(1)
+    torch.manual_seed(seed)
+    assert torch.equal(drawn, torch.rand(1))

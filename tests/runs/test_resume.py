@@ -21,6 +21,7 @@ from msrn_ray.runs.resume import (
     check_list,
     check_resumable,
     describe_data,
+    listed_metrics,
 )
 from msrn_ray.training.inputs import check_batch
 from msrn_ray.types import SampleTable
@@ -128,3 +129,12 @@ def test_whole_checkpoint_list_stays(tmp_path: Path) -> None:
     (tmp_path / LIST_COPY).write_text('{"old": 1}')
     check_list(tmp_path)
     assert (tmp_path / LIST_FILE).read_text() == '{"new": 1}'
+
+
+def test_listed_metrics_come_by_epoch(tmp_path: Path) -> None:
+    """A checkpoint within an epoch has no score and is left out."""
+    listed = ({"epoch": 9, "val/mAP": 0.1}, {"epoch": 10}, {"epoch": 2, "val/mAP": 0.3})
+    content = {"checkpoint_results": [{"metrics": metrics} for metrics in listed]}
+    (tmp_path / LIST_FILE).write_text(json.dumps(content))
+    assert [metrics["epoch"] for metrics in listed_metrics(tmp_path)] == [2, 9]
+    assert listed_metrics(tmp_path / "none") == []

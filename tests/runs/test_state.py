@@ -11,11 +11,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from msrn_ray.config import ExperimentConfig
 from msrn_ray.errors import UserError
+from msrn_ray.runs import state as run_state
 from msrn_ray.runs.folder import CONFIG_FILE, FAILURE_FILE
 from msrn_ray.runs.history import METRICS_FILE
 from msrn_ray.runs.state import (
@@ -226,3 +228,12 @@ def test_table_of_runs() -> None:
         "a longer name  failed   0/6    -             3 d ago  3 min ago  the disk is full",
         "x              unknown  0/?    -             -        -",
     ]
+
+
+def test_driver_on_another_machine_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process id means nothing here, so only its heartbeat counts."""
+    monkeypatch.setattr(run_state, "_is_alive", lambda pid: False)
+    with kept_state(tmp_path, heartbeat_seconds=0.05):
+        monkeypatch.setattr(run_state, "socket", SimpleNamespace(gethostname=lambda: "another machine"))
+        with pytest.raises(UserError, match="still trains this run"):
+            check_stopped(tmp_path, heartbeat_seconds=0.3)

@@ -12,6 +12,8 @@ from optuna.trial import TrialState
 
 from msrn_ray.errors import UserError
 from tests.tuning.studies import EPOCHS, epoch_of, next_point, plan_of, run, states
+from tuning.options import SearchOptions
+from tuning.search_folder import SearchFolder, reopen_study
 from tuning.study import SearchStudy, epochs_of
 from tuning.study_storage import create_study, open_study
 from tuning.trial_point import TrialPoint
@@ -169,3 +171,13 @@ def test_unusable_storage_is_named_without_its_password(storage: str, words: str
     assert "--study-storage" in str(caught.value)
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_resumed_search_keeps_its_epochs(tmp_path: Path) -> None:
+    """A run may grow when it is resumed, but trials of different lengths do not compare."""
+    url, plan = f"sqlite:///{tmp_path}/study.db", plan_of()
+    create_study(url, tmp_path.name, plan, 2)
+    folder, options = SearchFolder(tmp_path, url, ""), SearchOptions(resume=tmp_path)
+    assert reopen_study(folder, options, plan.config).num_trials == 2
+    with pytest.raises(UserError, match=r"keeps its settings \(train\.epochs was 3, now 9\)"):
+        reopen_study(folder, options, plan.config.with_overrides({"train.epochs": 9}))

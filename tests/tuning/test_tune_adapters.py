@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import ray.exceptions
@@ -138,3 +138,19 @@ def test_failure_is_described_by_its_cause(error: BaseException, kind: str, reas
     assert describe_failure(error)[0] == kind
     assert reason in describe_failure(error)[1]
     assert "\n" not in describe_failure(error)[1]
+
+
+def test_memory_comes_before_the_lost_worker() -> None:
+    lost = WorkerHealthCheckFailedError("lost", ray.exceptions.WorkerCrashedError())
+    error = ray.train.WorkerGroupError("2 of 2 failed", {0: lost, 1: MemoryError("12 GB")})
+    assert describe_failure(error)[0] == "OutOfMemoryError"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), WorkerHealthCheckFailedError("lost", ray.exceptions.OutOfMemoryError("killed"))]
+)
+def test_trial_out_of_memory_is_not_restarted(error: Exception) -> None:
+    callback = TrialCallback(cast(Any, None), 0, cast(Any, None))
+    callback.after_exception(None, {0: RuntimeError("connection closed")})
+    with pytest.raises((MemoryError, ray.exceptions.OutOfMemoryError)):
+        callback.after_exception(None, {0: RuntimeError("connection closed"), 1: error})
