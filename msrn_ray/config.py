@@ -14,17 +14,10 @@ import tyro
 import yaml
 from pydantic import ValidationError, model_validator
 
+from .data_settings import DataSettings
 from .errors import UserError
 from .io.files import atomic_write, read_yaml
-from .settings import (
-    DataSettings,
-    LossSettings,
-    ModelSettings,
-    OptimSettings,
-    ResourceSettings,
-    Settings,
-    TrainSettings,
-)
+from .settings import LossSettings, ModelSettings, OptimSettings, ResourceSettings, Settings, TrainSettings
 
 
 class ExperimentConfig(Settings):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from .config import ExperimentConfig
+from .data_settings import Dataset
 from .datasets.apparel import APPAREL_LABELS
 from .datasets.nuswide import NUSWIDE_LABELS
 from .datasets.voc import VOC_LABELS
@@ -25,7 +26,7 @@ from .labels.word_vectors import load_word_vectors
 from .model import build_model
 from .presets import PRESETS
 from .runs.checkpoint import Checkpoint, save_checkpoint
-from .settings import LEVELS, Dataset
+from .settings import LEVELS
 
 # the 80 names of COCO's objects, alphabetical, unlike COCO's category ids
 _COCO_CATEGORIES = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from .config import ExperimentConfig
-from .settings import Dataset, DataSettings, ModelSettings, OptimSettings, TrainSettings
+from .data_settings import Dataset, DataSettings
+from .settings import ModelSettings, OptimSettings, TrainSettings
 
 
 class Preset(NamedTuple):

@@ -25,6 +25,7 @@ RINGS = (
     {"types", "errors"},
     {"io"},
     {"settings"},
+    {"data_settings"},
     {"config"},
     {"presets", "labels"},
     {"model", "datasets"},

@@ -13,16 +13,9 @@ from pydantic import ValidationError
 
 from msrn_ray import config as config_module
 from msrn_ray.config import ExperimentConfig, config_from_dict, load_config
+from msrn_ray.data_settings import DataSettings
 from msrn_ray.errors import UserError
-from msrn_ray.settings import (
-    DataSettings,
-    LossSettings,
-    ModelSettings,
-    OptimSettings,
-    ResourceSettings,
-    Settings,
-    TrainSettings,
-)
+from msrn_ray.settings import LossSettings, ModelSettings, OptimSettings, ResourceSettings, Settings, TrainSettings
 
 GROUPS = {
     "data": DataSettings,

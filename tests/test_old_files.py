@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from msrn_ray.config import load_config
+from msrn_ray.data_settings import DataSettings
 from msrn_ray.datasets.registry import read_published
 from msrn_ray.datasets.scenes.generate import generate_scenes
 from msrn_ray.inference.predictor import Predictor
@@ -29,7 +30,6 @@ from msrn_ray.ray_train.driver import train
 from msrn_ray.runs.checkpoint import load_checkpoint
 from msrn_ray.runs.resume import resume_config
 from msrn_ray.runs.state import list_runs
-from msrn_ray.settings import DataSettings
 from tuning.study_storage import open_study
 
 ARCHIVE = Path(__file__).with_name("old_files.tar.xz")

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 from msrn_ray.config import ExperimentConfig
+from msrn_ray.data_settings import DataSettings
 from msrn_ray.labels.graph import LabelCounts, attend_mask
 from msrn_ray.model import build_model
 from msrn_ray.runs.checkpoint import Checkpoint, save_checkpoint
-from msrn_ray.settings import DataSettings, ModelSettings
+from msrn_ray.settings import ModelSettings
 
 CATEGORIES = ("apple", "bench", "cat")
 

@@ -12,9 +12,9 @@ from typing import ClassVar, Literal
 import tyro
 
 from ..config import ExperimentConfig
+from ..data_settings import DataSettings
 from ..errors import UserError
 from ..presets import PRESETS, PresetName
-from ..settings import DataSettings
 from .output import new_console
 from .parser import StartsFromConfig
 

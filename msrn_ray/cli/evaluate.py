@@ -12,8 +12,9 @@ import tyro
 from rich.table import Table
 
 from ..config import ExperimentConfig
+from ..data_settings import DataSettings
 from ..presets import PRESETS, PresetName
-from ..settings import DataSettings, ResourceSettings
+from ..settings import ResourceSettings
 from .output import new_console, print_summary
 from .parser import StartsFromConfig
 

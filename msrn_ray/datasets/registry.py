@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from ..data_settings import Dataset, DataSettings
 from ..errors import UserError
 from ..io.storage import Location
-from ..settings import Dataset, DataSettings
 from ..types import SampleTable
 from .apparel import read_apparel
 from .coco import find_year, has_split, read_coco

@@ -21,11 +21,11 @@ import pyarrow as pa
 import ray.data
 import torch
 
+from ..data_settings import DataSettings
 from ..datasets.transforms import decode, multi_scale_crop, resize, smallest_side
 from ..errors import UserError
 from ..io.byte_ranges import read_bytes
 from ..ray_cluster.private_api import ExecutionCallback
-from ..settings import DataSettings
 from ..training.bad_images import BadImage, BadImages
 from ..training.sampling import EvalPlan, TrainPlan
 from ..types import Batch

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import ray
 from rich.console import Console
 
+from ..data_settings import DataSettings
 from ..datasets import prepared
 from ..datasets.protocol import fingerprint
 from ..datasets.registry import read_published, reader_settings
@@ -32,7 +33,7 @@ from ..io.progress_bar import count_images
 from ..io.storage import Location
 from ..labels.graph import count_labels
 from ..ray_cluster.connection import connect
-from ..settings import DataSettings, ResourceSettings
+from ..settings import ResourceSettings
 from ..training.bad_images import BadImage, check_bad_images
 from ..types import SampleTable
 from .pipeline import limit_ray_data, map_blocks

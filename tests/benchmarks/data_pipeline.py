@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as classic
 
+from msrn_ray.data_settings import DataSettings
 from msrn_ray.datasets.registry import read_published
 from msrn_ray.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from msrn_ray.io.storage import Location
@@ -44,7 +45,7 @@ from msrn_ray.ray_data.pipeline import decode_rows, limit_ray_data, train_epochs
 from msrn_ray.ray_data.prepare import prepare
 from msrn_ray.ray_train.object_store import StoreMeter
 from msrn_ray.ray_train.worker import BLOCK_ROWS
-from msrn_ray.settings import DataSettings, ResourceSettings
+from msrn_ray.settings import ResourceSettings
 from msrn_ray.training.bad_images import BadImages
 from msrn_ray.training.sampling import TrainPlan
 from msrn_ray.types import SampleTable

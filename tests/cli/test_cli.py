@@ -19,10 +19,11 @@ from msrn_ray.cli import evaluate as evaluate_command
 from msrn_ray.cli.app import main
 from msrn_ray.cli.parser import starting_config
 from msrn_ray.config import ExperimentConfig, load_config
+from msrn_ray.data_settings import DataSettings
 from msrn_ray.errors import UserError
 from msrn_ray.presets import PRESETS
 from msrn_ray.runs.checkpoint import load_checkpoint, save_checkpoint
-from msrn_ray.settings import DataSettings, ResourceSettings
+from msrn_ray.settings import ResourceSettings
 from tests.tiny import make_coco, make_photo, make_tiny_checkpoint
 
 SUBCOMMANDS = (

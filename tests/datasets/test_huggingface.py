@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from msrn_ray.config import ExperimentConfig
+from msrn_ray.data_settings import DataSettings
 from msrn_ray.datasets.huggingface import read_huggingface
 from msrn_ray.datasets.protocol import load_splits
 from msrn_ray.datasets.registry import read_published
 from msrn_ray.datasets.webdataset import read_webdataset
 from msrn_ray.errors import UserError
 from msrn_ray.io.storage import Location
-from msrn_ray.settings import DataSettings
 from tests.datasets.container_files import (
     CLASSES,
     LABELS,

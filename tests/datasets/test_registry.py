@@ -18,6 +18,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
+from msrn_ray.data_settings import Dataset, DataSettings
 from msrn_ray.datasets.registry import READERS, PublishedSplits
 from msrn_ray.datasets.transforms import decode
 from msrn_ray.errors import UserError
@@ -25,7 +26,6 @@ from msrn_ray.io.byte_ranges import read_bytes
 from msrn_ray.io.filesystems import filesystem_of
 from msrn_ray.io.storage import Location
 from msrn_ray.official import LABEL_NAMES
-from msrn_ray.settings import Dataset, DataSettings
 from msrn_ray.types import SampleTable
 from tests.datasets.container_files import save_to_disk, write_tar
 from tests.tiny import make_coco, make_photo

@@ -13,13 +13,13 @@ import pyarrow.fs as pafs
 import pytest
 from rich.console import Console
 
+from msrn_ray.data_settings import DataSettings
 from msrn_ray.datasets.protocol import fingerprint
 from msrn_ray.datasets.registry import PublishedSplits, read_published
 from msrn_ray.io.filesystems import filesystem_of
 from msrn_ray.io.storage import Location
 from msrn_ray.ray_data.pipeline import decode_rows
 from msrn_ray.ray_data.prepare import prepare
-from msrn_ray.settings import DataSettings
 
 NUM_IMAGES = 12  # per split
 

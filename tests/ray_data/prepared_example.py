@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from msrn_ray.settings import DataSettings
+from msrn_ray.data_settings import DataSettings
 
 ROWS = {"train": [[0], [1], [0, 1], [2], [], [0, 2], [1, 2]], "val": [[0], [1], [2]]}
 

@@ -10,9 +10,9 @@ import pytest
 import ray
 from PIL import Image
 
+from msrn_ray.data_settings import DataSettings
 from msrn_ray.ray_data import pipeline
 from msrn_ray.ray_data.pipeline import Paced, decode_rows, eval_batches, limit_ray_data, train_epochs
-from msrn_ray.settings import DataSettings
 from msrn_ray.training.bad_images import BadImages
 from msrn_ray.training.sampling import EvalPlan, TrainPlan
 from msrn_ray.types import SampleTable

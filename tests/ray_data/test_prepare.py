@@ -22,6 +22,7 @@ from rich.console import Console
 
 from msrn_ray.cli.data import Prepare
 from msrn_ray.config import ExperimentConfig
+from msrn_ray.data_settings import DataSettings
 from msrn_ray.datasets.protocol import load_splits
 from msrn_ray.datasets.registry import read_published
 from msrn_ray.errors import BadImagesError, UserError
@@ -29,7 +30,6 @@ from msrn_ray.io.byte_ranges import read_bytes
 from msrn_ray.io.storage import Location
 from msrn_ray.ray_data.pipeline import decode_rows
 from msrn_ray.ray_data.prepare import prepare
-from msrn_ray.settings import DataSettings
 from tests.datasets.container_files import save_to_disk, write_tar
 from tests.tiny import make_coco, make_photo
 
