@@ -27,7 +27,7 @@ from tests.ray_train.test_train import assert_same_weights, copy_as_coco, small_
 from tests.recorded_run import Kill, Place, Record, read_record, recording
 from tests.tiny import make_coco
 
-pytestmark = [pytest.mark.ray, pytest.mark.faults]
+pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.timeout(600)]
 
 # A frozen BatchNorm makes images independent of the rest of their batch. AdamW would amplify rounding where gradients are near zero.
 COMPARABLE = {"model.frozen_batchnorm": True, "optim.name": "sgd", "optim.lr": 0.01}

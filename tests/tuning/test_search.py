@@ -121,6 +121,9 @@ def trials_of(folder: Path) -> list[optuna.trial.FrozenTrial]:
 
 @pytest.mark.ray
 @pytest.mark.faults
+@pytest.mark.timeout(
+    900
+)  # two searches, each with its own start of Ray: 200 s on two cores that other tests use as well
 def test_killed_search_resumes_and_repeats_nothing(tmp_path: Path) -> None:
     from msrn_ray.datasets.scenes.generate import generate_scenes
 
@@ -146,7 +149,12 @@ def test_killed_search_resumes_and_repeats_nothing(tmp_path: Path) -> None:
     assert [trial.state for trial in before] == [TrialState.COMPLETE, TrialState.RUNNING]
     assert "epoch 0002" not in before[1].user_attrs
 
-    assert start(log, "--resume", str(folder)).wait(240) == 0, log.read_text()
+    resumed = start(log, "--resume", str(folder))
+    deadline = time.monotonic() + 400
+    while resumed.poll() is None:
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(1)
+    assert resumed.returncode == 0, log.read_text()
     after = trials_of(folder)
     assert [trial.state for trial in after] == [TrialState.COMPLETE] * 2
     assert after[0] == before[0]
