@@ -15,6 +15,8 @@ from ..data_settings import Dataset, DataSettings
 from ..errors import UserError
 from ..io.storage import Location
 from ..types import SampleTable
+from .annotation_formats import read_annotation_file
+from .annotations import build_images
 from .apparel import read_apparel
 from .coco import find_year, has_split, read_coco
 from .folders import read_folders
@@ -22,6 +24,7 @@ from .huggingface import read_huggingface
 from .image_uris import select_rows
 from .manifest import CustomImages, read_manifest
 from .nuswide import read_nuswide
+from .openimages import is_openimages, read_openimages
 from .prepared import BAD_IMAGES_FILE, PreparedInfo, read_info, read_prepared
 from .scenes.generate import generate_scenes
 from .split_names import SPLITS, SplitName
@@ -168,8 +171,16 @@ def _apparel(settings: DataSettings) -> PublishedSplits:
 
 
 def _manifest(settings: DataSettings) -> PublishedSplits:
+    root = _root(settings, "the file of the manifest (--data.root FILE)")
+    exported = read_annotation_file(root)
+    if exported is not None:
+        images = build_images(root, exported, _label_names(settings), settings.missing_images)
+        return _custom_splits(_by_split(images), settings)
+    if is_openimages(root):
+        images = read_openimages(root, _label_names(settings), settings.missing_images)
+        return _custom_splits(_by_split(images), settings)
     images = read_manifest(
-        _root(settings, "the file of the manifest (--data.root FILE)"),
+        root,
         image_column=settings.image_column,
         label_column=settings.label_column,
         label_separator=settings.label_separator,
