@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from msrn_ray.cli.app import COMMANDS
+from msrn_ray.cli.named_data import NAMING_COMMANDS, name_data
 from msrn_ray.cli.parser import parse
 from msrn_ray.config import ExperimentConfig
 from msrn_ray.presets import PRESETS
@@ -75,8 +76,12 @@ def test_test_command_is_one_marked_line() -> None:
 
 
 @pytest.mark.parametrize(("page", "command"), [(page, command) for page in PAGES for command in commands(PAGES[page])])
-def test_command_parses(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_parses(page: str, command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
     argv = shlex.split(command)[1:]
+    if len(argv) > 1 and argv[0] in NAMING_COMMANDS and argv[1] not in PRESETS and not argv[1].startswith("-"):
+        Path(argv[1]).touch()  # data of the user
+    argv = name_data(argv)
     # the runs and configs of the examples do not exist: parse against the preset that they started from
     monkeypatch.setattr("msrn_ray.cli.parser.starting_config", lambda argv: PRESETS["scenes"].config)
     if "--help" in argv:

@@ -17,8 +17,9 @@ from ..config import ExperimentConfig, describe_errors
 from ..errors import UserError
 from ..presets import PresetName
 from .cluster import Cluster, Plan, Runs
-from .data import Doctor, Graph, Prepare
+from .data import Convert, Doctor, Graph, Prepare
 from .evaluate import Evaluate, ImportOfficial, Presets
+from .named_data import name_data
 from .output import from_here, new_console, print_summary
 from .parser import StartsFromConfig, parse
 from .predict import Predict
@@ -78,6 +79,7 @@ COMMANDS: dict[str, type[Any]] = {
     "evaluate": Evaluate,
     "predict": Predict,
     "prepare": Prepare,
+    "convert": Convert,
     "graph": Graph,
     "doctor": Doctor,
     "runs": Runs,
@@ -92,7 +94,7 @@ def main() -> None:
     """Run one subcommand. Exit with 2 and one line for what the user can fix, and with 130 after Ctrl-C; a bug keeps its traceback."""
     try:
         try:
-            parse(COMMANDS, sys.argv[1:] or ["--help"]).run()
+            parse(COMMANDS, name_data(sys.argv[1:]) or ["--help"]).run()
         finally:
             sys.stdout.flush()  # before a message on stderr, and here, so that an error of the flush is caught below
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""The subcommands that read and write data sets: `prepare`, `graph` and `doctor`."""
+"""The subcommands that read and write data sets: `prepare`, `convert`, `graph` and `doctor`."""
 
 from __future__ import annotations
 
@@ -62,6 +62,48 @@ class Prepare(StartsFromConfig):
             print(f"{name}: {split.images} images{left_out}, {size}")
         print(f"{len(info.label_names)} labels, content {info.content[:12]}, {time.monotonic() - start:.0f} s")
         print(f"train on it with: msrn train {self.preset} --data.root {shlex.quote(str(place))}")
+
+
+@dataclass(frozen=True)
+class Convert(StartsFromConfig):
+    """Write the labels of a data set as a manifest of your own: a CSV file with an image per row."""
+
+    preset: tyro.conf.Positional[PresetName]
+    """Preset whose data set is read."""
+    out: Path
+    """The CSV file. A list of the labels in their order is written beside it."""
+    data: DataSettings = field(default_factory=DataSettings)
+
+    default_start: ClassVar[str] = ""
+
+    @classmethod
+    def from_config(cls, config: ExperimentConfig, argv: Sequence[str]) -> Convert:
+        """See `StartsFromConfig`."""
+        return cls(tyro.MISSING, tyro.MISSING, config.data)
+
+    def run(self) -> None:
+        """Write the manifest, then print what it holds and how to train on it."""
+        from ..datasets.manifest_writer import write_manifest
+        from ..datasets.registry import read_published
+        from ..io.files import check_output, write_text
+        from ..io.storage import Location
+
+        check_output(self.out, (".csv",))
+        # all images and the splits that the data set names; none is drawn
+        everything = {"test_fraction": 0.0, "keep_unlabelled_train": True, "keep_unlabelled_eval": True}
+        published = read_published(self.data.model_copy(update=everything))
+        found = {"train": published.train, "val": published.val, "test": published.held_out}
+        tables = {name: table for name, table in found.items() if table is not None}
+        for table in tables.values():
+            for line in table.notes:
+                print(line)
+        out, names = self.out.absolute(), self.out.absolute().with_suffix(".labels.txt")
+        write_manifest(tables, Location.of(out))
+        write_text(names, "\n".join([*published.train.label_names, ""]))
+        print(f"{', '.join(f'{name}: {len(table)} images' for name, table in tables.items())}")
+        print(
+            f"train on it with: msrn train manifest --data.root {shlex.quote(str(out))} --data.labels {shlex.quote(str(names))}"
+        )
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ SUBCOMMANDS = (
     "evaluate",
     "predict",
     "prepare",
+    "convert",
     "graph",
     "doctor",
     "runs",
@@ -126,6 +127,7 @@ def described_options(name: str) -> list[tuple[str, str]]:
             "resources": ExperimentConfig.model_fields["resources"],
         },
         "prepare": {"data": ExperimentConfig.model_fields["data"]},
+        "convert": {"data": ExperimentConfig.model_fields["data"]},
         "graph": {"data": ExperimentConfig.model_fields["data"]},
         "doctor": {"data": ExperimentConfig.model_fields["data"]},
     }
@@ -165,6 +167,7 @@ SUBCOMMAND_OPTIONS = {
         "--short-side": "Shrink images with a larger short side to this, in pixels",
         "--rows-per-shard": "Images per shard file",
     },
+    "convert": {"webdataset}": "Preset whose data set is read.", "--out": "The CSV file."},
     "graph": {
         "--tau": "Label i attends to label j",
         "--tau-degree": "With tau `auto`: the smallest mean number of other labels",
