@@ -92,8 +92,7 @@ class Convert(StartsFromConfig):
         # all images and the splits that the data set names; none is drawn
         everything = {"test_fraction": 0.0, "keep_unlabelled_train": True, "keep_unlabelled_eval": True}
         published = read_published(self.data.model_copy(update=everything))
-        found = {"train": published.train, "val": published.val, "test": published.held_out}
-        tables = {name: table for name, table in found.items() if table is not None}
+        tables = published.tables
         for table in tables.values():
             for line in table.notes:
                 print(line)

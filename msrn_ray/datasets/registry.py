@@ -54,6 +54,12 @@ class PublishedSplits:
     val: SampleTable | None
     held_out: SampleTable | None
 
+    @property
+    def tables(self) -> dict[SplitName, SampleTable]:
+        """Return the splits that exist, by name; the images to score are `test`."""
+        found: dict[SplitName, SampleTable | None] = {"train": self.train, "val": self.val, "test": self.held_out}
+        return {name: table for name, table in found.items() if table is not None}
+
 
 def read_published(settings: DataSettings) -> PublishedSplits:
     """Read the published splits. If `data.root` holds a prepared data set, `data.dataset` has no effect.
