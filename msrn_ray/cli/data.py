@@ -15,7 +15,7 @@ from ..config import ExperimentConfig
 from ..data_settings import DataSettings
 from ..errors import UserError
 from ..presets import PRESETS, PresetName
-from .output import new_console
+from .output import new_console, train_command
 from .parser import StartsFromConfig
 
 
@@ -195,3 +195,4 @@ class Doctor(StartsFromConfig):
             print(f"page {self.out}")
         if diagnosis.num_findings("error"):
             raise SystemExit(1)
+        print(f"train on it with: {train_command(self.preset, self.data)}")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from ..data_settings import DataSettings
+from ..presets import PRESETS
 
 
 def new_console() -> Console:
@@ -18,6 +22,21 @@ def new_console() -> Console:
 def from_here(path: Path) -> Path:
     """Return the path as a user types it in the working directory."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def train_command(preset: str, data: DataSettings) -> str:
+    """Return the command that trains on these data: a preset, and an option for each setting that differs from it."""
+    usual = PRESETS[preset].config.data
+    words = ["msrn", "train", preset]
+    for name in type(data).model_fields:
+        value, option = getattr(data, name), name.replace("_", "-")
+        if value == getattr(usual, name):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--data.{'' if value else 'no-'}{option}")
+        else:
+            words += [f"--data.{option}", *map(str, value if isinstance(value, tuple) else [value])]
+    return shlex.join(words)
 
 
 def print_summary(out: Console, metrics: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ FACTS = pa.schema(
         ("error", pa.string()),  # why the image cannot be read or decoded; "" for a sound image
     ]
 )
+_SHOWN_ROWS = 5
 _BLOCK = 2**16  # rows counted at once
 TAUS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -40,6 +41,7 @@ class Diagnosis:
     Attributes:
         dataset, root: the data set.
         notes: notes of its reader.
+        first_rows: (image, its labels) of the first images of train, as they were read.
         splits: S summaries.
         findings: most severe first.
         pairs: (label, label, images with both, P(second | first)), most frequent first.
@@ -54,6 +56,7 @@ class Diagnosis:
     dataset: str
     root: str
     notes: tuple[str, ...]
+    first_rows: tuple[tuple[str, str], ...]
     splits: tuple[SplitSummary, ...]
     findings: tuple[Finding, ...]
     pairs: tuple[tuple[str, str, int, float], ...]
@@ -94,6 +97,7 @@ def diagnose(
         dataset=config.data.dataset,
         root=config.data.root or "generated",
         notes=splits.notes,
+        first_rows=_first_rows(splits.train),
         splits=dataset.summaries,
         findings=tuple(find_all(dataset, labels, tau, left_out)),
         pairs=_pairs(labels.counts),
@@ -104,6 +108,19 @@ def diagnose(
         sizes=_size_table(dataset.images),
         examples=_examples(dataset, splits.train),
     )
+
+
+def _first_rows(train: SampleTable) -> tuple[tuple[str, str], ...]:
+    rows = train.take(np.arange(min(_SHOWN_ROWS, len(train))))
+    labels = [
+        [
+            name + ("?" if value == UNKNOWN else "")
+            for name, value in zip(rows.label_names, target, strict=True)
+            if value
+        ]
+        for target in rows.targets
+    ]
+    return tuple(zip(rows.table["image_id"].to_pylist(), (" | ".join(names) or "-" for names in labels), strict=True))
 
 
 def _gather(splits: Splits, images: pa.Table, config: ExperimentConfig) -> DatasetFacts:

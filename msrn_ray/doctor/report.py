@@ -38,6 +38,9 @@ def print_diagnosis(out: Console, diagnosis: Diagnosis) -> None:
     """Print the numbers, then the findings, most severe first."""
     for note in diagnosis.notes:
         out.print(note, markup=False)
+    out.print("the first train images as read (a label with ? is unknown):")
+    for image, labels in diagnosis.first_rows:
+        out.print(f"    {image}: {labels}", markup=False)
     for table in _tables(diagnosis):
         out.print(table)
     for finding in diagnosis.findings:
