@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -18,11 +17,11 @@ from .text_files import first_few, require_utf8
 def locate_images(label_file: Location, names: pa.ChunkedArray) -> tuple[pa.ChunkedArray, tuple[str, ...]]:
     """Return the absolute path or URI of each image, and a note if the images were looked up by name.
 
-    If all names are paths relative to the folder of the label file, absolute paths or URIs, they are taken as written. Otherwise each image
-    is looked up below that folder: first by its file name, then by its file name without suffix.
+    If any of the names is a path relative to the folder of the label file, an absolute path or a URI, all are taken as written. Else each
+    image is looked up below that folder: the end of its path must be the name, with or without the suffix.
 
     Args:
-        label_file: the file that names the images.
+        label_file: the file that names the images. Behind a URI, nothing is looked up.
         names: [n] string, with forward slashes.
 
     Returns:
@@ -33,41 +32,39 @@ def locate_images(label_file: Location, names: pa.ChunkedArray) -> tuple[pa.Chun
     """
     uris = absolute_uris(label_file, names)
     folder = label_file.parent
-    missing = ~find_local(uris) if folder.is_local else np.zeros(len(uris), bool)
-    if not missing.any():
+    if not folder.is_local or find_local(uris).any():
         return uris, ()
-    files = [name for name in folder.names(recursive=True) if not name.endswith("/") and is_image(name)]
-    require_utf8(folder, files)
-    by_name = _group(files, posixpath.basename)
-    by_stem = _group(files, _stem)
-    found, rows = [], []
-    for row in np.flatnonzero(missing).tolist():
-        name = names[row].as_py()
-        candidates = by_name.get(posixpath.basename(name)) or by_stem.get(posixpath.basename(name)) or []
-        if len(candidates) > 1:
-            candidates = [path for path in candidates if f"/{path}".endswith(f"/{name.lstrip('/')}")] or candidates
+    by_name = _files_by_name(folder)
+    found: dict[int, str] = {}
+    for row, name in enumerate(names.to_pylist()):
+        candidates = [
+            path
+            for path in by_name.get(posixpath.basename(name), ())
+            if f"/{path}".endswith(f"/{name}") or f"/{posixpath.splitext(path)[0]}".endswith(f"/{name}")
+        ]
         if len(candidates) > 1:
             raise UserError(
                 f"{label_file}: the image {name!r} may be {first_few(candidates, 2)}; write its path relative to {folder}"
             )
         if candidates:
-            found.append(candidates[0])
-            rows.append(row)
-    if not rows:
+            found[row] = candidates[0]
+    if not found:
         return uris, ()
     mask = np.zeros(len(uris), bool)
-    mask[rows] = True
-    uris = pc.replace_with_mask(uris.combine_chunks(), pa.array(mask), uris_below(folder, found).combine_chunks())
-    folders = sorted({posixpath.dirname(path) or "." for path in found})
-    return pa.chunked_array([uris]), (f"{label_file.name}: {len(rows)} images found by name in {first_few(folders)}",)
+    mask[[*found]] = True
+    paths = uris_below(folder, [*found.values()]).combine_chunks()
+    folders = sorted({posixpath.dirname(path) or "." for path in found.values()})
+    note = f"{label_file.name}: {len(found)} images found by name in {first_few(folders)}"
+    return pa.chunked_array([pc.replace_with_mask(uris.combine_chunks(), pa.array(mask), paths)]), (note,)
 
 
-def _stem(path: str) -> str:
-    return posixpath.splitext(posixpath.basename(path))[0]
-
-
-def _group(paths: list[str], key: Callable[[str], str]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for path in paths:
-        groups.setdefault(key(path), []).append(path)
-    return groups
+def _files_by_name(folder: Location) -> dict[str, list[str]]:
+    """Return the images below a folder by file name, and by file name without suffix."""
+    files = [name for name in folder.names(recursive=True) if not name.endswith("/") and is_image(name)]
+    require_utf8(folder, files)
+    by_name: dict[str, list[str]] = {}
+    for path in files:
+        name = posixpath.basename(path)
+        for key in {name, posixpath.splitext(name)[0]}:
+            by_name.setdefault(key, []).append(path)
+    return by_name

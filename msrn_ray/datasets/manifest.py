@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 from ..errors import UserError
 from ..io.storage import Location
 from ..types import SampleTable
-from .image_uris import MissingImages, absolute_uris, find_local, missing_notes, require_images
+from .image_lookup import locate_images
+from .image_uris import MissingImages, find_local, missing_notes, require_images
 from .label_columns import as_text, encode_lists, label_values, split_lists
 from .split_names import SPLIT_WORDS, SPLITS
 from .table_files import TableFile, open_table
@@ -87,7 +88,7 @@ def read_manifest(
     image_ids = images if columns.id is None else texts[columns.id]
     _require_unique(manifest, columns.id or columns.image, image_ids)
     split = None if columns.split is None else _split_codes(manifest, columns.split, texts[columns.split])
-    uris = absolute_uris(manifest, images)
+    uris, lookup_notes = locate_images(manifest, images)
     if columns.label_list is not None:
         lists, form = split_lists(manifest, columns.label_list, labels, label_separator)
         names, targets = encode_lists(manifest, columns.label_list, lists, label_names)
@@ -100,7 +101,7 @@ def read_manifest(
         notes.append(f"{manifest.name}: columns not used: {', '.join(map(repr, unused))}")
     found = find_local(uris)
     require_images(manifest, uris, found, missing_images)
-    notes += missing_notes(manifest.name, found)
+    notes += [*lookup_notes, *missing_notes(manifest.name, found)]
     samples = SampleTable.from_columns(image_ids, uris, targets, names, manifest.name, tuple(notes))
     if found.all():
         return CustomImages(samples, split)
