@@ -1,8 +1,8 @@
-"""Turns the labels of a manifest into targets: a list per row (text, JSON or a list column), or a column per label."""
+"""Turns lists of labels into targets: a list column, or texts that are lists, names with a separator, or flags by position."""
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,18 +12,13 @@ import pyarrow.compute as pc
 
 from ..errors import UserError
 from ..io.storage import Location
-from ..types import ABSENT, PRESENT, UNKNOWN
+from ..types import PRESENT
+from .list_texts import LIST_TEXT, parse_list_text
+from .separators import USUAL_SEPARATORS, split_by_recurrence
 from .table_files import parse_json_lines
 
-SEPARATORS = (";", "|", ",")
-_CELLS = {
-    **{"1": PRESENT, "1.0": PRESENT, "true": PRESENT, "True": PRESENT, "TRUE": PRESENT},
-    **{"0": ABSENT, "0.0": ABSENT, "false": ABSENT, "False": ABSENT, "FALSE": ABSENT},
-    **{"-1": UNKNOWN, "-1.0": UNKNOWN, "": UNKNOWN},
-}
-_CELL_TEXTS = pa.array(_CELLS)
-_CELL_VALUES = np.array([*_CELLS.values()], np.int8)
-_NO_VALUE = np.int8(2)
+_FLAGS = r"^\s*[\[{(]?\s*[01](?:[\s,;|]*[01])*\s*[\]})]?\s*$"  # 0110, "0 1 1 0", [0,1,1,0]
+_OPEN_LIST = r"""^[\[{'"]|[\]}'"]$|^\([^)]*$|^[^(]*\)$"""
 
 
 def as_text(manifest: Location, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -36,41 +31,6 @@ def as_text(manifest: Location, name: str, column: pa.ChunkedArray) -> pa.Chunke
     return column.cast(pa.string())
 
 
-def label_values(manifest: Location, name: str, column: pa.ChunkedArray, first_row: int) -> npt.NDArray[np.int8]:
-    """Return the column of one label as [m] int8 in {1, 0, -1}; empty cells are -1.
-
-    Args:
-        manifest: the file, for messages.
-        name: the column.
-        column: m cells: 1, 0, -1 as numbers or text, true and false, or empty.
-        first_row: the manifest's row of the first cell, counted from 1.
-
-    Raises:
-        UserError: for another value, with column and row.
-    """
-    kind = column.type
-    if pa.types.is_boolean(kind) or pa.types.is_null(kind):
-        values = column.cast(pa.int8()).fill_null(UNKNOWN).to_numpy()
-    elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        numbers = column.cast(pa.float64(), safe=False).fill_null(UNKNOWN).to_numpy()
-        numbers = np.where(np.isnan(numbers), UNKNOWN, numbers)  # pandas writes empty cells as nan
-        values = np.where(np.isin(numbers, (PRESENT, ABSENT, UNKNOWN)), numbers, _NO_VALUE).astype(np.int8)
-    else:
-        texts = as_text(manifest, name, column).fill_null("")
-        found = pc.index_in(texts, value_set=_CELL_TEXTS)
-        if found.null_count:
-            found = pc.index_in(pc.utf8_trim_whitespace(texts), value_set=_CELL_TEXTS)
-        values = np.append(_CELL_VALUES, _NO_VALUE)[found.fill_null(len(_CELL_VALUES)).to_numpy()]
-    wrong = np.flatnonzero(values == _NO_VALUE)
-    if len(wrong):
-        raise UserError(
-            f"{manifest}, row {first_row + wrong[0]}: {column[int(wrong[0])].as_py()!r} in column {name!r} is not 1, 0, -1 or"
-            " empty; correct it. If the column is no label, name the labels in a file (--data.labels FILE, one per line) or"
-            " the column that lists them (--data.label-column NAME)"
-        )
-    return np.asarray(values, np.int8)
-
-
 def split_lists(
     manifest: Location, name: str, column: pa.ChunkedArray, separator: str | None
 ) -> tuple[pa.ChunkedArray, str]:
@@ -79,34 +39,40 @@ def split_lists(
     Args:
         manifest: the file, for messages.
         name: the column.
-        column: lists; or texts, which are JSON lists or labels between separators; or one whole number per row.
-        separator: between labels in a text. None: the only one of `SEPARATORS` that occurs.
+        column: lists; or texts, which are lists, flags or labels between separators; or one whole number per row.
+        separator: between labels in a text. None: the only one of `USUAL_SEPARATORS` that occurs, else see `split_by_recurrence`.
 
     Returns:
         [n] list<string>, and how the column was read, for the user.
 
     Raises:
-        UserError: if several separators occur, a text contains a line break or is a broken JSON list, or the column has another type.
+        UserError: if several separators occur, a text is a broken list, or the column has another type.
     """
     if is_list(column.type):
         return _as_lists(manifest, name, column), "lists"
     texts = as_text(manifest, name, column).fill_null("")
-    if (row := pc.index(pc.match_substring_regex(texts, r"[\r\n]"), True).as_py()) >= 0:
-        raise UserError(f"{manifest}, row {row + 1}: column {name!r} has a line break in it; is a quote missing?")
-    is_json = pc.match_substring_regex(texts, r"^\s*\[")
-    if separator is None and pc.any(is_json).as_py():
-        return _parse_lists(manifest, name, texts, is_json), "JSON lists"
-    if separator is None:
-        used = [candidate for candidate in SEPARATORS if pc.any(pc.match_substring(texts, candidate)).as_py()]
-        if len(used) > 1:
-            raise UserError(
-                f"{manifest}: column {name!r} holds {' and '.join(map(repr, used))}; choose the separator of the labels"
-                f" (--data.label-separator '{used[0]}')"
-            )
-        if not used:
-            return pc.split_pattern(texts, "\n"), "one label per row"
-        separator = used[0]
-    return pc.split_pattern(texts, separator), f"labels separated by {separator!r}"
+    if separator is not None:
+        return pc.split_pattern(texts, separator), f"labels separated by {separator!r}"
+    filled = pc.filter(texts, pc.not_equal(pc.utf8_trim_whitespace(texts), ""))
+    if len(filled) and pc.all(pc.match_substring_regex(filled, _FLAGS)).as_py():
+        digits = pc.replace_substring_regex(texts, r"[^01]", "")
+        return pc.split_pattern(pc.replace_substring_regex(digits, r"([01])", r"\1,"), ","), "0 and 1"
+    if pc.any(pc.match_substring_regex(texts, LIST_TEXT)).as_py() or pc.any(pc.match_substring_regex(texts, r"^\s*\[")).as_py():
+        return _parse_lists(manifest, name, texts), "lists in text"
+    if pc.any(pc.match_substring_regex(texts, r"[\r\n]")).as_py():
+        return _split_lines(manifest, name, texts), "one label per line of the cell"
+    used = [candidate for candidate in USUAL_SEPARATORS if pc.any(pc.match_substring(texts, candidate)).as_py()]
+    if len(used) > 1:
+        raise UserError(
+            f"{manifest}: column {name!r} holds {' and '.join(map(repr, used))}; choose the separator of the labels"
+            f" (--data.label-separator '{used[0]}')"
+        )
+    if used:
+        return pc.split_pattern(texts, used[0]), f"labels separated by {used[0]!r}"
+    unusual, decision = split_by_recurrence(pc.unique(texts).to_pylist())
+    if unusual is None:
+        return pc.split_pattern(texts, "\n"), f"one label per row; {decision}" if decision else "one label per row"
+    return pc.split_pattern(texts, unusual), f"labels separated by {unusual!r}: {decision}"
 
 
 def encode_lists(
@@ -126,12 +92,20 @@ def encode_lists(
     Raises:
         UserError: if no label occurs, or a label that is not in `label_names`, with its row.
     """
+    flags = _read_flags(manifest, name, lists, label_names)
+    if flags is not None:
+        return flags
     rows = pc.list_parent_indices(lists).to_numpy()
     labels = pc.utf8_trim_whitespace(pc.list_flatten(lists)).fill_null("")
     occurring = sorted({*pc.unique(labels).to_pylist()} - {""})
     if not occurring:
         raise UserError(
             f"{manifest}: no row has a label in column {name!r}; name the column of labels (--data.label-column NAME)"
+        )
+    if torn := [label for label in occurring if re.search(_OPEN_LIST, label)]:
+        raise UserError(
+            f"{manifest}: the label {torn[0]!r} in column {name!r} is a piece of a list; if a separator is given, leave it out, else"
+            ' write the cells as JSON lists (["dog", "person"])'
         )
     names = tuple(occurring if label_names is None else label_names)
     codes = pc.index_in(labels, value_set=pa.array([*names, ""])).fill_null(-1).to_numpy()
@@ -163,40 +137,98 @@ def _require_text(manifest: Location, name: str, kind: pa.DataType) -> None:
 
 
 def _as_lists(manifest: Location, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if pa.types.is_boolean(column.type.value_type):
+        column = column.cast(pa.list_(pa.int8()))  # flags
     _require_text(manifest, name, column.type.value_type)
     return column.cast(pa.list_(pa.string()))
 
 
-def _parse_lists(manifest: Location, name: str, texts: pa.ChunkedArray, is_json: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Parse JSON lists in texts, each chunk at once as lines of JSON objects."""
+def _read_flags(
+    manifest: Location, name: str, lists: pa.ChunkedArray, label_names: Sequence[str] | None
+) -> tuple[tuple[str, ...], npt.NDArray[np.int8]] | None:
+    """Return the label names and targets of lists that hold a flag per label, or None if the lists hold names.
+
+    Raises:
+        UserError: if the lists hold only 0 and 1, but do not give one flag per name of `label_names`.
+    """
+    values = pc.utf8_trim_whitespace(pc.list_flatten(lists)).fill_null("")
+    filled = pc.filter(values, pc.not_equal(values, ""))
+    if not len(filled) or not {*pc.unique(filled).to_pylist()} <= {"0", "1"}:
+        return None
+    if label_names is not None and {"0", "1"} <= {*label_names}:
+        return None
+    nonempty = pc.not_equal(pc.utf8_trim_whitespace(pc.binary_join(lists, "")), "")
+    rows = np.flatnonzero(nonempty.to_numpy(zero_copy_only=False))
+    per_row = np.bincount(
+        pc.list_parent_indices(lists).to_numpy()[pc.not_equal(values, "").to_numpy(zero_copy_only=False)], minlength=len(lists)
+    )
+    lengths = {*per_row[rows].tolist()}
+    shown = f"{manifest}: column {name!r} holds only 0 and 1"
+    if len(lengths) > 1 or len(rows) < len(lists):
+        counts = "or nothing" if len(lengths) == 1 else f"{min(lengths)} to {max(lengths)} in a row"
+        raise UserError(
+            f"{shown}, {counts}. A flag per label needs as many in each row; numbers of labels need names: write the labels by name"
+        )
+    (length,) = lengths
+    if label_names is None or len(label_names) != length:
+        wrong = "" if label_names is None else f", which lists {len(label_names)}"
+        raise UserError(
+            f"{shown}, {length} in each row: a flag per label, by position? Then name the {length} labels in order"
+            f" (--data.labels FILE, one per line){wrong}. If these are two labels called 0 and 1, list them in that file"
+        )
+    return tuple(label_names), np.array(filled.to_pylist(), np.int8).reshape(len(lists), length)
+
+
+def _split_lines(manifest: Location, name: str, texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Split cells that hold a label per line, unless a missing quote explains the line breaks."""
+    lines = pc.split_pattern_regex(texts, r"\r\n|\r|\n")
+    others = pc.match_substring_regex(texts, r"[;|,]")
+    if (row := pc.index(pc.and_(others, pc.match_substring_regex(texts, r"[\r\n]")), True).as_py()) >= 0:
+        raise UserError(f"{manifest}, row {row + 1}: column {name!r} has a line break in it; is a quote missing?")
+    return lines
+
+
+def _parse_lists(manifest: Location, name: str, texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Parse lists in texts: JSON at the speed of its parser, each chunk at once; other forms text by text."""
+    is_list_text = pc.match_substring_regex(texts, LIST_TEXT)
     empty = pc.equal(pc.utf8_trim_whitespace(texts), "")
-    if (row := pc.index(pc.or_(is_json, empty), False).as_py()) >= 0:
+    bracketed = pc.or_(is_list_text, pc.match_substring_regex(texts, r"^\s*\["))
+    if (row := pc.index(pc.or_(bracketed, empty), False).as_py()) >= 0:
         raise UserError(
             f"{manifest}, row {row + 1}: {texts[row].as_py()!r} in column {name!r} is no JSON list, but other rows hold one;"
             " write JSON lists in all rows, or choose the separator of the labels (--data.label-separator ';')"
         )
-    lines = pc.binary_join_element_wise('{"labels":', pc.if_else(empty, "[]", texts), "}\n", "")
+    if pc.all(pc.or_(pc.match_substring_regex(texts, r"^\s*\["), empty)).as_py():
+        parsed = _parse_json(manifest, name, pc.if_else(empty, "[]", texts))
+        if parsed is not None:
+            return parsed
+    encoded = texts.combine_chunks().dictionary_encode()
+    distinct = [parse_list_text(text) for text in encoded.dictionary.to_pylist()]
+    indices = encoded.indices
+    if None in distinct:
+        row = pc.index(indices, distinct.index(None)).as_py()
+        wrong = texts[row].as_py()
+        raise UserError(
+            f'{manifest}, row {row + 1}: {wrong[:80]!r} is not a JSON list of labels; write it as ["dog", "person"]'
+        )
+    return pa.chunked_array([pa.array(distinct, pa.list_(pa.string())).take(indices)])
+
+
+def _parse_json(manifest: Location, name: str, texts: pa.ChunkedArray) -> pa.ChunkedArray | None:
+    """Parse JSON lists, each chunk at once as lines of JSON objects; None if a text is not JSON.
+
+    Raises:
+        UserError: if the lists hold neither texts nor whole numbers.
+    """
+    lines = pc.binary_join_element_wise('{"labels":', texts, "}\n", "")
     parsed = []
-    first_row = 1
     for chunk in lines.chunks:
         text = pc.binary_join(pa.ListArray.from_arrays([0, len(chunk)], chunk), "")[0].as_buffer()
         try:
             table = parse_json_lines(text)
         except ValueError:
-            table = None
-        if table is None or table.num_rows != len(chunk) or table.column_names != ["labels"]:
-            raise UserError(f"{manifest}{_first_wrong_list(texts.slice(first_row - 1, len(chunk)), first_row)}")
+            return None
+        if table.num_rows != len(chunk) or table.column_names != ["labels"] or not is_list(table["labels"].type):
+            return None
         parsed += _as_lists(manifest, name, table["labels"]).chunks
-        first_row += len(chunk)
     return pa.chunked_array(parsed, pa.list_(pa.string()))
-
-
-def _first_wrong_list(texts: pa.ChunkedArray, first_row: int) -> str:
-    for row, text in enumerate(texts.to_pylist(), first_row):
-        try:
-            valid = not text.strip() or isinstance(json.loads(text), list)
-        except (ValueError, RecursionError):
-            valid = False
-        if not valid:
-            return f', row {row}: {text[:80]!r} is not a JSON list; write it as ["dog", "person"]'
-    return ": its JSON lists hold values of different types; write each label as a text in double quotes"
