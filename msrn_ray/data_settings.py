@@ -30,6 +30,9 @@ class DataSettings(Settings):
     """Text that separates the labels in a manifest's column. None: the only one of ; | and , that occurs."""
     labels: Annotated[str | None, MAY_DIFFER] = None
     """Text file with all labels in order, one per line, for custom images. None: the labels that occur, in alphabetical order."""
+    merge_labels: Annotated[str | None, MAY_DIFFER] = None
+    """Text file of labels that are one label under several names. One line per group: the name to keep, then the names that it
+    replaces, separated by tabs or as CSV. A joined label is present if any of its names is."""
     test_fraction: Fraction = 0.1
     """Fraction of custom images without named splits that becomes test, stratified by label. 0: no test split."""
     image_size: Annotated[int, Field(ge=64, le=2048)] = 448

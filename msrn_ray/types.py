@@ -49,8 +49,7 @@ class SampleTable:
         """Build the table; targets: [n, C] int8 in {1, 0, -1}."""
         assert targets.shape == (len(uris), len(label_names))
         assert len(image_ids) == len(uris)
-        target = pa.FixedSizeListArray.from_arrays(pa.array(targets.reshape(-1), pa.int8()), len(label_names))
-        table = pa.table({"image_id": _strings(image_ids), "uri": _strings(uris), "target": target})
+        table = pa.table({"image_id": _strings(image_ids), "uri": _strings(uris), "target": _target_column(targets)})
         return cls(table, label_names, source, notes)
 
     def __len__(self) -> int:
@@ -62,9 +61,20 @@ class SampleTable:
         flat = self.table["target"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         return np.asarray(flat, dtype=np.int8).reshape(len(self), len(self.label_names))
 
+    def with_targets(self, targets: npt.NDArray[np.int8], label_names: tuple[str, ...]) -> SampleTable:
+        """Return the same images with other labels; targets: [n, K] int8 in {1, 0, -1}."""
+        assert targets.shape == (len(self), len(label_names))
+        position = self.table.schema.get_field_index("target")
+        table = self.table.set_column(position, "target", _target_column(targets))
+        return SampleTable(table, label_names, self.source, self.notes)
+
     def take(self, rows: npt.NDArray[np.int64]) -> SampleTable:
         """Return the split reduced to `rows` ([m] indices), in that order."""
         return SampleTable(self.table.take(pa.array(rows)), self.label_names, self.source, self.notes)
+
+
+def _target_column(targets: npt.NDArray[np.int8]) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(targets.reshape(-1), pa.int8()), targets.shape[1])
 
 
 def _strings(values: Sequence[str] | pa.ChunkedArray) -> pa.ChunkedArray:

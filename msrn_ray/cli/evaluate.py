@@ -72,9 +72,7 @@ class Evaluate(StartsFromConfig):
             print(line)
         table = Table("label", "AP")
         prefix = f"{self.split}/AP/"
-        precisions = {
-            name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)
-        }
+        precisions = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
         for name, value in precisions.items():
             table.add_row(name, "n/a" if math.isnan(value) else f"{value:.4f}")
         out.print(table)

@@ -21,6 +21,7 @@ from .folders import read_folders
 from .huggingface import read_huggingface
 from .image_uris import select_rows
 from .manifest import CustomImages, read_manifest
+from .merge_labels import plan_merge
 from .nuswide import read_nuswide
 from .prepared import BAD_IMAGES_FILE, PreparedInfo, read_info, read_prepared
 from .scenes.generate import generate_scenes
@@ -30,10 +31,10 @@ from .text_files import read_label_names
 from .voc import Difficult, find_voc, read_voc
 from .webdataset import read_webdataset
 
-# Settings of tensors, word vectors, protocol and seed; and `labels`: a prepared data set stores the names, not the path of their list.
+# Settings of tensors, word vectors, protocol and seed; and `labels`, `merge_labels`: a prepared data set stores the names, not a path.
 _NOT_READER_SETTINGS = {
     *("dataset", "root", "image_size", "crop_scales", "flip", "max_pixels", "max_bad_fraction"),
-    *("word_vectors", "missing_words", "label_counts", "val_fraction", "split_seed", "labels"),
+    *("word_vectors", "missing_words", "label_counts", "val_fraction", "split_seed", "labels", "merge_labels"),
 }
 
 
@@ -58,19 +59,29 @@ def read_published(settings: DataSettings) -> PublishedSplits:
     Raises:
         UserError: if the data set has any fault; the message names the file and the fix.
     """
-    if settings.root is not None:
-        root = Location.of(settings.root)
-        info = read_info(root)
-        if info is not None:
-            return _read_prepared_splits(root, info, settings)
+    root = None if settings.root is None else Location.of(settings.root)
+    info = None if root is None else read_info(root)
+    if root is not None and info is not None:
+        return _merge_labels(_read_prepared_splits(root, info, settings), settings)
     published = READERS[settings.dataset](settings)
     _require_same_labels(published)
-    return published
+    return _merge_labels(published, settings)
 
 
 def reader_settings(settings: DataSettings) -> dict[str, Any]:
     """Return the settings, by name, that decide what a reader returns. `msrn prepare` fixes them; all others stay free."""
     return settings.model_dump(mode="json", exclude=_NOT_READER_SETTINGS)
+
+
+def _merge_labels(published: PublishedSplits, settings: DataSettings) -> PublishedSplits:
+    if settings.merge_labels is None:
+        return published
+    merge = plan_merge(Location.of(settings.merge_labels), published.train.label_names)
+    train, val, held_out = (
+        None if table is None else merge.apply(table) for table in (published.train, published.val, published.held_out)
+    )
+    assert train is not None
+    return PublishedSplits(replace(train, notes=(*train.notes, merge.note)), val, held_out)
 
 
 def _require_same_labels(published: PublishedSplits) -> None:

@@ -71,7 +71,9 @@ def _describe(group: Sequence[str], show: Callable[..., str]) -> str:
     }
     differences = [what for what, change in changes.items() if len({change(name) for name in group}) < len(group)]
     is_unicode = len({_compose(name) for name in group}) < len(group)
-    return f"{show(group, ascii if is_unicode else repr)}: {', '.join(differences) or 'several of case, blanks, letters'}"
+    return (
+        f"{show(group, ascii if is_unicode else repr)}: {', '.join(differences) or 'several of case, blanks, letters'}"
+    )
 
 
 def _simplify(name: str) -> str:

@@ -104,7 +104,9 @@ def _describe_one_sided_labels(split: str, table: SampleTable) -> Iterator[str]:
         yield f"{prefix}{split}: every image with known {_first_names(table.label_names, always)} has it; {what}"
     num_left_out = int((empty | always).sum())
     if num_left_out and not is_train:
-        fallback = "" if num_left_out < len(empty) else ": it is nan" + ", and the last epoch is the best" * (split == "val")
+        fallback = (
+            "" if num_left_out < len(empty) else ": it is nan" + ", and the last epoch is the best" * (split == "val")
+        )
         yield f"{split}: mAP leaves out {num_left_out} of {len(empty)} labels{fallback}"
 
 

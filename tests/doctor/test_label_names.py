@@ -52,7 +52,9 @@ def test_singular_and_plural_are_a_group(singular: str, many: str) -> None:
     assert finding.details == (f"'{singular}' (3 images), '{many}' (2 images)",)
 
 
-@pytest.mark.parametrize("name", ["nan", "None", "NULL", "n/a", "No Finding", "no_finding", "nothing", "__background__"])
+@pytest.mark.parametrize(
+    "name", ["nan", "None", "NULL", "n/a", "No Finding", "no_finding", "nothing", "__background__"]
+)
 def test_words_for_none_are_named(name: str) -> None:
     (finding,) = findings_of("sink", name)
     assert finding.details == (f"{name!r} (2 images)",)
