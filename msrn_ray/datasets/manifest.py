@@ -38,6 +38,15 @@ class CustomImages(NamedTuple):
 
 
 @dataclass(frozen=True)
+class NamedColumns:
+    """The columns that the settings name: of image paths, of lists of labels, of groups; None: see `read_manifest`."""
+
+    image: str | None = None
+    label: str | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True)
 class _Columns:
     """The role of each column. Either `label_list` names the column that lists the labels, or `labels` the columns of single labels."""
 
@@ -46,17 +55,17 @@ class _Columns:
     labels: tuple[str, ...]
     split: str | None
     id: str | None
+    group: str | None
 
     @property
     def texts(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.image, self.split, self.id) if name is not None)
+        return tuple(name for name in (self.image, self.split, self.id, self.group) if name is not None)
 
 
 def read_manifest(
     manifest: Location,
     *,
-    image_column: str | None = None,
-    label_column: str | None = None,
+    named: NamedColumns = NamedColumns(),
     label_separator: str | None = None,
     label_names: Sequence[str] | None = None,
     missing_images: MissingImages = "error",
@@ -65,9 +74,9 @@ def read_manifest(
 
     Args:
         manifest: the file. Relative paths of images start from its folder and stay below it.
-        image_column: the column of image paths; None: the column with a name of `IMAGE_COLUMNS`.
-        label_column: the column that lists the labels; None: the column with a name of `LABEL_COLUMNS`. If there is none, or each of
-            `label_names` has a column, every column that is not image, split or id is a label.
+        named: image, without it the column with a name of `IMAGE_COLUMNS`; label, the column that lists the labels, without it the
+            column with a name of `LABEL_COLUMNS`; group, without it there are no groups. If there is no column of lists, or each of
+            `label_names` has a column, every column that is not image, split, id or group is a label.
         label_separator: between labels in a text; None: detected, see `split_lists`.
         label_names: all labels in their order; None: the labels that occur, in alphabetical order. With a column per label, they name
             the columns to use.
@@ -81,7 +90,7 @@ def read_manifest(
         UserError: if the file, a column or a row is invalid, with the row, counted from 1 below the header.
     """
     table = open_table(manifest)
-    columns = _choose_columns(manifest, table.names, image_column, label_column, label_names)
+    columns = _choose_columns(manifest, table.names, named, label_names)
     texts, labels = _read_cells(manifest, table, columns)
     images = pc.replace_substring(texts[columns.image], "\\", "/")  # Windows paths
     image_ids = images if columns.id is None else texts[columns.id]
@@ -102,6 +111,9 @@ def read_manifest(
     require_images(manifest, uris, found, missing_images)
     notes += missing_notes(manifest.name, found)
     samples = SampleTable.from_columns(image_ids, uris, targets, names, manifest.name, tuple(notes))
+    if columns.group is not None:
+        groups = pc.utf8_trim_whitespace(texts[columns.group])
+        samples = samples.with_groups(_require_filled(manifest, columns.group, groups))
     if found.all():
         return CustomImages(samples, split)
     rows = np.flatnonzero(found)
@@ -140,19 +152,21 @@ def _read_cells(
 def _choose_columns(
     manifest: Location,
     names: Sequence[str],
-    image_column: str | None,
-    label_column: str | None,
+    named: NamedColumns,
     label_names: Sequence[str] | None,
 ) -> _Columns:
+    image_column, label_column = named.image, named.label
     header = f"its columns are {', '.join(map(repr, names)) or 'none'}"
-    for option, column in (("image", image_column), ("label", label_column)):
+    for option, column in (("image", image_column), ("label", label_column), ("group", named.group)):
         if column is not None and column not in names:
             raise UserError(
                 f"{manifest}: there is no column {column!r} (data.{option}_column); {header}; name one of them"
             )
 
     def find_usual(option: str, usual: Sequence[str]) -> str | None:
-        found = [name for name in names if name.lower() in usual and name not in (image_column, label_column)]
+        found = [
+            name for name in names if name.lower() in usual and name not in (image_column, label_column, named.group)
+        ]
         if len(found) > 1:
             raise UserError(
                 f"{manifest}: the {option} may be in {' or '.join(map(repr, found))}; choose one (--data.{option}-column NAME)"
@@ -170,7 +184,7 @@ def _choose_columns(
     label_list = label_column or (None if has_label_columns else find_usual("label", LABEL_COLUMNS))
     split = next((name for name in names if name.lower() in SPLIT_COLUMNS and name not in (image, label_list)), None)
     ids = [name for name in names if name.lower() in ID_COLUMNS and name not in (image, label_list)]
-    labels = [] if label_list else sorted({*names} - {image, split, *ids, ""})
+    labels = [] if label_list else sorted({*names} - {image, split, *ids, named.group, ""})
     if not label_list and label_names is not None:
         absent = [name for name in label_names if name not in labels]
         if absent:
@@ -184,7 +198,7 @@ def _choose_columns(
             f"{manifest}: no column holds labels, {header}; add one named 'labels', or name it with --data.label-column NAME"
         )
     preferred_id = min(ids, key=lambda name: name.lower() != ID_COLUMNS[0], default=None)
-    return _Columns(image, label_list, tuple(labels), split, preferred_id)
+    return _Columns(image, label_list, tuple(labels), split, preferred_id, named.group)
 
 
 def _require_filled(manifest: Location, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -18,15 +18,16 @@ from ..types import SampleTable
 from .apparel import read_apparel
 from .coco import find_year, has_split, read_coco
 from .folders import read_folders
+from .groups import require_groups
 from .huggingface import read_huggingface
 from .image_uris import select_rows
-from .manifest import CustomImages, read_manifest
+from .manifest import CustomImages, NamedColumns, read_manifest
 from .merge_labels import plan_merge
 from .nuswide import read_nuswide
 from .prepared import BAD_IMAGES_FILE, PreparedInfo, read_info, read_prepared
 from .scenes.generate import generate_scenes
 from .split_names import SPLITS, SplitName
-from .stratify import stratified_split
+from .stratify import split_off, stratified_split
 from .text_files import read_label_names
 from .voc import Difficult, find_voc, read_voc
 from .webdataset import read_webdataset
@@ -52,6 +53,12 @@ class PublishedSplits:
     val: SampleTable | None
     held_out: SampleTable | None
 
+    @property
+    def tables(self) -> dict[SplitName, SampleTable]:
+        """The splits that exist, by name."""
+        found = zip(SPLITS, (self.train, self.val, self.held_out), strict=True)
+        return {name: table for name, table in found if table is not None}
+
 
 def read_published(settings: DataSettings) -> PublishedSplits:
     """Read the published splits. If `data.root` holds a prepared data set, `data.dataset` has no effect.
@@ -62,9 +69,11 @@ def read_published(settings: DataSettings) -> PublishedSplits:
     root = None if settings.root is None else Location.of(settings.root)
     info = None if root is None else read_info(root)
     if root is not None and info is not None:
-        return _merge_labels(_read_prepared_splits(root, info, settings), settings)
-    published = READERS[settings.dataset](settings)
-    _require_same_labels(published)
+        published = _read_prepared_splits(root, info, settings)
+    else:
+        published = READERS[settings.dataset](settings)
+        _require_same_labels(published)
+    require_groups(published.tables, settings.group_column)
     return _merge_labels(published, settings)
 
 
@@ -181,8 +190,7 @@ def _apparel(settings: DataSettings) -> PublishedSplits:
 def _manifest(settings: DataSettings) -> PublishedSplits:
     images = read_manifest(
         _root(settings, "the file of the manifest (--data.root FILE)"),
-        image_column=settings.image_column,
-        label_column=settings.label_column,
+        named=NamedColumns(settings.image_column, settings.label_column, settings.group_column),
         label_separator=settings.label_separator,
         label_names=_label_names(settings),
         missing_images=settings.missing_images,
@@ -201,6 +209,7 @@ def _huggingface(settings: DataSettings) -> PublishedSplits:
         label_names=_label_names(settings),
         image_column=settings.image_column,
         label_column=settings.label_column,
+        group_column=settings.group_column,
     )
     return _custom_splits(tables, settings)
 
@@ -228,7 +237,7 @@ def _custom_splits(tables: dict[SplitName, SampleTable], settings: DataSettings)
         raise UserError(f"{source}: no image is in the split train; put the images to train on in it")
     if len(tables) == 1 and settings.test_fraction:
         whole = tables["train"]
-        rest, part = stratified_split(whole.targets, settings.test_fraction, settings.split_seed)
+        rest, part = split_off(whole, settings.test_fraction, settings.split_seed)
         if not len(rest):
             raise UserError(
                 f"{source}: data.test_fraction={settings.test_fraction} of {len(whole)} images leaves none to train on;"
@@ -236,6 +245,8 @@ def _custom_splits(tables: dict[SplitName, SampleTable], settings: DataSettings)
             )
         tables = {"train": whole.take(rest), "test": whole.take(part)}
         drawn = f"data.test_fraction={settings.test_fraction}, data.split_seed={settings.split_seed}"
+        if whole.groups is not None:
+            drawn += f", {len(part)} of {len(whole)} images in whole groups of {settings.group_column!r}"
         notes += (f"no splits are named: test is drawn ({drawn})",)
     kept = {name: _drop_unlabelled(table, name, settings) for name, table in tables.items() if len(table)}
     train = replace(kept["train"], notes=notes + kept["train"].notes)

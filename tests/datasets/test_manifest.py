@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from msrn_ray.datasets.coco import read_coco
 from msrn_ray.datasets.image_uris import absolute_uris, find_local
-from msrn_ray.datasets.manifest import read_manifest
+from msrn_ray.datasets.manifest import NamedColumns, read_manifest
 from msrn_ray.datasets.protocol import fingerprint
 from msrn_ray.datasets.text_files import read_label_names
 from msrn_ray.errors import UserError
@@ -115,11 +115,10 @@ def test_written_manifests_are_read_back(form: str, table: tuple[list[str], list
     with TemporaryDirectory() as folder:
         place = Location.of(write(Path(folder) / name, rows))
         # name the columns: a random label may have the usual name of one
-        columns = {} if "columns" in form or form == "semicolons" else {"label_column": "labels"}
+        label = None if "columns" in form or form == "semicolons" else "labels"
         separator = {"csv": ";", "tsv": ";"}.get(form)
-        samples = read_manifest(
-            place, image_column="image", label_separator=separator, label_names=labels, **columns
-        ).samples
+        named = NamedColumns("image", label)
+        samples = read_manifest(place, named=named, label_separator=separator, label_names=labels).samples
     assert samples.label_names == tuple(labels)
     np.testing.assert_array_equal(samples.targets, targets)
     assert samples.table["uri"].to_pylist() == [f"s3://bucket/{image}" for image in images]
@@ -270,7 +269,7 @@ def test_columns_by_name(tmp_path: Path) -> None:
         UserError, match=r"image may be in 'url' or 'file_name'; choose one \(--data\.image-column NAME\)"
     ):
         read_manifest(place)
-    samples = read_manifest(place, image_column="file_name", label_column="class").samples
+    samples = read_manifest(place, named=NamedColumns("file_name", "class")).samples
     assert present(samples) == {"a.jpg": {"dog"}, "b.jpg": {"cat"}}
     assert samples.notes[1] == "labels.csv: columns not used: 'n', 'tags', 'url'"
 

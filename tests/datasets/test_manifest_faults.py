@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from msrn_ray.datasets.manifest import read_manifest
+from msrn_ray.datasets.manifest import NamedColumns, read_manifest
 from msrn_ray.errors import UserError
 from msrn_ray.io.storage import Location
 from tests.datasets.manifest_files import (
@@ -111,7 +111,7 @@ def test_folder_or_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.csv: no such file; give the manifest, a file that ends in \.csv"):
         read_manifest(place.parent / "none.csv")
     with pytest.raises(UserError, match=r"there is no column 'photo' \(data\.image_column\); its columns are 'image'"):
-        read_manifest(place, image_column="photo")
+        read_manifest(place, named=NamedColumns(image="photo"))
 
 
 @pytest.mark.parametrize("column", ["image", "labels"])
