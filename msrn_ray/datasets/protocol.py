@@ -85,8 +85,13 @@ def load_splits(config: ExperimentConfig) -> Splits:
     else:
         rest, part = split_off(train, config.data.val_fraction, config.data.split_seed)
         if not len(part):
+            what = (
+                "is no image"
+                if train.groups is None
+                else "is no whole group: all are in one group of data.group_column"
+            )
             raise UserError(
-                f"{train.source}: data.val_fraction={config.data.val_fraction} of its {len(train)} train images is no image;"
+                f"{train.source}: data.val_fraction={config.data.val_fraction} of its {len(train)} train images {what};"
                 " add images, raise data.val_fraction, or put images in a split val"
             )
         notes.append(

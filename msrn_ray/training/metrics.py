@@ -183,6 +183,7 @@ def _precision_recall_f1(predicted: Mask, present: Mask, suffix: str = "") -> di
 
     CP, CR: means over the classes' precision and recall. Both leave out a class without a present label (its recall
         is 0/0). A class with a present label that is never predicted has precision 0, as in [ML-GCN, ASL].
+        A class without an absent label counts, unlike in mAP: its recall still depends on the scores.
     CF1: harmonic mean of CP and CR [ML-GCN], not the mean of the classes' F1 that [ASL]'s script prints.
     OP, OR, OF1: precision, recall and their harmonic mean from the counts summed over all classes. Classes without a
         present label are included, so their false alarms count. ([ML-GCN] adds 1 false alarm per class never predicted.)

@@ -146,6 +146,12 @@ def test_missing_groups_are_refused(tmp_path: Path, column: str, message: str) -
         read_manifest(place, named=NamedColumns(group=column))
 
 
+def test_a_single_group_cannot_be_split(tmp_path: Path) -> None:
+    place = make(tmp_path, "image,labels,patient\na.jpg,cat,p1\nb.jpg,dog,p1\nc.jpg,dog,p1\nd.jpg,dog,p1")
+    with pytest.raises(UserError, match=r"is no whole group: all are in one group of data\.group_column"):
+        splits_of(place, group_column="patient", test_fraction=0.5, val_fraction=0.5)
+
+
 def test_reader_without_groups_is_refused(shared: Path) -> None:
     settings = DataSettings(dataset="coco", root=str(shared / "data/coco_mini"), group_column="patient")
     with pytest.raises(UserError, match=r"data\.group_column 'patient': .* was read without groups"):
