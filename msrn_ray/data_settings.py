@@ -38,6 +38,12 @@ class DataSettings(Settings):
     what they mean."""
     labels: Annotated[str | None, MAY_DIFFER] = None
     """Text file with all labels in order, one per line, for custom images. None: the labels that occur, in alphabetical order."""
+    merge_labels: Annotated[str | None, MAY_DIFFER] = None
+    """Text file of labels that are one label under several names. One line per group: the name to keep, then the names that it
+    replaces, separated by tabs or as CSV. A joined label is present if any of its names is."""
+    group_column: str | None = None
+    """Column of groups, such as patients (manifest, huggingface; dotted if nested). A group is never in two splits: test and val are
+    drawn by group, as near to their fractions as the groups allow, and named splits that cut a group are an error."""
     test_fraction: Fraction = 0.1
     """Fraction of custom images without named splits that becomes test, stratified by label. 0: no test split."""
     image_size: Annotated[int, Field(ge=64, le=2048)] = 448

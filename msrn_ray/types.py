@@ -25,7 +25,8 @@ class SampleTable:
 
     Attributes:
         table: columns `image_id` (string, unique), `uri` (string, a local path or a URI), `target`
-            (fixed_size_list<int8>[C], values in {1, 0, -1}); n rows in a fixed order.
+            (fixed_size_list<int8>[C], values in {1, 0, -1}); n rows in a fixed order. With `data.group_column` also `group` (string):
+            images of one group are never in two splits.
         label_names: the C label names, in the order of `target`.
         source: what was read, for messages ("instances_train2014.json", ...).
         notes: lines for the user (images dropped, images without a label, ...).
@@ -49,8 +50,7 @@ class SampleTable:
         """Build the table; targets: [n, C] int8 in {1, 0, -1}."""
         assert targets.shape == (len(uris), len(label_names))
         assert len(image_ids) == len(uris)
-        target = pa.FixedSizeListArray.from_arrays(pa.array(targets.reshape(-1), pa.int8()), len(label_names))
-        table = pa.table({"image_id": _strings(image_ids), "uri": _strings(uris), "target": target})
+        table = pa.table({"image_id": _strings(image_ids), "uri": _strings(uris), "target": _target_column(targets)})
         return cls(table, label_names, source, notes)
 
     def __len__(self) -> int:
@@ -62,9 +62,29 @@ class SampleTable:
         flat = self.table["target"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         return np.asarray(flat, dtype=np.int8).reshape(len(self), len(self.label_names))
 
+    @property
+    def groups(self) -> pa.ChunkedArray | None:
+        """Return [n] strings, the group of each image; None if the images have no groups."""
+        return self.table["group"] if "group" in self.table.column_names else None
+
+    def with_groups(self, groups: pa.ChunkedArray) -> SampleTable:
+        """Return the same images in groups: [n] strings."""
+        return SampleTable(self.table.append_column("group", groups), self.label_names, self.source, self.notes)
+
+    def with_targets(self, targets: npt.NDArray[np.int8], label_names: tuple[str, ...]) -> SampleTable:
+        """Return the same images with other labels; targets: [n, K] int8 in {1, 0, -1}."""
+        assert targets.shape == (len(self), len(label_names))
+        position = self.table.schema.get_field_index("target")
+        table = self.table.set_column(position, "target", _target_column(targets))
+        return SampleTable(table, label_names, self.source, self.notes)
+
     def take(self, rows: npt.NDArray[np.int64]) -> SampleTable:
         """Return the split reduced to `rows` ([m] indices), in that order."""
         return SampleTable(self.table.take(pa.array(rows)), self.label_names, self.source, self.notes)
+
+
+def _target_column(targets: npt.NDArray[np.int8]) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(targets.reshape(-1), pa.int8()), targets.shape[1])
 
 
 def _strings(values: Sequence[str] | pa.ChunkedArray) -> pa.ChunkedArray:

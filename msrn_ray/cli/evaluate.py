@@ -72,11 +72,17 @@ class Evaluate(StartsFromConfig):
             print(line)
         table = Table("label", "AP")
         prefix = f"{self.split}/AP/"
-        for name, value in metrics.items():
-            if name.startswith(prefix):
-                table.add_row(name.removeprefix(prefix), "no positive" if math.isnan(value) else f"{value:.4f}")
+        precisions = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
+        for name, value in precisions.items():
+            table.add_row(name, "n/a" if math.isnan(value) else f"{value:.4f}")
         out.print(table)
         print_summary(out, metrics)
+        num_left_out = sum(map(math.isnan, precisions.values()))
+        if num_left_out:
+            print(
+                f"{self.split}: mAP leaves out {num_left_out} of {len(precisions)} labels (n/a): no image has them, or every image"
+                " where they are known"
+            )
         scored = metrics[f"{self.split}/images"]
         print(f"{self.split} mAP {metrics[f'{self.split}/mAP']:.6f} over {scored} images")
         if self.out is not None:

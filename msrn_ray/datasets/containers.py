@@ -57,7 +57,7 @@ def build_tables(
     """Build sample tables from lists of labels.
 
     Args:
-        parts: the images of each split, of schema `LABELLED_IMAGES`.
+        parts: the images of each split, of schema `LABELLED_IMAGES`, and `group` (string) if the images have groups.
         label_names: labels in the requested order; None: all that occur in any split, in alphabetical order.
         root: the data set, for messages.
 
@@ -71,7 +71,8 @@ def build_tables(
         raise UserError(f"{root}: no image has a label; check data.label_column")
     tables: dict[SplitName, SampleTable] = {}
     for split, part in parts.items():
-        image_ids, uris, lists = part.combine_chunks().columns
+        whole = part.combine_chunks()
+        image_ids, uris, lists = whole.select(LABELLED_IMAGES.names).columns
         if len(image_ids) == 0:
             raise UserError(f"{root}: the {split} split holds no image")
         counts = image_ids.value_counts()
@@ -88,5 +89,6 @@ def build_tables(
             )
         targets = np.zeros((len(image_ids), len(label_names)), np.int8)
         targets[rows.to_numpy(), columns.to_numpy()] = PRESENT
-        tables[split] = SampleTable.from_columns(image_ids, uris, targets, label_names, root.name)
+        samples = SampleTable.from_columns(image_ids, uris, targets, label_names, root.name)
+        tables[split] = samples.with_groups(whole["group"]) if "group" in whole.column_names else samples
     return tables

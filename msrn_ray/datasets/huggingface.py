@@ -22,7 +22,7 @@ from ..io.storage import Location
 from ..types import SampleTable
 from .containers import LABEL_FIELDS, LABELLED_IMAGES, build_tables, by_split, split_of
 from .label_columns import is_list
-from .manifest import ID_COLUMNS
+from .manifest import ID_COLUMNS, NamedColumns
 from .split_names import SplitName
 from .text_files import read_json, suggest_folder
 
@@ -38,6 +38,7 @@ class _Columns(NamedTuple):
     image: str
     label: str
     image_id: str | None
+    group: str | None
     label_names: tuple[str, ...] | None
 
 
@@ -51,6 +52,7 @@ def read_huggingface(
     label_names: tuple[str, ...] | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    group_column: str | None = None,
 ) -> dict[SplitName, SampleTable]:
     """Read all splits of a folder.
 
@@ -61,6 +63,7 @@ def read_huggingface(
         image_column: a column of encoded images; None: the only column of this kind.
         label_column: a column with a label or a list of labels per row, as names or as numbers of the features' names. Nested columns are
             dotted (`objects.category`). None: one of `LABEL_FIELDS`.
+        group_column: a column of groups, texts or whole numbers; None: the images have no groups.
 
     Returns:
         split -> n rows in the order of the files; image_id is the column `image_id` or `id`, else `<split>/<number of the row>`; targets
@@ -69,6 +72,7 @@ def read_huggingface(
     Raises:
         UserError: if this is no such folder, a file is damaged, or columns are missing or ambiguous.
     """
+    named = NamedColumns(image_column, label_column, group_column)
     parts: dict[SplitName, pa.Table] = {}
     orders: set[tuple[str, ...] | None] = set()
     for split, files in _files_by_split(root).items():
@@ -78,7 +82,7 @@ def read_huggingface(
                 # A memory map leaves the images on disk: only their position in the file is needed.
                 with pa.memory_map(file.text) if file.is_local else file.opened_input() as stream:
                     read = _parquet_rows if file.name.endswith(".parquet") else _arrow_rows
-                    for columns, cells, uris in read(file, stream, image_column, label_column):
+                    for columns, cells, uris in read(file, stream, named):
                         orders.add(columns.label_names)
                         rows.append(_rows(file, cells, columns, uris, label_names))
             except (OSError, pa.ArrowException) as error:
@@ -137,7 +141,7 @@ def _saved_files(folder: Location) -> list[Location]:
     return [folder / name for name in names]
 
 
-def _arrow_rows(file: Location, stream: pa.NativeFile, image: str | None, label: str | None) -> _Blocks:
+def _arrow_rows(file: Location, stream: pa.NativeFile, named: NamedColumns) -> _Blocks:
     """Yield the rows of each record batch. Reading message by message gives the position of a batch in the file."""
     stream.seek(stream.size() - len(_END_OF_STREAM))
     if stream.read() != _END_OF_STREAM:
@@ -145,7 +149,7 @@ def _arrow_rows(file: Location, stream: pa.NativeFile, image: str | None, label:
     stream.seek(0)
     messages = pa.ipc.MessageReader.open_stream(stream)
     schema = pa.ipc.read_schema(messages.read_next_message())
-    columns = _choose_columns(file, schema, image, label)
+    columns = _choose_columns(file, schema, named)
     for message in messages:
         batch = pa.ipc.read_record_batch(message, schema)
         batch.validate(full=True)  # untrusted file: without this, a list that ends outside of it reads other memory
@@ -165,11 +169,11 @@ def _arrow_rows(file: Location, stream: pa.NativeFile, image: str | None, label:
         yield columns, table, uris
 
 
-def _parquet_rows(file: Location, stream: pa.NativeFile, image: str | None, label: str | None) -> _Blocks:
+def _parquet_rows(file: Location, stream: pa.NativeFile, named: NamedColumns) -> _Blocks:
     """Yield the rows of each row group. Images are read from the first group only, to check that the file holds them."""
     parquet = pq.ParquetFile(stream)
-    columns = _choose_columns(file, parquet.schema_arrow, image, label)
-    wanted = [name for name in (columns.label, columns.image_id) if name is not None]
+    columns = _choose_columns(file, parquet.schema_arrow, named)
+    wanted = [name for name in (columns.label, columns.image_id, columns.group) if name is not None]
     for group in range(parquet.num_row_groups):
         if group == 0:
             first = _flat(parquet.read_row_group(group, columns=[columns.image]))
@@ -234,10 +238,25 @@ def _rows(
         image_ids = table[columns.image_id].cast(pa.string())
         if (row := pc.index(image_ids.is_null(), True).as_py()) >= 0:
             raise UserError(f"{file}: row {row} of a batch has no {columns.image_id}; fill it in, or remove the column")
-    return pa.table([image_ids, uris, labels], LABELLED_IMAGES)
+    images = pa.table([image_ids, uris, labels], LABELLED_IMAGES)
+    return images if columns.group is None else images.append_column("group", _groups(file, table, columns.group))
 
 
-def _choose_columns(file: Location, schema: pa.Schema, image: str | None, label: str | None) -> _Columns:
+def _groups(file: Location, table: pa.Table, name: str) -> pa.ChunkedArray:
+    """Return the groups of n rows as strings."""
+    column = table[name]
+    if not (
+        pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_integer(column.type)
+    ):
+        raise UserError(f"{file}: {name} (data.group_column) is {column.type}; it must hold texts or whole numbers")
+    texts = pc.utf8_trim_whitespace(column.cast(pa.string()))
+    if (row := pc.index(pc.equal(texts.fill_null(""), ""), True).as_py()) >= 0:
+        raise UserError(f"{file}: row {row} of a batch has no {name} (data.group_column); fill it in")
+    return texts
+
+
+def _choose_columns(file: Location, schema: pa.Schema, named: NamedColumns) -> _Columns:
+    image, label = named.image, named.label
     flat = _flat(schema.empty_table()).schema
     binary = [field.name for field in flat if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type)]
     images = [name for name in (image, f"{image}.bytes") if name in binary] if image else binary
@@ -250,8 +269,10 @@ def _choose_columns(file: Location, schema: pa.Schema, image: str | None, label:
                 f"no {role} column {requested!r}" if requested else f"{len(candidates)} columns may hold the {role}"
             )
             raise UserError(f"{file}: {problem}; name one of {', '.join(flat.names)} with data.{role}_column")
+    if named.group is not None and named.group not in flat.names:
+        raise UserError(f"{file}: no column {named.group!r} (data.group_column); name one of {', '.join(flat.names)}")
     image_id = next((name for name in ID_COLUMNS if name in flat.names), None)
-    return _Columns(images[0], labels[0], image_id, _class_names(schema, labels[0]))
+    return _Columns(images[0], labels[0], image_id, named.group, _class_names(schema, labels[0]))
 
 
 def _class_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:

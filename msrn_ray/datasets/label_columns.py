@@ -18,7 +18,7 @@ from .separators import USUAL_SEPARATORS, split_by_recurrence
 from .table_files import parse_json_lines
 
 _FLAGS = r"^\s*[\[{(]?\s*[01](?:[\s,;|]*[01])*\s*[\]})]?\s*$"  # 0110, "0 1 1 0", [0,1,1,0]
-_OPEN_LIST = r"""^[\[{'"]|[\]}'"]$|^\([^)]*$|^[^(]*\)$"""
+_QUOTED = r"""^'.*'$|^".*"$"""
 
 
 def as_text(manifest: Location, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -52,13 +52,16 @@ def split_lists(
         return _as_lists(manifest, name, column), "lists"
     texts = as_text(manifest, name, column).fill_null("")
     if separator is not None:
-        return pc.split_pattern(texts, separator), f"labels separated by {separator!r}"
+        return _split(manifest, name, texts, separator)
     filled = pc.filter(texts, pc.not_equal(pc.utf8_trim_whitespace(texts), ""))
     if len(filled) and pc.all(pc.match_substring_regex(filled, _FLAGS)).as_py():
         digits = pc.replace_substring_regex(texts, r"[^01]", "")
         return pc.split_pattern(pc.replace_substring_regex(digits, r"([01])", r"\1,"), ","), "0 and 1"
-    if pc.any(pc.match_substring_regex(texts, LIST_TEXT)).as_py() or pc.any(pc.match_substring_regex(texts, r"^\s*\[")).as_py():
-        return _parse_lists(manifest, name, texts), "lists in text"
+    if (
+        pc.any(pc.match_substring_regex(texts, LIST_TEXT)).as_py()
+        or pc.any(pc.match_substring_regex(texts, r"^\s*\[")).as_py()
+    ):
+        return _parse_lists(manifest, name, texts)
     if pc.any(pc.match_substring_regex(texts, r"[\r\n]")).as_py():
         return _split_lines(manifest, name, texts), "one label per line of the cell"
     used = [candidate for candidate in USUAL_SEPARATORS if pc.any(pc.match_substring(texts, candidate)).as_py()]
@@ -68,7 +71,7 @@ def split_lists(
             f" (--data.label-separator '{used[0]}')"
         )
     if used:
-        return pc.split_pattern(texts, used[0]), f"labels separated by {used[0]!r}"
+        return _split(manifest, name, texts, used[0])
     unusual, decision = split_by_recurrence(pc.unique(texts).to_pylist())
     if unusual is None:
         return pc.split_pattern(texts, "\n"), f"one label per row; {decision}" if decision else "one label per row"
@@ -101,11 +104,6 @@ def encode_lists(
     if not occurring:
         raise UserError(
             f"{manifest}: no row has a label in column {name!r}; name the column of labels (--data.label-column NAME)"
-        )
-    if torn := [label for label in occurring if re.search(_OPEN_LIST, label)]:
-        raise UserError(
-            f"{manifest}: the label {torn[0]!r} in column {name!r} is a piece of a list; if a separator is given, leave it out, else"
-            ' write the cells as JSON lists (["dog", "person"])'
         )
     names = tuple(occurring if label_names is None else label_names)
     codes = pc.index_in(labels, value_set=pa.array([*names, ""])).fill_null(-1).to_numpy()
@@ -160,7 +158,8 @@ def _read_flags(
     nonempty = pc.not_equal(pc.utf8_trim_whitespace(pc.binary_join(lists, "")), "")
     rows = np.flatnonzero(nonempty.to_numpy(zero_copy_only=False))
     per_row = np.bincount(
-        pc.list_parent_indices(lists).to_numpy()[pc.not_equal(values, "").to_numpy(zero_copy_only=False)], minlength=len(lists)
+        pc.list_parent_indices(lists).to_numpy()[pc.not_equal(values, "").to_numpy(zero_copy_only=False)],
+        minlength=len(lists),
     )
     lengths = {*per_row[rows].tolist()}
     shown = f"{manifest}: column {name!r} holds only 0 and 1"
@@ -179,6 +178,28 @@ def _read_flags(
     return tuple(label_names), np.array(filled.to_pylist(), np.int8).reshape(len(lists), length)
 
 
+def _split(manifest: Location, name: str, texts: pa.ChunkedArray, separator: str) -> tuple[pa.ChunkedArray, str]:
+    """Split texts at a separator; refuse lists that a program wrote, whose brackets and quotes would become part of the labels."""
+    for row in np.flatnonzero(pc.match_substring_regex(texts, LIST_TEXT).to_numpy(zero_copy_only=False)):
+        if parse_list_text(texts[int(row)].as_py()) is not None:
+            raise UserError(
+                f"{manifest}, row {row + 1}: {texts[int(row)].as_py()[:80]!r} in column {name!r} is a list in text; leave out"
+                f" --data.label-separator {separator!r}, and all rows are read as lists"
+            )
+    lists = pc.split_pattern(texts, separator)
+    quoted = [
+        text
+        for text in pc.unique(pc.utf8_trim_whitespace(pc.list_flatten(lists))).to_pylist()
+        if re.search(_QUOTED, text)
+    ]
+    if quoted:
+        raise UserError(
+            f"{manifest}: the label {quoted[0]} in column {name!r} is in quotes; remove the quotes, or write JSON lists"
+            ' (["dog", "person"])'
+        )
+    return lists, f"labels separated by {separator!r}"
+
+
 def _split_lines(manifest: Location, name: str, texts: pa.ChunkedArray) -> pa.ChunkedArray:
     """Split cells that hold a label per line, unless a missing quote explains the line breaks."""
     lines = pc.split_pattern_regex(texts, r"\r\n|\r|\n")
@@ -188,7 +209,7 @@ def _split_lines(manifest: Location, name: str, texts: pa.ChunkedArray) -> pa.Ch
     return lines
 
 
-def _parse_lists(manifest: Location, name: str, texts: pa.ChunkedArray) -> pa.ChunkedArray:
+def _parse_lists(manifest: Location, name: str, texts: pa.ChunkedArray) -> tuple[pa.ChunkedArray, str]:
     """Parse lists in texts: JSON at the speed of its parser, each chunk at once; other forms text by text."""
     is_list_text = pc.match_substring_regex(texts, LIST_TEXT)
     empty = pc.equal(pc.utf8_trim_whitespace(texts), "")
@@ -201,7 +222,7 @@ def _parse_lists(manifest: Location, name: str, texts: pa.ChunkedArray) -> pa.Ch
     if pc.all(pc.or_(pc.match_substring_regex(texts, r"^\s*\["), empty)).as_py():
         parsed = _parse_json(manifest, name, pc.if_else(empty, "[]", texts))
         if parsed is not None:
-            return parsed
+            return parsed, "JSON lists"
     encoded = texts.combine_chunks().dictionary_encode()
     distinct = [parse_list_text(text) for text in encoded.dictionary.to_pylist()]
     indices = encoded.indices
@@ -211,7 +232,12 @@ def _parse_lists(manifest: Location, name: str, texts: pa.ChunkedArray) -> pa.Ch
         raise UserError(
             f'{manifest}, row {row + 1}: {wrong[:80]!r} is not a JSON list of labels; write it as ["dog", "person"]'
         )
-    return pa.chunked_array([pa.array(distinct, pa.list_(pa.string())).take(indices)])
+    if len({type(label) for labels in distinct for label in labels or ()}) > 1:
+        raise UserError(
+            f"{manifest}: its JSON lists hold values of different types; write each label as a text in double quotes"
+        )
+    labels = [[str(label) for label in labels or ()] for labels in distinct]
+    return pa.chunked_array([pa.array(labels, pa.list_(pa.string())).take(indices)]), "lists in text"
 
 
 def _parse_json(manifest: Location, name: str, texts: pa.ChunkedArray) -> pa.ChunkedArray | None:

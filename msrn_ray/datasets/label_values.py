@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ..errors import UserError
 from ..io.storage import Location
@@ -79,7 +78,7 @@ def value_codes(
             f"{manifest}, row {first_row + wrong[0]}: {value!r} in column {name!r} is not 1, 0, -1 or empty;"
             f" {_hint(name, _plain(value))}"
         )
-    return values
+    return np.asarray(values, np.int8)
 
 
 def resolve_values(
@@ -138,9 +137,7 @@ def _plain(value: object) -> str:
 def _hint(name: str, text: str) -> str:
     """Return what a cell without a meaning probably is, and what to do."""
     if _NUMBERED.fullmatch(name):
-        return (
-            f"the columns {name!r} and its like seem to hold one label each. Join them into one column 'labels' with ; between the labels"
-        )
+        return f"the columns {name!r} and its like seem to hold one label each. Join them into a column 'labels', with ; between labels"
     if name.lower() in ("class", "classes", "category", "categories", "target", "targets"):
         return f"does it list the labels? Then give --data.label-column {name}"
     if re.fullmatch(r"-?\d+,\d+", text):
@@ -159,3 +156,6 @@ def _hint(name: str, text: str) -> str:
         "correct it, or say what it means with --data.present-values, --data.absent-values or --data.unknown-values."
         f" {_NO_LABEL}"
     )
+
+
+USUAL_MEANING = ValueMeaning()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Sequence
 
 _MAX_CHARACTERS = 100_000  # of one text: Python's parser is recursive
 _QUOTED = r"""(?:'[^']*'|"[^"]*")"""
@@ -14,7 +13,7 @@ _ADJACENT = re.compile(rf"{_QUOTED}\s+{_QUOTED}|{_QUOTED}{{2}}")  # Python would
 LIST_TEXT = r"^\s*(\[.*\]|\{.*\}|\(.*\)|set\(\))\s*$"
 
 
-def parse_list_text(text: str) -> list[str] | None:
+def parse_list_text(text: str) -> list[str] | list[int] | None:
     """Return the labels that a text lists, or None if it is no list of texts or whole numbers. No code is run.
 
     Args:
@@ -42,8 +41,6 @@ def parse_list_text(text: str) -> list[str] | None:
         value = sorted(value, key=str)
     if not isinstance(value, (list, tuple)):
         return None
-    return [str(int(part)) if isinstance(part, bool) else str(part) for part in value] if _are_labels(value) else None
-
-
-def _are_labels(values: Sequence[object]) -> bool:
-    return all(isinstance(value, (str, int)) for value in values)
+    if all(isinstance(part, str) for part in value):
+        return [str(part) for part in value]
+    return [int(part) for part in value] if all(isinstance(part, int) for part in value) else None

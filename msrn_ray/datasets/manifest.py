@@ -16,13 +16,13 @@ from ..io.storage import Location
 from ..types import SampleTable
 from .image_lookup import locate_images
 from .image_uris import MissingImages, find_local, missing_notes, require_images
-from .label_columns import as_text, encode_lists, label_values, split_lists
-from .split_names import SPLIT_WORDS, SPLITS
+from .label_columns import as_text, encode_lists, split_lists
+from .label_values import USUAL_MEANING, ValueMeaning, resolve_values, value_codes
+from .split_columns import SplitColumn, decode_splits, find_split_column
 from .table_files import TableFile, open_table
 
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "file_name", "filename", "file", "uri", "path", "url")
 LABEL_COLUMNS = ("labels", "label", "tags")
-SPLIT_COLUMNS = ("split", "split_name")
 ID_COLUMNS = ("image_id", "id")
 
 
@@ -39,40 +39,51 @@ class CustomImages(NamedTuple):
 
 
 @dataclass(frozen=True)
+class NamedColumns:
+    """The columns that the settings name: of image paths, of lists of labels, of groups; None: see `read_manifest`."""
+
+    image: str | None = None
+    label: str | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True)
 class _Columns:
     """The role of each column. Either `label_list` names the column that lists the labels, or `labels` the columns of single labels."""
 
     image: str
     label_list: str | None
     labels: tuple[str, ...]
-    split: str | None
+    split: SplitColumn
     id: str | None
+    group: str | None
 
     @property
     def texts(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.image, self.split, self.id) if name is not None)
+        return tuple(name for name in (self.image, self.split.name, self.id, self.group) if name is not None)
 
 
 def read_manifest(
     manifest: Location,
     *,
-    image_column: str | None = None,
-    label_column: str | None = None,
+    named: NamedColumns = NamedColumns(),
     label_separator: str | None = None,
     label_names: Sequence[str] | None = None,
     missing_images: MissingImages = "error",
+    meaning: ValueMeaning = USUAL_MEANING,
 ) -> CustomImages:
     """Read all rows.
 
     Args:
         manifest: the file. Relative paths of images start from its folder and stay below it.
-        image_column: the column of image paths; None: the column with a name of `IMAGE_COLUMNS`.
-        label_column: the column that lists the labels; None: the column with a name of `LABEL_COLUMNS`. If there is none, or each of
-            `label_names` has a column, every column that is not image, split or id is a label.
+        named: image, without it the column with a name of `IMAGE_COLUMNS`; label, the column that lists the labels, without it the
+            column with a name of `LABEL_COLUMNS`; group, without it there are no groups. If there is no column of lists, or each of
+            `label_names` has a column, every column that is not image, split, id or group is a label.
         label_separator: between labels in a text; None: detected, see `split_lists`.
         label_names: all labels in their order; None: the labels that occur, in alphabetical order. With a column per label, they name
             the columns to use.
         missing_images: whether a missing local image is an error or a row to leave out.
+        meaning: what the values of label columns mean.
 
     Returns:
         n rows in the order of the file. `image_id` is the id column (see `ID_COLUMNS`), else the image path as written. Targets are in
@@ -82,40 +93,51 @@ def read_manifest(
         UserError: if the file, a column or a row is invalid, with the row, counted from 1 below the header.
     """
     table = open_table(manifest)
-    columns = _choose_columns(manifest, table.names, image_column, label_column, label_names)
-    texts, labels = _read_cells(manifest, table, columns)
+    columns = _choose_columns(manifest, table.names, named, label_names)
+    texts, labels = _read_cells(manifest, table, columns, meaning)
     images = pc.replace_substring(texts[columns.image], "\\", "/")  # Windows paths
     image_ids = images if columns.id is None else texts[columns.id]
     _require_unique(manifest, columns.id or columns.image, image_ids)
-    split = None if columns.split is None else _split_codes(manifest, columns.split, texts[columns.split])
+    split, split_note = None, None
+    if columns.split.name is not None:
+        split, split_note = decode_splits(manifest, columns.split.name, texts[columns.split.name])
     uris, lookup_notes = locate_images(manifest, images)
     if columns.label_list is not None:
         lists, form = split_lists(manifest, columns.label_list, labels, label_separator)
         names, targets = encode_lists(manifest, columns.label_list, lists, label_names)
+        value_notes: list[str] = []
     else:
-        names, targets, form = columns.labels, labels, "one column per label"
+        targets, value_notes = resolve_values(manifest, columns.labels, labels, meaning)
+        names, form = columns.labels, "one column per label"
 
-    notes = [f"{manifest.name}: {len(images)} images, {len(names)} labels ({form})"]
-    unused = sorted({*table.names} - {*columns.texts, *columns.labels, columns.label_list, ""})
-    if unused:
-        notes.append(f"{manifest.name}: columns not used: {', '.join(map(repr, unused))}")
+    notes = [f"{manifest.name}: {len(images)} images, {len(names)} labels ({form})", *value_notes]
+    notes += [] if split_note is None else [f"{manifest.name}: {split_note}"]
+    notes += _unused_note(manifest, table, columns)
     found = find_local(uris)
     require_images(manifest, uris, found, missing_images)
     notes += [*lookup_notes, *missing_notes(manifest.name, found)]
     samples = SampleTable.from_columns(image_ids, uris, targets, names, manifest.name, tuple(notes))
+    if columns.group is not None:
+        groups = pc.utf8_trim_whitespace(texts[columns.group])
+        samples = samples.with_groups(_require_filled(manifest, columns.group, groups))
     if found.all():
         return CustomImages(samples, split)
     rows = np.flatnonzero(found)
     return CustomImages(samples.take(rows), None if split is None else split[rows])
 
 
+def _unused_note(manifest: Location, table: TableFile, columns: _Columns) -> list[str]:
+    unused = sorted({*table.names} - {*columns.texts, *columns.labels, columns.label_list, ""})
+    return [f"{manifest.name}: columns not used: {', '.join(map(repr, unused))}"] if unused else []
+
+
 def _read_cells(
-    manifest: Location, table: TableFile, columns: _Columns
+    manifest: Location, table: TableFile, columns: _Columns, meaning: ValueMeaning
 ) -> tuple[dict[str, pa.ChunkedArray], pa.ChunkedArray | npt.NDArray[np.int8]]:
     """Read and check the columns, block by block.
 
     Returns:
-        The texts by column, [n] string, and the labels: [n] lists as in the file, or [n, C] int8 in {1, 0, -1} of label columns.
+        The texts by column, [n] string, and the labels: [n] lists as in the file, or [n, C] int8 codes of label columns.
     """
     texts: dict[str, list[pa.Array]] = {name: [] for name in columns.texts}
     lists: list[pa.Array] = []
@@ -123,13 +145,16 @@ def _read_cells(
     num_rows = 0
     for block in table.read([*dict.fromkeys((*columns.texts, *filter(None, [columns.label_list]), *columns.labels))]):
         for name in columns.texts:
-            texts[name] += as_text(manifest, name, block[name]).chunks
+            column = block[name]
+            if name == columns.split.name and not pa.types.is_nested(column.type):
+                column = column.cast(pa.string())  # also flags and floats
+            texts[name] += as_text(manifest, name, column).chunks
         if columns.label_list is not None:
             lists += block[columns.label_list].chunks
         else:
             part = np.empty((block.num_rows, len(columns.labels)), np.int8)
             for position, name in enumerate(columns.labels):
-                part[:, position] = label_values(manifest, name, block[name], num_rows + 1)
+                part[:, position] = value_codes(manifest, name, block[name], num_rows + 1, meaning)
             values.append(part)
         num_rows += block.num_rows
     if not num_rows:
@@ -141,19 +166,21 @@ def _read_cells(
 def _choose_columns(
     manifest: Location,
     names: Sequence[str],
-    image_column: str | None,
-    label_column: str | None,
+    named: NamedColumns,
     label_names: Sequence[str] | None,
 ) -> _Columns:
+    image_column, label_column = named.image, named.label
     header = f"its columns are {', '.join(map(repr, names)) or 'none'}"
-    for option, column in (("image", image_column), ("label", label_column)):
+    for option, column in (("image", image_column), ("label", label_column), ("group", named.group)):
         if column is not None and column not in names:
             raise UserError(
                 f"{manifest}: there is no column {column!r} (data.{option}_column); {header}; name one of them"
             )
 
     def find_usual(option: str, usual: Sequence[str]) -> str | None:
-        found = [name for name in names if name.lower() in usual and name not in (image_column, label_column)]
+        found = [
+            name for name in names if name.lower() in usual and name not in (image_column, label_column, named.group)
+        ]
         if len(found) > 1:
             raise UserError(
                 f"{manifest}: the {option} may be in {' or '.join(map(repr, found))}; choose one (--data.{option}-column NAME)"
@@ -169,9 +196,9 @@ def _choose_columns(
     # if each of the given labels has a column, one of these labels may have the usual name of a column of lists
     has_label_columns = label_names is not None and {*label_names} <= {*names}
     label_list = label_column or (None if has_label_columns else find_usual("label", LABEL_COLUMNS))
-    split = next((name for name in names if name.lower() in SPLIT_COLUMNS and name not in (image, label_list)), None)
+    split = find_split_column(names, (image, label_list, named.group, *(label_names or ())))
     ids = [name for name in names if name.lower() in ID_COLUMNS and name not in (image, label_list)]
-    labels = [] if label_list else sorted({*names} - {image, split, *ids, ""})
+    labels = [] if label_list else sorted({*names} - {image, split.name, *split.others, *ids, named.group, ""})
     if not label_list and label_names is not None:
         absent = [name for name in label_names if name not in labels]
         if absent:
@@ -185,7 +212,7 @@ def _choose_columns(
             f"{manifest}: no column holds labels, {header}; add one named 'labels', or name it with --data.label-column NAME"
         )
     preferred_id = min(ids, key=lambda name: name.lower() != ID_COLUMNS[0], default=None)
-    return _Columns(image, label_list, tuple(labels), split, preferred_id)
+    return _Columns(image, label_list, tuple(labels), split, preferred_id, named.group)
 
 
 def _require_filled(manifest: Location, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -206,14 +233,3 @@ def _require_unique(manifest: Location, name: str, column: pa.ChunkedArray) -> N
         f"{manifest}: {repeated[0].as_py()!r} in column {name!r} is in rows {rows[0] + 1} and {rows[1] + 1}"
         f" (images in several rows: {len(repeated)}); write one row per image with all its labels"
     )
-
-
-def _split_codes(manifest: Location, name: str, column: pa.ChunkedArray) -> npt.NDArray[np.int8]:
-    words = pc.utf8_lower(pc.utf8_trim_whitespace(column))
-    found = pc.index_in(words, value_set=pa.array(SPLIT_WORDS))
-    if (row := pc.index(found.is_null(), True).as_py()) >= 0:
-        raise UserError(
-            f"{manifest}, row {row + 1}: {column[row].as_py()!r} in column {name!r} is none of {', '.join(SPLIT_WORDS)}; correct it"
-        )
-    positions = np.array([SPLITS.index(split) for split in SPLIT_WORDS.values()], np.int8)
-    return np.asarray(positions[found.to_numpy()], np.int8)

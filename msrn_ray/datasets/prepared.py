@@ -2,7 +2,8 @@
 
     plan.json                       sha256 of the request; written first
     train/train-00000.parquet ...   columns image, image_id, split, labels (names of the present labels), target ({1, 0, -1})
-    train.index.parquet             one row per image: image_id, shard (its number), offset and length (in the shard file), target
+    train.index.parquet             one row per image: image_id, shard (its number), offset and length (in the shard file), target;
+                                    group, if the images have groups
     bad_images.csv                  images left out, with the reason; only if there are any
     dataset.json                    the description (`PreparedInfo`); written last: without it the folder is unfinished
 
@@ -142,7 +143,9 @@ def _read_split(root: Location, info: PreparedInfo, split: SplitName) -> SampleT
     file = index_file(root, split)
     try:
         with file.opened_input() as stream:
-            index = pq.read_table(stream).select(["image_id", "shard", "offset", "length", "target"])
+            index = pq.read_table(stream)
+            groups = index["group"] if "group" in index.column_names else None
+            index = index.select(["image_id", "shard", "offset", "length", "target"])
     except (OSError, pa.ArrowException, KeyError) as error:
         raise UserError(
             f"{file}: damaged ({' '.join(str(error).split())[:200]}); copy it again, or {RUN_AGAIN}"
@@ -158,4 +161,5 @@ def _read_split(root: Location, info: PreparedInfo, split: SplitName) -> SampleT
     shards = pa.array([str(shard_file(root, split, number)) for number in range(len(sizes))], pa.string())
     uris = range_uris(shards.take(index["shard"]), index["offset"], index["length"])
     table = pa.table({"image_id": index["image_id"], "uri": uris, "target": index["target"]})
-    return SampleTable(table, info.label_names, expected.source, expected.notes)
+    samples = SampleTable(table, info.label_names, expected.source, expected.notes)
+    return samples if groups is None else samples.with_groups(groups)

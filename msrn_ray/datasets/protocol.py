@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..io.byte_ranges import in_row_group
 from ..types import SampleTable
 from .registry import read_published
-from .stratify import stratified_split
+from .stratify import split_off
 
 _IDS_PER_BLOCK = 65_536  # hashed at once
 
@@ -57,7 +57,8 @@ class Splits:
 def load_splits(config: ExperimentConfig) -> Splits:
     """Read the data set and apply the protocol.
 
-    `honest`: val is the published val, else `data.val_fraction` of train, stratified by label and seeded. Test is the held-out split, if
+    `honest`: val is the published val, else `data.val_fraction` of train, stratified by label and seeded; whole groups with
+    `data.group_column`. Test is the held-out split, if
     there is one. `paper`: val is the held-out split, and no other split is scored.
 
     Raises:
@@ -82,15 +83,21 @@ def load_splits(config: ExperimentConfig) -> Splits:
     elif published.val is not None:
         splits = Splits(train, published.val, held_out, tuple(notes))
     else:
-        rest, part = stratified_split(train.targets, config.data.val_fraction, config.data.split_seed)
+        rest, part = split_off(train, config.data.val_fraction, config.data.split_seed)
         if not len(part):
+            what = (
+                "is no image"
+                if train.groups is None
+                else "is no whole group: all are in one group of data.group_column"
+            )
             raise UserError(
-                f"{train.source}: data.val_fraction={config.data.val_fraction} of its {len(train)} train images is no image;"
+                f"{train.source}: data.val_fraction={config.data.val_fraction} of its {len(train)} train images {what};"
                 " add images, raise data.val_fraction, or put images in a split val"
             )
         notes.append(
             f"protocol honest: {len(part)} of {len(train)} train images are val (data.val_fraction={config.data.val_fraction})"
             + (f", {held_out.source} is test" if held_out is not None else "")
+            + ("; no group is in two splits" if train.groups is not None else "")
         )
         splits = Splits(train.take(rest), train.take(part), held_out, tuple(notes))
     for name, table in splits.tables.items():

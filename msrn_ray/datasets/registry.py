@@ -20,23 +20,27 @@ from .annotations import build_images
 from .apparel import read_apparel
 from .coco import find_year, has_split, read_coco
 from .folders import read_folders
+from .groups import require_groups
 from .huggingface import read_huggingface
 from .image_uris import select_rows
-from .manifest import CustomImages, read_manifest
+from .label_values import ValueMeaning
+from .manifest import CustomImages, NamedColumns, read_manifest
+from .manifest_splits import find_split_files, join_split_files, read_split_lists
+from .merge_labels import plan_merge
 from .nuswide import read_nuswide
 from .openimages import is_openimages, read_openimages
 from .prepared import BAD_IMAGES_FILE, PreparedInfo, read_info, read_prepared
 from .scenes.generate import generate_scenes
 from .split_names import SPLITS, SplitName
-from .stratify import stratified_split
+from .stratify import split_off, stratified_split
 from .text_files import read_label_names
 from .voc import Difficult, find_voc, read_voc
 from .webdataset import read_webdataset
 
-# Settings of tensors, word vectors, protocol and seed; and `labels`: a prepared data set stores the names, not the path of their list.
+# Settings of tensors, word vectors, protocol and seed; and `labels`, `merge_labels`: a prepared data set stores the names, not a path.
 _NOT_READER_SETTINGS = {
     *("dataset", "root", "image_size", "crop_scales", "flip", "max_pixels", "max_bad_fraction"),
-    *("word_vectors", "missing_words", "label_counts", "val_fraction", "split_seed", "labels"),
+    *("word_vectors", "missing_words", "label_counts", "val_fraction", "split_seed", "labels", "merge_labels"),
 }
 
 
@@ -67,19 +71,31 @@ def read_published(settings: DataSettings) -> PublishedSplits:
     Raises:
         UserError: if the data set has any fault; the message names the file and the fix.
     """
-    if settings.root is not None:
-        root = Location.of(settings.root)
-        info = read_info(root)
-        if info is not None:
-            return _read_prepared_splits(root, info, settings)
-    published = READERS[settings.dataset](settings)
-    _require_same_labels(published)
-    return published
+    root = None if settings.root is None else Location.of(settings.root)
+    info = None if root is None else read_info(root)
+    if root is not None and info is not None:
+        published = _read_prepared_splits(root, info, settings)
+    else:
+        published = READERS[settings.dataset](settings)
+        _require_same_labels(published)
+    require_groups(published.tables, settings.group_column)
+    return _merge_labels(published, settings)
 
 
 def reader_settings(settings: DataSettings) -> dict[str, Any]:
     """Return the settings, by name, that decide what a reader returns. `msrn prepare` fixes them; all others stay free."""
     return settings.model_dump(mode="json", exclude=_NOT_READER_SETTINGS)
+
+
+def _merge_labels(published: PublishedSplits, settings: DataSettings) -> PublishedSplits:
+    if settings.merge_labels is None:
+        return published
+    merge = plan_merge(Location.of(settings.merge_labels), published.train.label_names)
+    train, val, held_out = (
+        None if table is None else merge.apply(table) for table in (published.train, published.val, published.held_out)
+    )
+    assert train is not None
+    return PublishedSplits(replace(train, notes=(*train.notes, merge.note)), val, held_out)
 
 
 def _require_same_labels(published: PublishedSplits) -> None:
@@ -185,15 +201,25 @@ def _manifest(settings: DataSettings) -> PublishedSplits:
     if is_openimages(root):
         images = read_openimages(root, _label_names(settings), settings.missing_images)
         return _custom_splits(_by_split(images), settings)
-    images = read_manifest(
-        root,
-        image_column=settings.image_column,
-        label_column=settings.label_column,
-        label_separator=settings.label_separator,
-        label_names=_label_names(settings),
-        missing_images=settings.missing_images,
-    )
-    return _custom_splits(_by_split(images), settings)
+    files, notes = find_split_files(root)
+    options: dict[str, Any] = {
+        "named": NamedColumns(settings.image_column, settings.label_column, settings.group_column),
+        "label_separator": settings.label_separator,
+        "label_names": _label_names(settings),
+        "missing_images": settings.missing_images,
+        "meaning": ValueMeaning(settings.present_values, settings.absent_values, settings.unknown_values),
+    }
+    images = read_manifest(root, **options)
+    if images.split is None and len(files) > 1:
+        parts = {split: read_manifest(file, **options).samples for split, file in files.items()}
+        return _custom_splits(join_split_files(parts), settings)
+    if images.split is None:
+        split, list_notes = read_split_lists(root, images.samples)
+        images, notes = images._replace(split=split), notes + list_notes
+    else:
+        notes += tuple(f"{file}: not read, for {root.name} has a column of splits" for file in [*files.values()][1:])
+    samples = replace(images.samples, notes=(*images.samples.notes, *notes))
+    return _custom_splits(_by_split(images._replace(samples=samples)), settings)
 
 
 def _folders(settings: DataSettings) -> PublishedSplits:
@@ -207,6 +233,7 @@ def _huggingface(settings: DataSettings) -> PublishedSplits:
         label_names=_label_names(settings),
         image_column=settings.image_column,
         label_column=settings.label_column,
+        group_column=settings.group_column,
     )
     return _custom_splits(tables, settings)
 
@@ -234,7 +261,7 @@ def _custom_splits(tables: dict[SplitName, SampleTable], settings: DataSettings)
         raise UserError(f"{source}: no image is in the split train; put the images to train on in it")
     if len(tables) == 1 and settings.test_fraction:
         whole = tables["train"]
-        rest, part = stratified_split(whole.targets, settings.test_fraction, settings.split_seed)
+        rest, part = split_off(whole, settings.test_fraction, settings.split_seed)
         if not len(rest):
             raise UserError(
                 f"{source}: data.test_fraction={settings.test_fraction} of {len(whole)} images leaves none to train on;"
@@ -242,6 +269,8 @@ def _custom_splits(tables: dict[SplitName, SampleTable], settings: DataSettings)
             )
         tables = {"train": whole.take(rest), "test": whole.take(part)}
         drawn = f"data.test_fraction={settings.test_fraction}, data.split_seed={settings.split_seed}"
+        if whole.groups is not None:
+            drawn += f", {len(part)} of {len(whole)} images in whole groups of {settings.group_column!r}"
         notes += (f"no splits are named: test is drawn ({drawn})",)
     kept = {name: _drop_unlabelled(table, name, settings) for name, table in tables.items() if len(table)}
     train = replace(kept["train"], notes=notes + kept["train"].notes)

@@ -13,6 +13,7 @@ from ..config import ExperimentConfig
 from ..labels.graph import LabelCounts, choose_tau, conditional_probability
 from .finding import SEVERITIES, DatasetFacts, Finding, LabelFacts, about_labels, plural, shorten
 from .image_checks import copies, sizes, unlabelled_images, unreadable_images
+from .label_names import twins_and_nothings
 
 _ENOUGH = 5  # images from which on "always together" is more than a coincidence
 _FEW = 10  # with fewer images, neither training nor AP says much about a label
@@ -36,6 +37,10 @@ def find_all(dataset: DatasetFacts, labels: LabelFacts, tau: float, left_out: pa
         *unreadable_images(dataset),
         *copies(dataset),
         *_labels_without_images(dataset),
+        *_always_present(dataset),
+        *twins_and_nothings(
+            dataset.label_names, np.sum([summary.present for summary in dataset.summaries], axis=0).tolist()
+        ),
         *_labels_together(labels.counts),
         *unlabelled_images(dataset, left_out),
         *_balance(dataset),
@@ -63,11 +68,19 @@ def _labels_without_images(dataset: DatasetFacts) -> Iterator[Finding]:
             else "their AP is nan and left out of mAP; add images with them, or split the data differently"
         )
         yield from about_labels("warning", absent, f"without an image in {summary.name}", fix)
-    train = dataset.summaries[0]
-    is_always = (train.present == train.num_images - train.unknown) & (train.present >= _ENOUGH)
-    always = [dataset.label_names[index] for index in np.flatnonzero(is_always)]
-    fix = "add images without them, or take the labels out: training has nothing to compare them with"
-    yield from about_labels("warning", always, "on every train image where known", fix)
+
+
+def _always_present(dataset: DatasetFacts) -> Iterator[Finding]:
+    for summary in dataset.summaries:
+        enough = _ENOUGH if summary.name == "train" else 1  # metrics leave the label out, however few images have it
+        is_always = (summary.present == summary.num_images - summary.unknown) & (summary.present >= enough)
+        always = [dataset.label_names[index] for index in np.flatnonzero(is_always)]
+        fix = (
+            "add images without them, or take the labels out: training has nothing to compare them with"
+            if summary.name == "train"
+            else "their AP is nan and left out of mAP; add images without them, or split the data differently"
+        )
+        yield from about_labels("warning", always, f"on every {summary.name} image where known", fix)
 
 
 def _labels_together(counts: LabelCounts) -> Iterator[Finding]:

@@ -26,7 +26,7 @@ from ..datasets import prepared
 from ..datasets.protocol import fingerprint
 from ..datasets.registry import read_published, reader_settings
 from ..datasets.shard_writer import ShardRecord, ShardWriter
-from ..datasets.split_names import SPLITS, SplitName
+from ..datasets.split_names import SplitName
 from ..datasets.text_files import read_json
 from ..errors import UserError
 from ..io.progress_bar import count_images
@@ -115,9 +115,7 @@ def _read_tables(settings: DataSettings) -> dict[SplitName, SampleTable]:
     """
     if settings.root is not None and prepared.read_info(Location.of(settings.root)) is not None:
         raise UserError(f"data.root {settings.root} is prepared already; give the data set that it was prepared from")
-    published = read_published(settings)
-    found = zip(SPLITS, (published.train, published.val, published.held_out), strict=True)
-    tables = {name: table for name, table in found if table is not None}
+    tables = read_published(settings).tables
     for name, table in tables.items():
         if not len(table):
             raise UserError(
@@ -227,6 +225,8 @@ def _write_index(out: Location, split: SplitName, table: SampleTable, written: _
         "length": pa.array(length),
         "target": kept["target"],
     }
+    if table.groups is not None:
+        columns["group"] = kept["group"]
     sink = io.BytesIO()
     pq.write_table(pa.table(columns), sink, compression="zstd")
     prepared.index_file(out, split).write_bytes(sink.getvalue())

@@ -31,7 +31,7 @@ def absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
             f"train.storage {config.train.storage}: give a folder; on a cluster one that every node has mounted"
         )
     changes: dict[str, str] = {"train.storage": _absolute(config.train.storage)}
-    for name in ("root", "labels", "word_vectors", "label_counts"):
+    for name in ("root", "labels", "merge_labels", "word_vectors", "label_counts"):
         value = getattr(config.data, name)
         if value is not None and "://" not in value and (name, value) != ("word_vectors", LEARNED):
             changes[f"data.{name}"] = _absolute(value)

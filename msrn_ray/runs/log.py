@@ -146,13 +146,15 @@ class RunLog:
             self._last_curves = time.monotonic()
 
     def _write_best(self) -> dict[str, Any] | None:
-        """Write the checkpoint's name of the best epoch so far, and return that epoch; None if no epoch has a score."""
-        scored = [line for line in self.history if not math.isnan(line["val/mAP"])]
-        if not scored:
+        """Write the checkpoint's name of the best epoch so far, and return that epoch; None if no epoch has a score.
+
+        Without a score the last epoch counts as the best, as in Ray Train: a val split may hold no label that mAP can score.
+        """
+        if not self.history:
             return None
-        best = scored[best_index([line["val/mAP"] for line in scored])]
+        best = self.history[best_index([line["val/mAP"] for line in self.history])]
         write_text(self.folder / BEST_FILE, best["checkpoint"] + "\n")
-        return best
+        return None if math.isnan(best["val/mAP"]) else best
 
     def _list_bad_images(self, event: BadImagesFound) -> None:
         path = self.folder / BAD_FILE

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from ..errors import UserError
 from ..labels.graph import LabelCounts, Provenance, attend_mask, choose_tau, count_labels, how_to_add_edges, load_counts
 from ..labels.word_vectors import LEARNED, load_word_vectors
 from ..model.backbone import build_resnet, read_pretrained
-from ..types import SampleTable
+from ..types import ABSENT, PRESENT, SampleTable
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,33 @@ def describe_inputs(inputs: TrainingInputs, config: ExperimentConfig) -> Iterato
         names = ", ".join(inputs.missing_words)
         yield f"word vectors: {config.data.missing_words} for {len(inputs.missing_words)} labels not found: {names}"
     for name, table in splits.tables.items():
-        empty = list(compress(table.label_names, ~(table.targets == 1).any(0)))
-        if empty:
-            more = f" and {len(empty) - 8} more" if len(empty) > 8 else ""
-            what = "training cannot learn them" if name == "train" else "their AP is nan and does not count in mAP"
-            yield f"{name}: no image with {', '.join(empty[:8])}{more}; {what}"
+        yield from _describe_one_sided_labels(name, table)
+
+
+def _describe_one_sided_labels(split: str, table: SampleTable) -> Iterator[str]:
+    """Yield a line on the labels that no image of a split has, and one on those that every image has where known."""
+    targets, is_train = table.targets, split == "train"
+    empty = ~(targets == PRESENT).any(0)
+    always = ~empty & ~(targets == ABSENT).any(0)
+    if empty.any():
+        what = "training cannot learn them" if is_train else "their AP is nan and does not count in mAP"
+        yield f"{split}: no image with {_first_names(table.label_names, empty)}; {what}"
+    if always.any():
+        what = "training has nothing to compare them with" if is_train else "their AP is nan and does not count in mAP"
+        prefix = "warning: " if is_train else ""
+        yield f"{prefix}{split}: every image with known {_first_names(table.label_names, always)} has it; {what}"
+    num_left_out = int((empty | always).sum())
+    if num_left_out and not is_train:
+        fallback = (
+            "" if num_left_out < len(empty) else ": it is nan" + ", and the last epoch is the best" * (split == "val")
+        )
+        yield f"{split}: mAP leaves out {num_left_out} of {len(empty)} labels{fallback}"
+
+
+def _first_names(names: Sequence[str], chosen: npt.NDArray[np.bool_]) -> str:
+    """Return the chosen names, at most eight, and how many more there are."""
+    listed = list(compress(names, chosen))
+    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
 
 
 def check_batch(config: ExperimentConfig, num_images: int) -> None:

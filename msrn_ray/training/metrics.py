@@ -88,15 +88,17 @@ class MultiLabelMetrics:
         """Return all metrics over all rows added so far.
 
         Returns:
-            mAP: mean of AP over the classes with a present label (a class without gives nan in [ML-GCN], 0 in [ASL]).
+            mAP: mean of AP over the classes with a present and an absent label. A class without a present label gives nan in
+                [ML-GCN], 0 in [ASL]. A class without an absent label would give 1 whatever the scores, in both.
             mAP_voc11: the same mean of the 11-point AP of VOC 2007, see `_average_precision`.
             mAP_envelope: the same mean of the AP of VOC 2010 and later, see `_average_precision`.
-            AP: C floats, area without interpolation; nan for a class without a present label.
+            AP: C floats, area without interpolation; nan for a class without a present or without an absent label.
             CP, CR, CF1, OP, OR, OF1: see `_precision_recall_f1`; a label is predicted if its score >= 0.5
                 [ML-GCN; ASL: > 0.8].
             These six + `_top3`: the 3 highest-scoring labels of an image are predicted, even with low scores [WARP, k = 3].
             These six + `_top3_at_0.5`: those of the 3 labels with a score >= 0.5 are predicted [SRN, ML-GCN].
-            If no class has a present label, every mean over classes and every recall and F1 is nan.
+            If no class has a present label, every mean over classes and every recall and F1 is nan. The mAPs are nan as
+                well if no class has both a present and an absent label.
 
         Raises:
             UserError: if there are no rows.
@@ -145,10 +147,10 @@ def _average_precision(scores: Scores, present: Mask) -> tuple[float, float, flo
         area: mean of the precision at the present labels: area under the curve, no interpolation [ML-GCN, ASL].
         voc11: mean over the recalls 0, 0.1, ..., 1 of the highest precision at that recall or above [VOC 2007].
         envelope: as area, but each precision is the highest at that recall or above [VOC 2010 and later].
-        All three are nan if no label is present.
+        All three are nan if no label is present, or if all are: then any ranking is right.
     """
     num_present = int(present.sum())
-    if num_present == 0:
+    if num_present in (0, len(present)):
         return np.nan, np.nan, np.nan
     ranked, hits = np.sort(scores), np.sort(scores[present])  # both ascending
     num_hits_above = num_present - np.searchsorted(hits, hits, side="left")
@@ -181,6 +183,7 @@ def _precision_recall_f1(predicted: Mask, present: Mask, suffix: str = "") -> di
 
     CP, CR: means over the classes' precision and recall. Both leave out a class without a present label (its recall
         is 0/0). A class with a present label that is never predicted has precision 0, as in [ML-GCN, ASL].
+        A class without an absent label counts, unlike in mAP: its recall still depends on the scores.
     CF1: harmonic mean of CP and CR [ML-GCN], not the mean of the classes' F1 that [ASL]'s script prints.
     OP, OR, OF1: precision, recall and their harmonic mean from the counts summed over all classes. Classes without a
         present label are included, so their false alarms count. ([ML-GCN] adds 1 false alarm per class never predicted.)

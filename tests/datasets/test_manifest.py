@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from msrn_ray.datasets.coco import read_coco
 from msrn_ray.datasets.image_uris import absolute_uris, find_local
-from msrn_ray.datasets.manifest import read_manifest
+from msrn_ray.datasets.manifest import NamedColumns, read_manifest
 from msrn_ray.datasets.protocol import fingerprint
 from msrn_ray.datasets.text_files import read_label_names
 from msrn_ray.errors import UserError
@@ -107,6 +107,8 @@ def label_tables(draw: st.DrawFn) -> tuple[list[str], list[str], npt.NDArray[np.
 @example(table=(["0"], ["0", "TAGS"], np.ones((1, 2), np.int8)))  # a label with the usual name of a column of lists
 def test_written_manifests_are_read_back(form: str, table: tuple[list[str], list[str], npt.NDArray[np.int8]]) -> None:
     images, labels, targets = table
+    if form == "semicolons" or "columns" in form:
+        targets[0, 0] = 0  # a table without any 0 is refused
     rows = [
         {"image": f"s3://bucket/{image}", "labels": [name for name, value in zip(labels, row, strict=True) if value]}
         for image, row in zip(images, targets, strict=True)
@@ -115,11 +117,10 @@ def test_written_manifests_are_read_back(form: str, table: tuple[list[str], list
     with TemporaryDirectory() as folder:
         place = Location.of(write(Path(folder) / name, rows))
         # name the columns: a random label may have the usual name of one
-        columns = {} if "columns" in form or form == "semicolons" else {"label_column": "labels"}
+        label = None if "columns" in form or form == "semicolons" else "labels"
         separator = {"csv": ";", "tsv": ";"}.get(form)
-        samples = read_manifest(
-            place, image_column="image", label_separator=separator, label_names=labels, **columns
-        ).samples
+        named = NamedColumns("image", label)
+        samples = read_manifest(place, named=named, label_separator=separator, label_names=labels).samples
     assert samples.label_names == tuple(labels)
     np.testing.assert_array_equal(samples.targets, targets)
     assert samples.table["uri"].to_pylist() == [f"s3://bucket/{image}" for image in images]
@@ -133,6 +134,8 @@ def test_label_columns_may_hold_unknown(form: str, values: list[list[int | None]
         {"image": f"s3://b/{row}", "dog": dog, "cat": None if cat is None else float(cat)}
         for row, (dog, cat) in enumerate(values)
     ]
+    rows.append({"image": "s3://b/last", "dog": 0, "cat": 0.0})  # without any 0 the table would be refused
+    values = [*values, [0, 0]]
     name, write = FORMS[form]
     with TemporaryDirectory() as folder:
         samples = read_manifest(Location.of(write(Path(folder) / name, rows))).samples
@@ -253,14 +256,14 @@ def test_types_of_json_and_parquet(tmp_path: Path) -> None:
         assert read_manifest(Location.of(tmp_path / "labels.parquet")).samples.targets.tolist() == [[1, 1], [1, 1]]
     values = {
         "image": ["a.jpg", "b.jpg"],
-        "x": [float("nan"), 1.0],
+        "x": [float("nan"), 0.0],
         "y": [True, None],
         "z": pa.array([None, 1], pa.uint8()),
     }
     pq.write_table(pa.table(values), tmp_path / "labels.parquet")
     assert read_manifest(Location.of(tmp_path / "labels.parquet")).samples.targets.tolist() == [
         [-1, 1, -1],
-        [1, -1, 1],
+        [0, -1, 1],
     ]
 
 
@@ -270,7 +273,7 @@ def test_columns_by_name(tmp_path: Path) -> None:
         UserError, match=r"image may be in 'url' or 'file_name'; choose one \(--data\.image-column NAME\)"
     ):
         read_manifest(place)
-    samples = read_manifest(place, image_column="file_name", label_column="class").samples
+    samples = read_manifest(place, named=NamedColumns("file_name", "class")).samples
     assert present(samples) == {"a.jpg": {"dog"}, "b.jpg": {"cat"}}
     assert samples.notes[1] == "labels.csv: columns not used: 'n', 'tags', 'url'"
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from msrn_ray.datasets.manifest import read_manifest
+from msrn_ray.datasets.manifest import NamedColumns, read_manifest
 from msrn_ray.errors import UserError
 from msrn_ray.io.storage import Location
 from tests.datasets.manifest_files import (
@@ -41,13 +41,13 @@ from tests.datasets.manifest_files import (
         ("image,labels,split\na.jpg,dog,train\nb.jpg,dog,\n", r"row 2: column 'split' is empty; fill it in"),
         ("image,labels\na.jpg,;\nb.jpg,\n", r"no row has a label in column 'labels'; name the column"),
         ('image,labels\na.jpg,"dog;cat,x"\n', r"holds ';' and ','; choose the separator of the labels \(--data\.label-separator ';'\)"),
-        ("image,labels\na.jpg,\"['dog']\"\n", r"row 1: \"\['dog'\]\" is not a JSON list; write it as \[\"dog\", \"person\"\]"),
+        ("image,labels\na.jpg,\"['dog'\"\n", r"row 1: \"\['dog'\" is not a JSON list of labels; write it as \[\"dog\", \"person\"\]"),
         ('image,labels\na.jpg,"[""dog""]"\nb.jpg,[x\n', r"row 2: '\[x' is not a JSON list"),
         ('image,labels\na.jpg,"[""dog""]"\nb.jpg,cat\n', r"row 2: 'cat' in column 'labels' is no JSON list, but other rows hold one"),
         ('image,labels\na.jpg,"[""dog""]"\nb.jpg,[1]\n', r"its JSON lists hold values of different types; write each label as a text"),
         ('image,labels\na.jpg,"[""a""]} {""labels"":[""b""]"\n', r"row 1: .* is not a JSON list"),
         ("image,labels\na.jpg,[1.5]\n", r"column 'labels' holds double, but text is needed"),
-        ("image,dog\na.jpg,1\nb.jpg,yes\n", r"row 2: 'yes' in column 'dog' is not 1, 0, -1 or empty; correct it\. If"),
+        ("image,dog\na.jpg,1\nb.jpg,maybe\n", r"row 2: 'maybe' in column 'dog' is not 1, 0, -1 or empty; correct it, or say what"),
         ("image,labels\n../a.jpg,dog\n", r"row 1: '\.\./a\.jpg' may lead out of .*; write it without '\.\.'"),
         ("image,labels\na.jpg,dog\nx/../../b.jpg,dog\n", r"row 2: 'x/\.\./\.\./b\.jpg' may lead out"),
         ("image,labels\nx\\..\\..\\b.jpg,dog\n", r"row 1: 'x/\.\./\.\./b\.jpg' may lead out"),
@@ -111,7 +111,7 @@ def test_folder_or_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.csv: no such file; give the manifest, a file that ends in \.csv"):
         read_manifest(place.parent / "none.csv")
     with pytest.raises(UserError, match=r"there is no column 'photo' \(data\.image_column\); its columns are 'image'"):
-        read_manifest(place, image_column="photo")
+        read_manifest(place, named=NamedColumns(image="photo"))
 
 
 @pytest.mark.parametrize("column", ["image", "labels"])

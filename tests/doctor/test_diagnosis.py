@@ -148,6 +148,22 @@ def test_labels_that_always_occur_together(tmp_path: Path) -> None:
     ), "dog with 4 images may be a coincidence"
 
 
+def test_labels_on_every_image_of_a_small_split(tmp_path: Path) -> None:
+    root = make_coco(tmp_path / "set", {"train": TRAIN, "val": [[0, 1, 2], [0, 1], [0, 2]], "test": HELD_OUT})
+    finding = only(diagnosis_of(root).findings)
+    assert (finding.severity, finding.title) == ("warning", "1 label on every val image where known")
+    assert finding.details == ("apple",)
+    assert "left out of mAP" in finding.fix
+
+
+def test_label_names_are_compared(tmp_path: Path) -> None:
+    names = ["Cat", "cat", "nan"]
+    root = make_coco(tmp_path / "set", {"train": TRAIN, "val": HELD_OUT, "test": HELD_OUT}, names)
+    spelling, nothing = above_info(diagnosis_of(root).findings)
+    assert spelling.details == ("'Cat' (14 images), 'cat' (15 images): case",)
+    assert nothing.details == ("'nan' (12 images)",)
+
+
 def test_images_without_a_label(root: Path, tmp_path: Path, without_ray: None) -> None:
     other = make_coco(tmp_path / "other", {"train": [*TRAIN, []], "val": [*HELD_OUT, []], "test": HELD_OUT})
     findings = inspection.diagnose_data(config(other)).findings

@@ -275,6 +275,14 @@ def test_nan_is_logged_and_never_best(tmp_path: Path, log: RunLog, screen: io.St
     resumed.close()
 
 
+def test_last_epoch_is_best_without_any_score(tmp_path: Path, log: RunLog, screen: io.StringIO) -> None:
+    log.handle(workers_started())
+    for number in (1, 2):
+        log.handle(epoch_finished(number, math.nan))
+        assert best_checkpoint(tmp_path) == f"checkpoint_{number}\n"
+    assert "nan *" not in screen.getvalue()
+
+
 def test_curves_title_names_the_best_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.axes import Axes
 

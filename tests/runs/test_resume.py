@@ -77,7 +77,7 @@ def test_files_may_move_but_not_become_learned(tmp_path: Path) -> None:
 def test_settings_of_the_training_may_not_differ(tmp_path: Path) -> None:
     """What changes the training is fixed. Where a file lies, how a run is watched and what it runs on may differ."""
     expected = {"resources.", "model.compile", "model.pretrained"}
-    expected |= {f"data.{name}" for name in ("root", "labels", "word_vectors", "label_counts")}
+    expected |= {f"data.{name}" for name in ("root", "labels", "merge_labels", "word_vectors", "label_counts")}
     expected |= {f"data.{name}" for name in ("max_bad_fraction", "max_pixels")}
     expected |= {
         f"train.{name}" for name in ("epochs", "log_every", "hang_minutes", "checkpoint_every", "max_failures")

@@ -29,7 +29,7 @@ def curve(scores: list[float], labels: list[int]) -> list[tuple[Fraction, Fracti
 
 def brute_force_average_precision(scores: list[float], labels: list[int]) -> tuple[float, float, float]:
     """Return area, 11-point and envelope average precision of a class, labels in {1, 0}."""
-    if not any(labels):
+    if not any(labels) or all(labels):
         return math.nan, math.nan, math.nan
     points = curve(scores, labels)
     area = envelope = last_recall = Fraction(0)
@@ -64,7 +64,7 @@ def brute_force(scores: Array, target: Array) -> Result:
     result: Result = {"AP": [area for area, _, _ in per_class]}
     for key, column in zip(("mAP", "mAP_voc11", "mAP_envelope"), zip(*per_class, strict=True), strict=True):
         defined = [value for value in column if not math.isnan(value)]
-        result[key] = sum(defined) / len(defined)
+        result[key] = sum(defined) / len(defined) if defined else math.nan
     for rule in RULES:
         tp, fp, fn = [0] * num_classes, [0] * num_classes, [0] * num_classes
         for row, labels in zip(rows, targets, strict=True):

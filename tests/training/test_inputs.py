@@ -82,6 +82,17 @@ def test_description_names_splits_graph_and_empty_labels(tmp_path: Path) -> None
     assert not any(line.startswith("test:") for line in lines)
 
 
+def test_description_warns_of_labels_on_every_image(tmp_path: Path) -> None:
+    rows = [[0, 1], [0], [0, 2]]
+    root = make_coco(tmp_path / "set", {"train": rows * 3, "val": rows, "test": [[0, 1]]})
+    settings = config(root)
+    lines = list(describe_inputs(gather_inputs(settings), settings))
+    assert "warning: train: every image with known apple has it; training has nothing to compare them with" in lines
+    assert "val: every image with known apple has it; their AP is nan and does not count in mAP" in lines
+    assert "val: mAP leaves out 1 of 3 labels" in lines
+    assert "test: mAP leaves out 3 of 3 labels: it is nan" in lines
+
+
 def test_counts_from_a_file_replace_those_of_train(two_splits: Path, tmp_path: Path) -> None:
     settings = config(two_splits)
     counted = gather_inputs(settings)

@@ -56,10 +56,19 @@ def test_equal_scores_are_one_threshold() -> None:
 
 def test_unknown_is_not_absent() -> None:
     """The unknown label ranks first: as absent it would halve the precision, as present it would raise the recall to 2/3."""
-    scores, target = np.array([[0.9], [0.8], [0.1]]), np.array([[-1], [1], [1]])
+    scores, target = np.array([[0.9], [0.8], [0.1], [0.0]]), np.array([[-1], [1], [1], [0]])
     result = compute(scores, target)
     assert result["AP"] == [1]
     assert [result[key] for key in ("CP", "CR", "OP", "OR")] == [1, 0.5, 1, 0.5]
+
+
+def test_label_without_known_negative_has_no_ap() -> None:
+    """Class 0 is present wherever known, so that any ranking is right; class 1 is ranked in reverse."""
+    scores, target = np.array([[0.9, 0.1], [0.8, 0.7], [0.1, 0.5]]), np.array([[1, 1], [-1, 0], [1, 0]])
+    result = compute(scores, target)
+    assert result["AP"] == pytest.approx([math.nan, 1 / 3], nan_ok=True)
+    assert [result[key] for key in ("mAP", "mAP_voc11", "mAP_envelope")] == pytest.approx([1 / 3] * 3)
+    assert all(math.isnan(compute(scores[:, :1], target[:, :1])[key]) for key in ("mAP", "mAP_voc11", "mAP_envelope"))  # type: ignore[arg-type]
 
 
 def test_axes_are_images_then_classes() -> None:
