@@ -70,15 +70,18 @@ def choose_images(request: Request, checkpoint: Checkpoint, recorded: RecordedSp
         return _without_record(request, checkpoint, splits)
     expected = recorded.tables.get(request.split)
     drawn = splits.tables.get(request.split)
-    if expected is not None and drawn is not None and _same_ids(drawn.table, expected):
-        key = _KeyOf.of(recorded)
+    key = _KeyOf.of(recorded)
+    if expected is not None and drawn is not None and _same_images(drawn.table, expected, key):
         notes = [*splits.notes, *_relabelled(drawn, recorded, expected, key)]
         return ScoredImages(drawn, tuple(notes), len(drawn) if request.split == "train" else 0)
-    if expected is not None and _draws_alike(request.config, checkpoint.config):
-        key = _KeyOf.of(recorded)
-        if request.config.data.root == checkpoint.config.data.root or _holds_half(splits, expected, key):
-            return _recorded_images(request, splits, recorded, key)
-    return _as_drawn(request, splits, recorded)
+    in_place = request.config.data.root == checkpoint.config.data.root
+    if (
+        expected is not None
+        and _draws_alike(request.config, checkpoint.config)
+        and (in_place or _holds_half(splits, expected, key))
+    ):
+        return _recorded_images(request, splits, recorded, key)
+    return _as_drawn(request, splits, recorded, key)
 
 
 def _without_record(request: Request, checkpoint: Checkpoint, splits: Splits) -> ScoredImages:
@@ -111,10 +114,16 @@ def _draws_alike(config: ExperimentConfig, trained: ExperimentConfig) -> bool:
     return drawing(config) == drawing(trained)
 
 
-def _same_ids(table: pa.Table, expected: pa.Table) -> bool:
+def _same_images(table: pa.Table, expected: pa.Table, key: _KeyOf) -> bool:
+    """Return whether a split holds exactly the recorded images; prepared images have no file names, so their ids are compared."""
+    by = _KeyOf(0) if _in_shards(table) else key
     return len(table) == len(expected) and bool(
-        np.array_equal(np.sort(_texts(table["image_id"])), np.sort(_texts(expected["image_id"])))
+        np.array_equal(np.sort(_texts(by(table))), np.sort(_texts(by(expected))))
     )
+
+
+def _in_shards(table: pa.Table) -> bool:
+    return bool(pc.any(pc.match_substring(table["uri"], "#")).as_py())
 
 
 def _texts(column: pa.ChunkedArray) -> npt.NDArray[np.object_]:
@@ -123,21 +132,28 @@ def _texts(column: pa.ChunkedArray) -> npt.NDArray[np.object_]:
 
 @dataclass(frozen=True)
 class _KeyOf:
-    """How images are recognised: by id, or by folder and file name where splits repeat an id, as exports with a file per split do."""
+    """How images are recognised.
 
-    by_id: bool
+    Attributes:
+        parts: 0: by id. Exports with a file per split repeat ids, so then 1: by file name, or 2: by folder and file name.
+    """
+
+    parts: int
 
     @classmethod
     def of(cls, recorded: RecordedSplits) -> _KeyOf:
-        """Choose for the images that a run recorded."""
-        ids = _joined([part["image_id"] for part in recorded.tables.values()])
-        return cls(pc.count_distinct(ids).as_py() == len(ids))
+        """Choose the first key that differs between all images that a run recorded."""
+        for parts in (0, 1):
+            keys = _joined([cls(parts)(table) for table in recorded.tables.values()])
+            if pc.count_distinct(keys).as_py() == len(keys):
+                return cls(parts)
+        return cls(2)
 
     def __call__(self, table: pa.Table) -> pa.ChunkedArray:
         """Return the [n] keys of a table."""
-        if self.by_id:
+        if self.parts == 0:
             return table["image_id"]
-        return pc.replace_substring_regex(table["uri"], r"^.*/([^/]*/[^/]*)$", r"\1")
+        return pc.replace_substring_regex(table["uri"], rf"^.*?((?:[^/]*/){{{self.parts - 1}}}[^/]*)$", r"\1")
 
 
 def _holds_half(splits: Splits, expected: pa.Table, key: _KeyOf) -> bool:
@@ -195,20 +211,25 @@ def _relabelled(table: SampleTable, recorded: RecordedSplits, expected: pa.Table
         yield f"relabelled: {len(changed)} images are scored with the labels that they have now ({_named(changed)})"
 
 
-def _as_drawn(request: Request, splits: Splits, recorded: RecordedSplits) -> ScoredImages:
+def _as_drawn(request: Request, splits: Splits, recorded: RecordedSplits, key: _KeyOf) -> ScoredImages:
     """Return the split as drawn if it holds no image of train, or if the user allows that.
 
     Raises:
         UserError: with the images of train.
     """
     table, train = splits.named(request.split), recorded.tables["train"]
-    key = _KeyOf.of(recorded)
     trained = pc.is_in(key(table.table), value_set=key(train))
     # a reader may give the same file another id; a part of a file may hold another image when the file is written again
     whole_files = pc.invert(pc.match_substring(table.table["uri"], "#"))
     trained = pc.or_(trained, pc.and_(whole_files, pc.is_in(table.table["uri"], value_set=train["uri"])))
     ids = table.table["image_id"].filter(trained)
     notes = [*splits.notes]
+    if key.parts and (_in_shards(table.table) or _in_shards(train)):
+        notes.append(
+            f"{request.split} may hold images that the run trained on: its splits repeat ids, and prepared images have no file"
+            " names to compare"
+        )
+        return ScoredImages(table, tuple(notes), None)
     if len(ids) and request.split != "train" and not request.allow_train_images:
         raise UserError(
             f"{request.split} ({table.source}): the run trained on {len(ids)} of its {len(table)} images ({_named(ids)}); score"

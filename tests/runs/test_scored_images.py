@@ -190,8 +190,26 @@ def test_ids_that_splits_repeat_do_not_mix_them(tmp_path: Path) -> None:
     images = run.choose("test")
     assert len(images.table) == 8
     assert "relabelled: 1 images" in " ".join(images.notes)
-    images = run.choose("test", data__keep_unlabelled_train=True, data__split_seed=1)
-    assert images.num_trained == 0
+    assert run.choose("test", data__split_seed=1).num_trained == 0
+
+
+def test_new_export_that_repeats_ids_is_no_record(tmp_path: Path) -> None:
+    """A second export draws other images into test and counts them from 0 as before."""
+    root = make_coco(tmp_path / "coco", {"train": [[0], [1], [2]] * 4, "val": [[0], [1]], "test": [[0], [1]]})
+    files = [root / "annotations" / f"instances_{split}2014.json" for split in ("train", "test")]
+    files[1].write_text(files[1].read_text().replace(": 300", ": 100"))
+    run = Run(ExperimentConfig().with_overrides({"data.dataset": "coco", "data.root": str(root)}))
+    assert run.ids["test"] < run.ids["train"]
+    for old, new in (("test_000", "train_000"), ("test_001", "train_001")):
+        files[1].write_text(files[1].read_text().replace(old, new))
+        (root / "train2014" / f"{new}.jpg").rename(root / "test2014" / f"{new}.jpg")
+        (root / "test2014" / f"{old}.jpg").rename(root / "train2014" / f"{old}.jpg")
+        files[0].write_text(files[0].read_text().replace(new, old))
+    images = run.choose("test")
+    names = {Path(uri).name for uri in images.table.table["uri"].to_pylist()}
+    assert names == {"test_000.jpg", "test_001.jpg"}
+    with pytest.raises(UserError, match="trained on 2 of its 2 images"):
+        run.choose("test", data__split_seed=1)
 
 
 def test_without_a_record_the_counts_tell(run: Run, labels: dict[str, str]) -> None:
