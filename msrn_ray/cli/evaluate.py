@@ -21,7 +21,7 @@ from .parser import StartsFromConfig
 
 @dataclass(frozen=True)
 class Evaluate(StartsFromConfig):
-    """Score a checkpoint on a split, every image once."""
+    """Score a checkpoint on a split as its run recorded it, every image once."""
 
     checkpoint: tyro.conf.Positional[Path]
     """Checkpoint folder, its model.pt, or a run folder (then its best checkpoint)."""
@@ -33,6 +33,8 @@ class Evaluate(StartsFromConfig):
     """Images that a worker scores at once."""
     out: Path | None = None
     """Write all metrics to this .json file too."""
+    allow_train_images: bool = False
+    """Score a split of other data even if the run trained on some of its images. The output counts them."""
     data: DataSettings = field(default_factory=DataSettings)
     resources: ResourceSettings = field(default_factory=ResourceSettings)
 
@@ -63,12 +65,16 @@ class Evaluate(StartsFromConfig):
 
         if self.out is not None:
             check_output(self.out, (".json",))
-        trained = load_checkpoint(self.checkpoint).config
-        config = trained.with_overrides({"protocol": self.protocol, "train.eval_batch_size": self.batch_size})
+        checkpoint = load_checkpoint(self.checkpoint)
+        changes = {"protocol": self.protocol, "train.eval_batch_size": self.batch_size}
+        config = checkpoint.config.with_overrides(changes)
         config = config.model_copy(update={"data": self.data, "resources": self.resources})
-        metrics = evaluate_checkpoint(self.checkpoint, config, self.split)
+        evaluation = evaluate_checkpoint(
+            self.checkpoint, config, self.split, allow_train_images=self.allow_train_images, checkpoint=checkpoint
+        )
+        metrics = evaluation.metrics
         out = new_console()
-        for line in [*metrics.pop("notes"), *(f"left out: {image}" for image in metrics.pop("bad"))]:
+        for line in [*evaluation.notes, *(f"left out: {image}" for image in evaluation.bad)]:
             print(line)
         table = Table("label", "AP")
         prefix = f"{self.split}/AP/"
@@ -83,11 +89,14 @@ class Evaluate(StartsFromConfig):
                 f"{self.split}: mAP leaves out {num_left_out} of {len(precisions)} labels (n/a): no image has them, or every image"
                 " where they are known"
             )
+        num_trained = metrics.get(f"{self.split}/images_trained_on", 0)
+        trained_on = f", {num_trained} of which the run trained on" if num_trained else ""
         scored = metrics[f"{self.split}/images"]
-        print(f"{self.split} mAP {metrics[f'{self.split}/mAP']:.6f} over {scored} images")
+        print(f"{self.split} mAP {metrics[f'{self.split}/mAP']:.6f} over {scored} images{trained_on}")
         if self.out is not None:
             with write_output(self.out) as partial:
-                partial.write_text(to_json(metrics, indent=2) + "\n", encoding="utf-8")
+                content = to_json(metrics | {"protocol": evaluation.protocol}, indent=2)
+                partial.write_text(content + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +25,10 @@ from ..ray_cluster.connection import check_shared, connect, on_node
 from ..ray_cluster.private_api import get_or_create_stats_actor
 from ..runs.checkpoint import find_model_file, load_checkpoint
 from ..runs.folder import FAILURE_FILE, absolute_paths, cannot_be_written, open_folder
-from ..runs.log import RunLog
+from ..runs.log import RunLog, read_test
 from ..runs.resume import check_data, check_list, check_resumable, describe_data
-from ..runs.state import check_stopped, kept_state
+from ..runs.split_file import RecordedSplits, save_splits
+from ..runs.state import check_stopped, is_complete, kept_state
 from ..settings import ResourceSettings
 from ..training.inputs import check_batch, describe_inputs, gather_inputs
 from .event_pump import event_pump
@@ -69,6 +70,9 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
     if resume:
         check_resumable(folder, config)
         check_stopped(folder)
+        if is_complete(folder, config.train.epochs):
+            print(f"{folder}: all {config.train.epochs} epochs are done; raise train.epochs to train more", flush=True)
+            return _result(folder, read_test(folder))
     elif folder.exists():
         raise UserError(
             f"{folder} exists already; give another train.run_name, or resume it: --resume {folder}, or --or-resume"
@@ -98,9 +102,13 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> TrainResult:
         except ray.train.TrainingFailedError:
             print(f"the run stopped; fix the cause, then resume with: msrn train --resume {folder}", file=sys.stderr)
             raise
+    return _result(folder, log.test)
+
+
+def _result(folder: Path, test: Mapping[str, float]) -> TrainResult:
     best = find_model_file(folder).parent
     metrics = {name: value for name, value in load_checkpoint(best).metrics.items() if name.startswith("val/")}
-    return TrainResult(folder, best, metrics | log.test)
+    return TrainResult(folder, best, metrics | dict(test))
 
 
 def run_in_folder(
@@ -134,6 +142,8 @@ def run_in_folder(
     except OSError as error:
         raise cannot_be_written(folder, error) from None
     open_folder(folder, config, stored.data, fresh=fresh)
+    tables = {name: ray.get(split.table) for name, split in stored.splits.items()}
+    save_splits(folder, RecordedSplits(tables, stored.counts.names, stored.data["fingerprint"]))
     # an actor on another node would be lost with that node
     events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": on_node()})
     # Ray Data's own actor starts where it is first used and outlives the run. On another node it would keep that node from becoming idle

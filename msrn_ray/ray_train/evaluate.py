@@ -13,15 +13,16 @@ import ray.train.torch
 from ray.train.torch import TorchTrainer
 
 from ..config import ExperimentConfig
-from ..datasets.protocol import load_splits
 from ..errors import UserError
 from ..inference.predictor import build_from_checkpoint
 from ..model import choose_attention_kernels
 from ..ray_cluster.allocation import allocate, decode_cpus
 from ..ray_cluster.connection import connect
 from ..ray_data.pipeline import limit_ray_data
-from ..runs.checkpoint import Checkpoint, load_checkpoint
+from ..runs.checkpoint import Checkpoint, find_model_file, load_checkpoint
 from ..runs.folder import absolute_paths
+from ..runs.scored_images import Request, choose_images
+from ..runs.split_file import load_splits_of
 from ..training.bad_images import BadImages, check_bad_images
 from ..training.evaluate import split_metrics
 from .scoring import score_split
@@ -48,24 +49,49 @@ class _EvaluationOutput:
     kernels: str
 
 
-def evaluate_checkpoint(path: Path, config: ExperimentConfig, split: str) -> dict[str, Any]:
-    """Score one split.
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of an evaluation.
+
+    Attributes:
+        metrics: `split/mAP`, ..., `split/AP/<label>`, `split/images`, `split/bad_images`; `split/images_trained_on`, how many of the
+            scored images the run trained on, if that is known.
+        protocol: how the data set was split.
+        notes: lines for the user.
+        bad: images that could not be decoded, as `uri (reason)`.
+    """
+
+    metrics: dict[str, Any]
+    protocol: str
+    notes: tuple[str, ...]
+    bad: tuple[str, ...]
+
+
+def evaluate_checkpoint(
+    path: Path,
+    config: ExperimentConfig,
+    split: str,
+    *,
+    allow_train_images: bool = False,
+    checkpoint: Checkpoint | None = None,
+) -> Evaluation:
+    """Score one split, as the checkpoint's run recorded it.
 
     Args:
         path: checkpoint folder, `model.pt` or run folder.
         config: data, protocol, resources, and batch size of the evaluation; the model is the checkpoint's.
         split: `train`, `val` or `test`.
-
-    Returns:
-        `split/mAP`, ..., `split/AP/<label>`, `split/images`, `split/bad_images`; `protocol`; `notes` on the data, `bad` images.
+        allow_train_images: score other data even if the run trained on some of its images.
+        checkpoint: the content of `path`, if it has been read already.
 
     Raises:
-        UserError: if the checkpoint cannot be read, or its labels differ from the data set's.
+        UserError: if the checkpoint cannot be read, its labels differ from the data set's, or the run trained on images of the split.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = checkpoint or load_checkpoint(path)
     config = absolute_paths(config)
-    splits = load_splits(config)
-    table = splits.named(split)
+    request = Request(config, split, allow_train_images)
+    images = choose_images(request, checkpoint, load_splits_of(find_model_file(path)))
+    table = images.table
     check_labels(checkpoint, table.label_names, str(path))
     print(f"scoring {len(table)} {split} images; starting Ray and the workers", flush=True)
     connect(config.resources)
@@ -80,15 +106,11 @@ def evaluate_checkpoint(path: Path, config: ExperimentConfig, split: str) -> dic
         )
         with plain_errors():
             output: _EvaluationOutput = trainer.fit().return_value  # type: ignore[attr-defined]  # typed as Train V1
-    notes = [*splits.notes, *filter(None, [output.kernels])]
-    trained = checkpoint.config
-    if split != "test" and (trained.protocol, trained.data.val_fraction, trained.data.split_seed) != (
-        config.protocol,
-        config.data.val_fraction,
-        config.data.split_seed,
-    ):
-        notes.append(f"the checkpoint was trained under another split: {split} may hold images of its train split")
-    return output.metrics | {"bad": output.bad, "notes": notes, "protocol": config.protocol}
+    metrics = dict(output.metrics)
+    if images.num_trained is not None:
+        metrics[f"{split}/images_trained_on"] = images.num_trained
+    notes = (*images.notes, *filter(None, [output.kernels]))
+    return Evaluation(metrics, config.protocol, notes, tuple(output.bad))
 
 
 def check_labels(checkpoint: Checkpoint, label_names: tuple[str, ...], name: str) -> None:

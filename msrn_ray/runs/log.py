@@ -7,6 +7,7 @@ Workers send events; the driver, the only writer of the run folder, handles them
 from __future__ import annotations
 
 import csv
+import json
 import math
 import sys
 import time
@@ -174,6 +175,13 @@ class RunLog:
             csv.writer(file).writerows([*rows, *new])
         if new:
             self.say(f"{event.split}: {len(new)} images could not be decoded and are left out, see {path}")
+
+
+def read_test(folder: Path) -> dict[str, float]:
+    """Return the metrics of a run's test split, null as nan; {} if it was not scored."""
+    path = folder / TEST_FILE
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {name: math.nan if value is None else value for name, value in content.items()}
 
 
 def _clock(seconds: float) -> str:

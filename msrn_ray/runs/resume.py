@@ -22,6 +22,7 @@ LIST_FILE = "checkpoint_manager_snapshot.json"
 LIST_COPY = f".{LIST_FILE}"  # the list before the last checkpoint; `NO_LIST` until it holds a checkpoint
 NO_LIST = "{}"
 CHECKPOINT_NAME = re.compile(r"\.?epoch_\d{4,}(_step_\d{6,})?_[0-9a-f]+")  # with a dot until it is complete
+SEARCH_FILES = (".driver", "study.db")  # only search folders hold them
 # Prefixes of the paths of settings that may differ when a run is resumed
 MAY_CHANGE = (
     "resources.",
@@ -41,6 +42,8 @@ def check_resumable(folder: Path, config: ExperimentConfig) -> None:
     Raises:
         UserError: if the folder is not a run, or a setting differs that must not differ, with its name and both values.
     """
+    if any((folder / name).exists() for name in SEARCH_FILES):
+        raise UserError(f"{folder}: the folder of a search, not of a run; resume it with msrn search --resume {folder}")
     saved = _saved_config(folder)
     if config.train.epochs < saved.train.epochs:
         raise UserError(

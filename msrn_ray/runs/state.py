@@ -103,6 +103,12 @@ def check_stopped(folder: Path, heartbeat_seconds: float = _HEARTBEAT_SECONDS) -
         time.sleep(heartbeat_seconds / 10)
 
 
+def is_complete(folder: Path, epochs: int) -> bool:
+    """Return whether a run has finished all its `epochs` and scored its test split, and has a best epoch."""
+    summary = summarize(folder)
+    return summary.state == "finished" and summary.epoch >= epochs and not math.isnan(summary.best)
+
+
 @dataclass(frozen=True)
 class RunSummary:
     """A run as its folder describes it.

@@ -154,6 +154,8 @@ SUBCOMMAND_OPTIONS = {
         "--protocol": "the default is the checkpoint's",
         "--batch-size": "Images that a worker scores at once.",
         "--out": "Write all metrics to this .json file",
+        "--allow-train-images": "Score a split of other data even if the run trained on",
+        "--no-allow-train-images": "Score a split of other data even if the run trained on",
     },
     "predict": {
         "PATH": "Checkpoint folder, its model.pt, or a run folder.",
@@ -526,9 +528,12 @@ def evaluate_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, Experime
 
     calls = []
 
-    def record_call(path: Path, config: ExperimentConfig, split: str) -> dict[str, Any]:
+    def record_call(path: Path, config: ExperimentConfig, split: str, **options: Any) -> evaluate.Evaluation:
         calls.append((path, config, split))
-        return make_metrics(split, 0.75) | {f"{split}/images": 7, "bad": ["x (cut off)"], "notes": ["a note"]}
+        metrics = make_metrics(split, 0.75) | {f"{split}/images": 7}
+        if options["allow_train_images"]:
+            metrics[f"{split}/images_trained_on"] = 2
+        return evaluate.Evaluation(metrics, "honest", ("a note",), ("x (cut off)",))
 
     monkeypatch.setattr(evaluate, "evaluate_checkpoint", record_call)
     return calls
@@ -564,6 +569,13 @@ def test_evaluate_finds_its_checkpoint_at_any_position(
     else:
         assert done.code == 2
         assert evaluate_calls == []
+
+
+def test_evaluate_counts_scored_train_images(
+    cli: Cli, evaluate_calls: list[tuple[Path, ExperimentConfig, str]], checkpoint: Path
+) -> None:
+    assert "over 7 images\n" in cli("evaluate", checkpoint).out
+    assert "over 7 images, 2 of which the run trained on" in cli("evaluate", checkpoint, "--allow-train-images").out
 
 
 def test_evaluate_writes_json_with_null_for_nan(

@@ -118,7 +118,7 @@ def test_saved_config_is_the_config_of_the_run(finished: TrainResult) -> None:
 def test_evaluation_is_independent_of_worker_count(finished: TrainResult) -> None:
     """The run scored test with two workers. Three workers do not divide its 10 images."""
     config = load_config(finished.run_folder / "config.yaml").with_overrides({"resources.num_workers": 3})
-    metrics = evaluate_checkpoint(finished.best_checkpoint, config, "test")
+    metrics = evaluate_checkpoint(finished.best_checkpoint, config, "test").metrics
     assert metrics["test/images"] == 10
     compared = [name for name, value in finished.metrics.items() if name.startswith("test/") and value == value]
     assert len(compared) > 20
@@ -168,6 +168,33 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished: TrainResult, sce
     lines = (resumed.run_folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
     assert_same_weights(resumed.run_folder, finished.run_folder, num_steps=8)
+
+
+def test_resuming_a_finished_run_returns_its_result(
+    finished: TrainResult, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without Ray, and without a change in its folder."""
+    monkeypatch.setattr("msrn_ray.ray_train.driver.connect", lambda resources: pytest.fail("Ray was started"))
+    before = {path: path.stat().st_mtime_ns for path in finished.run_folder.rglob("*")}
+    result = train(resume_config(finished.run_folder), resume=True)
+    assert (result.run_folder, result.best_checkpoint) == (finished.run_folder, finished.best_checkpoint)
+    np.testing.assert_equal(result.metrics, finished.metrics)
+    assert "all 2 epochs are done; raise train.epochs to train more" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished.run_folder.rglob("*")} == before
+
+
+def test_changed_data_are_scored_on_the_recorded_split(finished: TrainResult, scenes: Path, tmp_path: Path) -> None:
+    """The run's folder keeps its split: an image that leaves test is named, and the others keep their scores."""
+    root = copy_as_coco(scenes, tmp_path / "changed")
+    path = root / "annotations" / "instances_test2014.json"
+    content = json.loads(path.read_text())
+    gone = content["images"].pop()["id"]
+    content["annotations"] = [box for box in content["annotations"] if box["image_id"] != gone]
+    path.write_text(json.dumps(content))
+    config = load_config(finished.run_folder / "config.yaml").with_overrides({"data.root": str(root)})
+    evaluation = evaluate_checkpoint(finished.run_folder, config, "test")
+    assert (evaluation.metrics["test/images"], evaluation.metrics["test/images_trained_on"]) == (9, 0)
+    assert f"gone: 1 of 10 recorded test images ({gone})" in " ".join(evaluation.notes)
 
 
 def test_resuming_with_other_settings_is_refused(finished: TrainResult) -> None:
@@ -257,12 +284,14 @@ def test_one_worker_scores_val_like_two_workers(finished: TrainResult) -> None:
     last = max(finished.run_folder.glob("epoch_0002*"))
     line = json.loads((finished.run_folder / "metrics.jsonl").read_text().splitlines()[-1])
     config = load_config(finished.run_folder / "config.yaml").with_overrides({"resources.num_workers": 1})
-    metrics = evaluate_checkpoint(last, config, "val")
+    evaluation = evaluate_checkpoint(last, config, "val")
+    metrics = evaluation.metrics
     compared = [name for name, value in line.items() if name.startswith("val/") and value is not None]
     assert len(compared) > 20
     for name in compared:
         assert metrics[name] == pytest.approx(line[name], abs=1e-6), name
-    assert metrics["protocol"] == "honest"
+    assert evaluation.protocol == "honest"
+    assert metrics["val/images_trained_on"] == 0
 
 
 def test_evaluate_reports_a_split_of_bad_images(finished: TrainResult, scenes: Path, tmp_path: Path) -> None:

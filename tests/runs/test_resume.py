@@ -17,6 +17,7 @@ from msrn_ray.runs.resume import (
     LIST_COPY,
     LIST_FILE,
     MAY_CHANGE,
+    SEARCH_FILES,
     check_data,
     check_list,
     check_resumable,
@@ -72,6 +73,14 @@ def test_files_may_move_but_not_become_learned(tmp_path: Path) -> None:
     check_resumable(tmp_path, moved)
     with pytest.raises(UserError, match=r"data\.word_vectors was '/v\.txt', now 'learned'"):
         check_resumable(tmp_path, moved.with_overrides({"data.word_vectors": "learned"}))
+
+
+@pytest.mark.parametrize("name", SEARCH_FILES)
+def test_search_folder_is_no_run(tmp_path: Path, name: str) -> None:
+    CONFIG.save(tmp_path / CONFIG_FILE)
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"resume it with msrn search --resume {tmp_path}$"):
+        check_resumable(tmp_path, CONFIG)
 
 
 def test_settings_of_the_training_may_not_differ(tmp_path: Path) -> None:

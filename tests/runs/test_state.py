@@ -25,6 +25,7 @@ from msrn_ray.runs.state import (
     RunSummary,
     check_stopped,
     describe_runs,
+    is_complete,
     kept_state,
     list_runs,
     summarize,
@@ -237,3 +238,14 @@ def test_driver_on_another_machine_is_seen(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(run_state, "socket", SimpleNamespace(gethostname=lambda: "another machine"))
         with pytest.raises(UserError, match="still trains this run"):
             check_stopped(tmp_path, heartbeat_seconds=0.3)
+
+
+@pytest.mark.parametrize(
+    ("state", "epochs", "complete"), [("finished", 2, True), ("finished", 3, False), ("interrupted", 2, False)]
+)
+def test_only_a_finished_run_is_complete(tmp_path: Path, state: str, epochs: int, complete: bool) -> None:
+    """A run with more epochs to train is not; nor a run that stopped before it scored its test split."""
+    folder = make_run(tmp_path / "run", (0.1, 0.2), epochs=2)
+    content = {"state": state, "pid": 1, "host": "elsewhere", "started": 1.0}
+    (folder / STATE_FILE).write_text(json.dumps(content))
+    assert is_complete(folder, epochs) is complete

@@ -27,8 +27,10 @@ from msrn_ray.errors import UserError
 from msrn_ray.presets import PRESETS
 from msrn_ray.runs.checkpoint import find_model_file
 from msrn_ray.runs.log import METRICS_FILE
+from msrn_ray.runs.resume import SEARCH_FILES
 from tuning.driver import search
 from tuning.mlflow_logger import open_mlflow
+from tuning.search_folder import STUDY_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,6 +119,10 @@ def trials_of(folder: Path) -> list[optuna.trial.FrozenTrial]:
     if not list(folder.glob("tune-*")):
         return []
     return optuna.load_study(storage=f"sqlite:///{folder / 'study.db'}", study_name=folder.name).get_trials()
+
+
+def test_training_refuses_the_folder_of_a_search() -> None:
+    assert STUDY_FILE in SEARCH_FILES
 
 
 @pytest.mark.ray
