@@ -27,7 +27,7 @@ class DataSettings(Settings):
     """Column that lists an image's labels (manifest; huggingface, dotted if nested) or field of the .json (webdataset). None: labels,
     label or tags, outside manifests also classes or categories. In a manifest without such a column, each column is a label."""
     label_separator: Annotated[str, Field(min_length=1)] | None = None
-    """Text that separates the labels in a manifest's column. None: the only one of ; | and , that occurs."""
+    """Text that separates the labels in a text (manifest, huggingface, webdataset). None: the only one of ; | and , that occurs."""
     labels: Annotated[str | None, MAY_DIFFER] = None
     """Text file with all labels in order, one per line, for custom images. None: the labels that occur, in alphabetical order."""
     test_fraction: Fraction = 0.1

@@ -195,7 +195,12 @@ def _huggingface(settings: DataSettings) -> PublishedSplits:
 
 
 def _webdataset(settings: DataSettings) -> PublishedSplits:
-    tables = read_webdataset(_root(settings), label_names=_label_names(settings), label_field=settings.label_column)
+    tables = read_webdataset(
+        _root(settings),
+        label_names=_label_names(settings),
+        label_field=settings.label_column,
+        label_separator=settings.label_separator,
+    )
     return _custom_splits(tables, settings)
 
 
