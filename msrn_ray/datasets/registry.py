@@ -190,6 +190,7 @@ def _huggingface(settings: DataSettings) -> PublishedSplits:
         label_names=_label_names(settings),
         image_column=settings.image_column,
         label_column=settings.label_column,
+        label_separator=settings.label_separator,
     )
     return _custom_splits(tables, settings)
 
