@@ -91,8 +91,7 @@ def read_huggingface(
     for split, files in _files_by_split(root).items():
         rows = parts.setdefault(split, [])
         for file in files:
-            wanted = _Wanted(image_column, label_column, label_names)
-            for columns, cells, uris in _read_file(file, wanted):
+            for columns, cells, uris in _read_file(file, _Wanted(image_column, label_column, label_names)):
                 label = columns.label or "labels"
                 orders.add(columns.label_names)
                 rows.append(pa.table([_ids(file, cells, columns), uris], ["image_id", "uri"]))

@@ -88,7 +88,7 @@ def _parse_json(content: bytes, field: str | None, where: str, suffix: str) -> L
             raise UserError(f"{where}: label {wrong[0]!r} is {value[wrong[0]]!r}; write 1 or 0")
         value = [name for name, state in value.items() if state]
     if isinstance(value, str):
-        return _checked(value, where)
+        return str(_checked(value, where))
     return [_checked(label, where) for label in (value if isinstance(value, list) else [value])]
 
 
@@ -219,7 +219,7 @@ def _name(label: Any, names: Sequence[str] | None, where: str) -> str:
         )
     if not 0 <= label < len(names):
         raise UserError(f"{where}: label {label} is not one of the {len(names)} of data.labels (0 to {len(names) - 1})")
-    return names[label]
+    return str(names[label])
 
 
 def _refuse_captions(root: Location, labels: Sequence[Sequence[str]]) -> None:
