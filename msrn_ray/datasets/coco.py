@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from .image_uris import MissingImages, find_images, select_rows, uris_below
 from .text_files import first_few, is_utf8, read_data, require_unique, suggest_folder
 
 YEARS = (2014, 2017)
+_WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 _FIELDS: dict[str, dict[str, type]] = {
     "images": {"id": int, "file_name": str},
     "categories": {"id": int, "name": str},
@@ -60,6 +63,7 @@ def read_coco(
     image_ids = np.array(sorted(coco.imgs), dtype=np.int64)
     file_names = [coco.imgs[image]["file_name"] for image in image_ids.tolist()]
     folder = root / name
+    refuse_windows_paths(path, file_names)
     found = find_images(folder, file_names, path, missing_images)
 
     targets = np.zeros((len(image_ids), len(categories)), np.int8)
@@ -72,6 +76,20 @@ def read_coco(
     if len(samples) == 0:
         raise UserError(f"{path}: no image is left to use ({samples.notes[-1]}); check that this is the file of labels")
     return samples
+
+
+def refuse_windows_paths(path: Location, file_names: Sequence[str]) -> None:
+    """Refuse absolute paths of Windows, which no folder here holds.
+
+    Raises:
+        UserError: with their number and the first of them.
+    """
+    windows = [name for name in file_names if _WINDOWS_PATH.match(name)]
+    if windows:
+        raise UserError(
+            f'{path}: {len(windows)} of {len(file_names)} values of "file_name" are absolute Windows paths of another machine'
+            f" ({first_few(windows)}); write the names relative to the folder of the images, with forward slashes"
+        )
 
 
 def has_split(root: Location, split: str, year: int) -> bool:

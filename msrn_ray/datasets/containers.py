@@ -52,7 +52,10 @@ def by_split(root: Location, paths: Sequence[str]) -> dict[SplitName, list[str]]
 
 
 def build_tables(
-    parts: dict[SplitName, pa.Table], label_names: tuple[str, ...] | None, root: Location
+    parts: dict[SplitName, pa.Table],
+    label_names: tuple[str, ...] | None,
+    root: Location,
+    notes: tuple[str, ...] = (),
 ) -> dict[SplitName, SampleTable]:
     """Build sample tables from lists of labels.
 
@@ -60,6 +63,7 @@ def build_tables(
         parts: the images of each split, of schema `LABELLED_IMAGES`, and `group` (string) if the images have groups.
         label_names: labels in the requested order; None: all that occur in any split, in alphabetical order.
         root: the data set, for messages.
+        notes: how the labels were read, for the user.
 
     Raises:
         UserError: if a label is not in `label_names`, no label occurs, or an image id repeats.
@@ -89,6 +93,6 @@ def build_tables(
             )
         targets = np.zeros((len(image_ids), len(label_names)), np.int8)
         targets[rows.to_numpy(), columns.to_numpy()] = PRESENT
-        samples = SampleTable.from_columns(image_ids, uris, targets, label_names, root.name)
+        samples = SampleTable.from_columns(image_ids, uris, targets, label_names, root.name, notes)
         tables[split] = samples.with_groups(whole["group"]) if "group" in whole.column_names else samples
     return tables

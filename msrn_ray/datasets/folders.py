@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from ..errors import UserError
 from ..io.storage import Location
 from ..types import PRESENT, SampleTable
+from .folder_labels import require_label_folders, same_photographs, split_names
 from .image_uris import is_image, list_images, uris_below
 from .manifest import CustomImages
 from .split_names import SPLIT_WORDS, SPLITS
@@ -19,6 +21,9 @@ _LAYOUT = "folders named after labels (dog/, cat/) with images inside, or folder
 
 def read_folders(root: Location, *, label_names: Sequence[str] | None = None) -> CustomImages:
     """Read all images. An image has the label of its folder, also if it lies in a subfolder.
+
+    A folder may combine labels (`car+person/`, see `split_names`). Equal local files in folders of several labels are one image with
+    all these labels.
 
     Args:
         root: the folder that holds the folders of labels, or folders of splits that hold them.
@@ -39,33 +44,69 @@ def read_folders(root: Location, *, label_names: Sequence[str] | None = None) ->
         paths = [f"{top}/{label}" for top in top_folders for label in _subfolders(root / top)]
         paths.sort(key=lambda path: (_split_position(path), path))
 
-    num_stray = sum(
-        is_image(name)
-        for folder in (root, *(root / top for top in top_folders if has_splits))
-        for name in folder.names()
-    )
-    stray_notes = [f"{root.name}: {num_stray} images left out that are in no label's folder"] if num_stray else []
+    require_label_folders(root, paths)
+    stray_notes = _stray_notes(root, top_folders if has_splits else [])
     images, image_notes = list_images(root, paths, recursive=True)
-    folder_labels = [path.rpartition("/")[2] for path in images]
-    labels = sorted(set(folder_labels))
+    folder_names = [path.rpartition("/")[2] for path in images]
+    labels_of, name_notes = split_names(sorted(set(folder_names)), label_names)
+    labels = sorted({label for each in labels_of.values() for label in each})
     if len(labels) < 2:
         raise UserError(f"{root}: {_why_no_labels(root, labels, [] if has_splits else top_folders)}")
+    _require_known(root, labels, label_names)
+    all_labels = tuple(labels if label_names is None else label_names)
+    sizes = [len(ids) for ids in images.values()]
+    rows_per_folder = np.zeros((len(folder_names), len(all_labels)), np.int8)
+    for row, name in enumerate(folder_names):
+        rows_per_folder[row, [all_labels.index(label) for label in labels_of[name]]] = PRESENT
+    targets = np.repeat(rows_per_folder, sizes, axis=0)
+    split = np.repeat(np.array([_split_position(path) for path in images], np.int8), sizes) if has_splits else None
+    ids = pa.chunked_array(list(images.values()))
+    uris = uris_below(root, ids)
+    form = "one folder per label" if len(labels) == len(labels_of) else "folders of labels"
+    summary = f"{root.name}: {len(targets)} images, {len(all_labels)} labels ({form})"
+    kept = np.arange(len(targets))
+    copy_notes: list[str] = []
+    if root.is_local:
+        names = np.unique(folder_names, return_inverse=True)[1].astype(np.int64)
+        groups = same_photographs(uris.to_pylist(), np.repeat(names, sizes), split)
+        kept, copy_notes = _join_copies(root, ids, targets, groups)
+    notes = (summary, *name_notes, *copy_notes, *stray_notes, *image_notes)
+    samples = SampleTable.from_columns(ids, uris, targets, all_labels, root.name, notes)
+    if len(kept) < len(targets):
+        return CustomImages(samples.take(kept), None if split is None else split[kept])
+    return CustomImages(samples, split)
+
+
+def _stray_notes(root: Location, split_folders: Sequence[str]) -> list[str]:
+    folders = (root, *(root / name for name in split_folders))
+    num_stray = sum(is_image(name) for folder in folders for name in folder.names())
+    return [f"{root.name}: {num_stray} images left out that are in no label's folder"] if num_stray else []
+
+
+def _require_known(root: Location, labels: Sequence[str], label_names: Sequence[str] | None) -> None:
     unknown = [label for label in labels if label_names is not None and label not in label_names]
     if unknown:
         raise UserError(
             f"{root}: folder {unknown[0]!r} is not among the labels of data.labels; rename it or add it there"
         )
 
-    all_labels = tuple(labels if label_names is None else label_names)
-    sizes = [len(ids) for ids in images.values()]
-    targets = np.zeros((sum(sizes), len(all_labels)), np.int8)
-    targets[np.arange(len(targets)), np.repeat([all_labels.index(label) for label in folder_labels], sizes)] = PRESENT
-    ids = pa.chunked_array(list(images.values()))
-    summary = f"{root.name}: {len(targets)} images, {len(all_labels)} labels (one folder per label)"
-    notes = (summary, *stray_notes, *image_notes)
-    samples = SampleTable.from_columns(ids, uris_below(root, ids), targets, all_labels, root.name, notes)
-    split = np.repeat(np.array([_split_position(path) for path in images], np.int8), sizes) if has_splits else None
-    return CustomImages(samples, split)
+
+def _join_copies(
+    root: Location, ids: pa.ChunkedArray, targets: npt.NDArray[np.int8], groups: Sequence[Sequence[int]]
+) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """Give the first image of each group the labels of all; return the rows to keep, and a note."""
+    kept = np.ones(len(targets), bool)
+    for first, *others in groups:
+        targets[first] |= targets[others].max(axis=0)
+        kept[others] = False
+    if not groups:
+        return np.flatnonzero(kept), []
+    example = ", ".join(ids[row].as_py() for row in groups[0][:3])
+    note = (
+        f"{root.name}: {len(groups)} images lie in folders of several labels (equal files, as {example}): each counts once, with"
+        f" the labels of all its folders; {np.count_nonzero(~kept)} copies are left out"
+    )
+    return np.flatnonzero(kept), [note]
 
 
 def _subfolders(folder: Location) -> list[str]:

@@ -7,7 +7,7 @@ is a row of a row group: fast to read in order (`msrn prepare`), slow to train f
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -21,7 +21,8 @@ from ..io.byte_ranges import parquet_uris, range_uris
 from ..io.storage import Location
 from ..types import SampleTable
 from .containers import LABEL_FIELDS, LABELLED_IMAGES, build_tables, by_split, split_of
-from .label_columns import is_list
+from .huggingface_labels import LabelBlock, flag_columns, join_flag_columns, name_labels, with_groups
+from .imagefolder import find_metadata, read_imagefolder
 from .manifest import ID_COLUMNS, NamedColumns
 from .split_names import SplitName
 from .text_files import read_json, suggest_folder
@@ -36,7 +37,8 @@ class _Columns(NamedTuple):
     """The role of each column, and the names that numbers in the label column stand for."""
 
     image: str
-    label: str
+    label: str | None  # None: `flags` name a column per label
+    flags: tuple[str, ...]
     image_id: str | None
     group: str | None
     label_names: tuple[str, ...] | None
@@ -53,17 +55,19 @@ def read_huggingface(
     image_column: str | None = None,
     label_column: str | None = None,
     group_column: str | None = None,
+    label_separator: str | None = None,
 ) -> dict[SplitName, SampleTable]:
     """Read all splits of a folder.
 
     Args:
         root: what `save_to_disk` wrote (a data set or a dictionary of splits), or a folder of Parquet files whose names or folders begin
-            with train, val (valid, validation, dev) or test.
+            with train, val (valid, validation, dev) or test, or such folders of images with a `metadata.jsonl` or `metadata.csv`.
         label_names: labels in the requested order; None: the order of the features, else all that occur, in alphabetical order.
         image_column: a column of encoded images; None: the only column of this kind.
         label_column: a column with a label or a list of labels per row, as names or as numbers of the features' names. Nested columns are
-            dotted (`objects.category`). None: one of `LABEL_FIELDS`.
+            dotted (`objects.category`). None: one of `LABEL_FIELDS`; if there is none, each column of type bool is a label.
         group_column: a column of groups, texts or whole numbers; None: the images have no groups.
+        label_separator: between labels in a text; None: the only usual one that occurs.
 
     Returns:
         split -> n rows in the order of the files; image_id is the column `image_id` or `id`, else `<split>/<number of the row>`; targets
@@ -72,28 +76,77 @@ def read_huggingface(
     Raises:
         UserError: if this is no such folder, a file is damaged, or columns are missing or ambiguous.
     """
-    named = NamedColumns(image_column, label_column, group_column)
-    parts: dict[SplitName, pa.Table] = {}
+    metadata = [] if any((root / name).is_file() for name in _SAVED) else find_metadata(root)
+    if metadata:
+        return read_imagefolder(
+            root,
+            metadata,
+            NamedColumns(image_column, label_column, group_column),
+            label_names=label_names,
+            label_separator=label_separator,
+        )
+    parts: dict[SplitName, list[pa.Table]] = {}
+    blocks: list[LabelBlock] = []
     orders: set[tuple[str, ...] | None] = set()
+    label = ""
+    wanted = _Wanted(image_column, label_column, group_column, label_names)
     for split, files in _files_by_split(root).items():
-        rows: list[pa.Table] = []
+        rows = parts.setdefault(split, [])
         for file in files:
-            try:
-                # A memory map leaves the images on disk: only their position in the file is needed.
-                with pa.memory_map(file.text) if file.is_local else file.opened_input() as stream:
-                    read = _parquet_rows if file.name.endswith(".parquet") else _arrow_rows
-                    for columns, cells, uris in read(file, stream, named):
-                        orders.add(columns.label_names)
-                        rows.append(_rows(file, cells, columns, uris, label_names))
-            except (OSError, pa.ArrowException) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise UserError(f"{file}: cannot be read ({reason}); download or write it again") from None
+            for columns, cells, uris in _read_file(file, wanted):
+                label = columns.label or "labels"
+                orders.add(columns.label_names)
+                images = pa.table([_ids(file, cells, columns), uris], ["image_id", "uri"])
+                rows.append(with_groups(file, images, cells, columns.group))
+                blocks.append(_label_block(file, cells, columns, label_names))
         if not rows:
             raise UserError(f"{root}: the {split} split holds no image")
-        parts[split] = _with_ids(split, pa.concat_tables(rows))
     if label_names is None and len(orders) == 1:
         (label_names,) = orders
-    return build_tables(parts, label_names, root)
+    labels, notes = name_labels(root, label, blocks, label_separator)
+    named = iter(labels)
+    tables = {}
+    for split, rows in parts.items():
+        labelled = [table.add_column(2, LABELLED_IMAGES.field("labels"), next(named)) for table in rows]
+        tables[split] = _with_ids(split, pa.concat_tables(labelled))
+    return build_tables(tables, label_names, root, notes)
+
+
+class _Wanted(NamedTuple):
+    """The requested columns and labels."""
+
+    image: str | None
+    label: str | None
+    group: str | None
+    label_names: tuple[str, ...] | None
+
+
+def _read_file(file: Location, wanted: _Wanted) -> _Blocks:
+    try:
+        # A memory map leaves the images on disk: only their position in the file is needed.
+        with pa.memory_map(file.text) if file.is_local else file.opened_input() as stream:
+            yield from (_parquet_rows if file.name.endswith(".parquet") else _arrow_rows)(file, stream, wanted)
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file}: cannot be read ({reason}); download or write it again") from None
+
+
+def _label_block(file: Location, cells: pa.Table, columns: _Columns, label_names: tuple[str, ...] | None) -> LabelBlock:
+    if columns.label is None:
+        return LabelBlock(file, join_flag_columns(file, cells, columns.flags), None)
+    # A view would keep the images of a remote file in memory, so copy.
+    copy = cells[columns.label].combine_chunks().take(pa.array(np.arange(cells.num_rows)))
+    return LabelBlock(file, copy, columns.label_names or label_names)
+
+
+def _ids(file: Location, table: pa.Table, columns: _Columns) -> pa.Array:
+    """Return [n] string, null if the file has no ids."""
+    if columns.image_id is None:
+        return pa.nulls(table.num_rows, pa.string())
+    image_ids = table[columns.image_id].cast(pa.string())
+    if (row := pc.index(image_ids.is_null(), True).as_py()) >= 0:
+        raise UserError(f"{file}: row {row} of a batch has no {columns.image_id}; fill it in, or remove the column")
+    return image_ids
 
 
 def _with_ids(split: SplitName, images: pa.Table) -> pa.Table:
@@ -141,7 +194,7 @@ def _saved_files(folder: Location) -> list[Location]:
     return [folder / name for name in names]
 
 
-def _arrow_rows(file: Location, stream: pa.NativeFile, named: NamedColumns) -> _Blocks:
+def _arrow_rows(file: Location, stream: pa.NativeFile, wanted: _Wanted) -> _Blocks:
     """Yield the rows of each record batch. Reading message by message gives the position of a batch in the file."""
     stream.seek(stream.size() - len(_END_OF_STREAM))
     if stream.read() != _END_OF_STREAM:
@@ -149,7 +202,7 @@ def _arrow_rows(file: Location, stream: pa.NativeFile, named: NamedColumns) -> _
     stream.seek(0)
     messages = pa.ipc.MessageReader.open_stream(stream)
     schema = pa.ipc.read_schema(messages.read_next_message())
-    columns = _choose_columns(file, schema, named)
+    columns = _choose_columns(file, schema, wanted)
     for message in messages:
         batch = pa.ipc.read_record_batch(message, schema)
         batch.validate(full=True)  # untrusted file: without this, a list that ends outside of it reads other memory
@@ -169,16 +222,16 @@ def _arrow_rows(file: Location, stream: pa.NativeFile, named: NamedColumns) -> _
         yield columns, table, uris
 
 
-def _parquet_rows(file: Location, stream: pa.NativeFile, named: NamedColumns) -> _Blocks:
+def _parquet_rows(file: Location, stream: pa.NativeFile, wanted: _Wanted) -> _Blocks:
     """Yield the rows of each row group. Images are read from the first group only, to check that the file holds them."""
     parquet = pq.ParquetFile(stream)
-    columns = _choose_columns(file, parquet.schema_arrow, named)
-    wanted = [name for name in (columns.label, columns.image_id, columns.group) if name is not None]
+    columns = _choose_columns(file, parquet.schema_arrow, wanted)
+    needed = [name for name in (columns.label, *columns.flags, columns.image_id, columns.group) if name is not None]
     for group in range(parquet.num_row_groups):
         if group == 0:
             first = _flat(parquet.read_row_group(group, columns=[columns.image]))
             _require_bytes(file, columns.image, first[columns.image])
-        table = _flat(parquet.read_row_group(group, columns=wanted))
+        table = _flat(parquet.read_row_group(group, columns=needed))
         table.validate(full=True)  # Parquet accepts any bytes as text
         yield columns, table, parquet_uris(file, group, table.num_rows, columns.image)
 
@@ -198,81 +251,27 @@ def _require_bytes(file: Location, column: str, images: pa.Array) -> None:
         )
 
 
-def _rows(
-    file: Location, table: pa.Table, columns: _Columns, uris: pa.Array, label_names: Sequence[str] | None
-) -> pa.Table:
-    """Return n rows of schema `LABELLED_IMAGES`; `image_id` is null if the file has no ids."""
-    column = table[columns.label].combine_chunks()
-    if is_list(column.type):
-        num_labels = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-        flat = column.flatten()
-    else:
-        num_labels, flat = np.ones(len(column), np.int64), column
-    if pa.types.is_integer(flat.type):
-        names = columns.label_names or label_names
-        if names is None:
-            raise UserError(
-                f"{file}: {columns.label} holds numbers without names; name them in a text file (data.labels), one per line"
-            )
-        flat = flat.cast(pa.int64())
-        known = pc.greater_equal(pc.fill_null(flat, -1), 0)  # -1 is how `datasets` writes "no label"
-        most = pc.max(flat).as_py()
-        if most is not None and most >= len(names):
-            raise UserError(
-                f"{file}: {columns.label} holds {most}, but there are {len(names)} names (0 to {len(names) - 1})"
-            )
-        flat = pa.array(names, pa.string()).take(pc.if_else(known, flat, 0))
-    elif not (pa.types.is_string(flat.type) or pa.types.is_large_string(flat.type)):
-        raise UserError(
-            f"{file}: {columns.label} is {column.type}; it must hold a label or a list of labels, as text or whole numbers"
-        )
-    else:
-        flat = pc.utf8_trim_whitespace(flat)
-        known = pc.fill_null(pc.not_equal(flat, ""), False)
-    rows = np.repeat(np.arange(len(num_labels)), num_labels)[known.to_numpy(zero_copy_only=False)]
-    ends = np.cumsum(np.bincount(rows, minlength=len(num_labels)))
-    labels = pa.ListArray.from_arrays(pa.array(np.append(0, ends), pa.int32()), flat.filter(known).cast(pa.string()))
-    if columns.image_id is None:
-        image_ids = pa.nulls(len(labels), pa.string())
-    else:
-        image_ids = table[columns.image_id].cast(pa.string())
-        if (row := pc.index(image_ids.is_null(), True).as_py()) >= 0:
-            raise UserError(f"{file}: row {row} of a batch has no {columns.image_id}; fill it in, or remove the column")
-    images = pa.table([image_ids, uris, labels], LABELLED_IMAGES)
-    return images if columns.group is None else images.append_column("group", _groups(file, table, columns.group))
-
-
-def _groups(file: Location, table: pa.Table, name: str) -> pa.ChunkedArray:
-    """Return the groups of n rows as strings."""
-    column = table[name]
-    if not (
-        pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_integer(column.type)
-    ):
-        raise UserError(f"{file}: {name} (data.group_column) is {column.type}; it must hold texts or whole numbers")
-    texts = pc.utf8_trim_whitespace(column.cast(pa.string()))
-    if (row := pc.index(pc.equal(texts.fill_null(""), ""), True).as_py()) >= 0:
-        raise UserError(f"{file}: row {row} of a batch has no {name} (data.group_column); fill it in")
-    return texts
-
-
-def _choose_columns(file: Location, schema: pa.Schema, named: NamedColumns) -> _Columns:
-    image, label = named.image, named.label
+def _choose_columns(file: Location, schema: pa.Schema, wanted: _Wanted) -> _Columns:
+    image, label = wanted.image, wanted.label
     flat = _flat(schema.empty_table()).schema
     binary = [field.name for field in flat if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type)]
     images = [name for name in (image, f"{image}.bytes") if name in binary] if image else binary
     if image is None and len(binary) > 1:
         images = [name for name in binary if name.removesuffix(".bytes") in _IMAGE_FIELDS]
     labels = [name for name in ((label,) if label else LABEL_FIELDS) if name in flat.names]
-    for role, candidates, requested in (("image", images, image), ("label", labels, label)):
+    flags = () if labels or label else flag_columns(file, flat, wanted.label_names)
+    for role, candidates, requested in (("image", images, image), ("label", ["flags"] if flags else labels, label)):
         if len(candidates) != 1:
             problem = (
                 f"no {role} column {requested!r}" if requested else f"{len(candidates)} columns may hold the {role}"
             )
             raise UserError(f"{file}: {problem}; name one of {', '.join(flat.names)} with data.{role}_column")
-    if named.group is not None and named.group not in flat.names:
-        raise UserError(f"{file}: no column {named.group!r} (data.group_column); name one of {', '.join(flat.names)}")
+    if wanted.group is not None and wanted.group not in flat.names:
+        raise UserError(f"{file}: no column {wanted.group!r} (data.group_column); name one of {', '.join(flat.names)}")
     image_id = next((name for name in ID_COLUMNS if name in flat.names), None)
-    return _Columns(images[0], labels[0], image_id, named.group, _class_names(schema, labels[0]))
+    if flags:
+        return _Columns(images[0], None, flags, image_id, wanted.group, flags)
+    return _Columns(images[0], labels[0], (), image_id, wanted.group, _class_names(schema, labels[0]))
 
 
 def _class_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:

@@ -234,12 +234,18 @@ def _huggingface(settings: DataSettings) -> PublishedSplits:
         image_column=settings.image_column,
         label_column=settings.label_column,
         group_column=settings.group_column,
+        label_separator=settings.label_separator,
     )
     return _custom_splits(tables, settings)
 
 
 def _webdataset(settings: DataSettings) -> PublishedSplits:
-    tables = read_webdataset(_root(settings), label_names=_label_names(settings), label_field=settings.label_column)
+    tables = read_webdataset(
+        _root(settings),
+        label_names=_label_names(settings),
+        label_field=settings.label_column,
+        label_separator=settings.label_separator,
+    )
     return _custom_splits(tables, settings)
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import xml.etree.ElementTree as ET
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
@@ -17,7 +16,9 @@ from ..errors import UserError
 from ..io.storage import Location
 from ..types import ABSENT, PRESENT, UNKNOWN, SampleTable
 from .image_uris import MissingImages, find_images, missing_notes, uris_below
-from .text_files import first_few, read_data, read_lines, require_unique, suggest_folder
+from .split_names import SPLIT_WORDS
+from .text_files import first_few, read_lines, require_unique, suggest_folder
+from .xml_files import read_xml
 
 VOC_LABELS = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -110,12 +111,29 @@ def find_voc(root: Location, year: int | None) -> Location:
 
     base = base_in(root)
     if base is None:
+        _refuse_flat(root)
         suggestion = suggest_folder(root, lambda folder: base_in(folder) is not None)
         raise UserError(
             f"{root}: no ImageSets/Main in it, in {'/, '.join(inner[:-1])}/ or in {inner[-1]}/;"
             f" give the folder of VOC{years[0]}{suggestion}"
         )
     return base
+
+
+def _refuse_flat(root: Location) -> None:
+    """Refuse XML files beside the images, as LabelImg and Roboflow write them; raises UserError with what to do."""
+    if not root.is_dir():
+        return
+    inner = [name.rstrip("/") for name in root.names() if name.endswith("/")]
+    for folder in ("", *(name for name in inner if name.lower() in (*SPLIT_WORDS, "annotations"))):
+        num_files = sum(name.lower().endswith(".xml") for name in (root / folder if folder else root).names())
+        if num_files:
+            raise UserError(
+                f"{root}: no ImageSets/Main, but {num_files} .xml in {folder or root.name}/: Pascal VOC annotations per image, as"
+                " LabelImg and Roboflow export them, not the VOC benchmark. Export them as a multi-label table (Roboflow:"
+                " Multi Label Classification), or write a manifest with a line per image, the <name> of its objects as labels"
+                " and the split (image,labels,split)"
+            )
 
 
 def _read_list(lists: Location, label: str, split: str) -> tuple[list[str], list[int]]:
@@ -184,10 +202,7 @@ def _compare_with_xml(base: Location, split: str, image_ids: list[str], values: 
 
 def _read_objects(path: Location) -> list[int]:
     """Return the value of each class as a class file would give it, from the objects of an image."""
-    try:
-        root = ET.fromstring(read_data(path, "unpack Annotations/ again"))
-    except (ET.ParseError, ValueError, LookupError) as error:  # the last two for unknown encodings
-        raise UserError(f"{path}: not an XML file ({error}); unpack it again") from None
+    root = read_xml(path, "unpack Annotations/ again")
     values = dict.fromkeys(VOC_LABELS, _IN_NONE)
     for entry in root.findall("object"):
         label, difficult = (entry.findtext("name") or "").strip(), (entry.findtext("difficult") or "0").strip()

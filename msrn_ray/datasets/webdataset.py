@@ -1,4 +1,4 @@
-"""Reads WebDataset tars: the files of one name are a sample, its image (`.jpg`, ...) and its labels (`.json` or `.cls`).
+"""Reads WebDataset tars: the files of one name are a sample, its image (`.jpg`, ...) and its labels (`.json`, ...).
 
 Images stay in their tar: the uri of a sample is a range of bytes of the tar.
 """
@@ -6,11 +6,10 @@ Images stay in their tar: the uri of a sample is a range of bytes of the tar.
 from __future__ import annotations
 
 import itertools
-import json
 import posixpath
 import tarfile
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +18,11 @@ from ..errors import UserError
 from ..io.byte_ranges import range_uris
 from ..io.storage import Location
 from ..types import SampleTable
-from .containers import LABEL_FIELDS, LABELLED_IMAGES, build_tables, by_split
+from .containers import LABELLED_IMAGES, build_tables, by_split
 from .image_uris import IMAGE_SUFFIXES
 from .split_names import SplitName
-from .text_files import is_utf8, suggest_folder
+from .text_files import suggest_folder
+from .webdataset_labels import LabelValue, is_label_file, name_labels, parse_labels
 
 _IMAGES = {suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES}
 
@@ -33,18 +33,25 @@ class _Sample(NamedTuple):
     key: str
     image: tuple[int, int] | None
     labels: dict[str, bytes]
+    other_suffix: str | None  # of an image whose name has further dots, which is not the sample's
 
 
 def read_webdataset(
-    root: Location, *, label_names: tuple[str, ...] | None = None, label_field: str | None = None
+    root: Location,
+    *,
+    label_names: tuple[str, ...] | None = None,
+    label_field: str | None = None,
+    label_separator: str | None = None,
 ) -> dict[SplitName, SampleTable]:
     """Read all tars of a folder: only headers and labels of local tars, the whole of remote tars.
 
     Args:
         root: folder of the tars (subfolders too), or one tar. The name of a tar or its folder gives the split if it begins with train, val
             (valid, validation, dev) or test. If no name does, all tars are train.
-        label_names: labels in the requested order, to which numbers refer (`.cls`, or in `.json`); None: all that occur.
-        label_field: the field of the `.json` with a label, a list of labels or {label: 1 or 0}; None: one of `LABEL_FIELDS`.
+        label_names: labels in the requested order, to which numbers and flags by position refer; None: all that occur.
+        label_field: the field of the `.json` with a label, a list of labels or {label: 1 or 0}; None: one of `LABEL_FIELDS`, or the
+            `.json` is such a list itself.
+        label_separator: between the labels in a text (`.txt`, `.json`); None: the only usual one that occurs.
 
     Returns:
         split -> n rows in the order of tars by name and of samples in them; image_id is `<tar>/<key>`; targets in {1, 0}.
@@ -58,33 +65,49 @@ def read_webdataset(
         what = "holds no .tar" if root.is_dir() else "no such folder"
         suggestion = suggest_folder(root, lambda folder: bool(_tars_in(folder)))
         raise UserError(f"{root}: {what}; give the folder of WebDataset tars ({compressed}){suggestion}")
-    parts = {}
+    ids: list[str] = []
+    uris: list[pa.Array] = []
+    where: list[str] = []
+    values: list[LabelValue] = []
+    ends: dict[SplitName, int] = {}
     for split, names in by_split(root, tars).items():
-        read = [_read_tar(root / name if name else root, name, label_names, label_field) for name in names]
-        parts[split] = pa.concat_tables(read)
-    return build_tables(parts, label_names, root)
+        for name in names:
+            tar = root / name if name else root
+            prefix = (name or tar.name).removesuffix(".tar")
+            ranges: list[tuple[int, int]] = []
+            for sample in _samples(tar):
+                ranges.append(_image_of(sample, f"{tar}: sample {sample.key}"))
+                ids.append(f"{prefix}/{sample.key}")
+                where.append(f"{tar}: sample {sample.key}")
+                values.append(parse_labels(sample.labels, label_field, label_names, where[-1]))
+            offsets, lengths = np.array(ranges, np.int64).reshape(-1, 2).T
+            uris.append(range_uris(tar, offsets, lengths))
+        ends[split] = len(ids)
+    # Whether numbers are flags, and what separates labels, is decided over all samples of all splits.
+    labels, notes = name_labels(root, where, values, label_names, label_separator)
+    rows = pa.table({"image_id": ids, "uri": pa.chunked_array(uris, pa.string()), "labels": labels}, LABELLED_IMAGES)
+    parts = {}
+    first = 0
+    for split, end in ends.items():
+        parts[split] = rows.slice(first, end - first)
+        first = end
+    return build_tables(parts, label_names, root, notes)
 
 
 def _tars_in(folder: Location, *, recursive: bool = False) -> list[str]:
     return [name for name in folder.names(recursive=recursive, missing_ok=True) if name.endswith(".tar")]
 
 
-def _read_tar(tar: Location, name: str, label_names: tuple[str, ...] | None, label_field: str | None) -> pa.Table:
-    """Return the samples of a tar, of schema `LABELLED_IMAGES`; name: its path below the root, "" if it is the root."""
-    prefix = (name or tar.name).removesuffix(".tar")
-    ids: list[str] = []
-    ranges: list[tuple[int, int]] = []
-    labels: list[list[str]] = []
-    for sample in _samples(tar):
-        where = f"{tar}: sample {sample.key}"
-        if sample.image is None:
-            raise UserError(f"{where} holds no image ({', '.join(sorted(_IMAGES))}); remove it")
-        ids.append(f"{prefix}/{sample.key}")
-        ranges.append(sample.image)
-        labels.append(_labels(sample, label_names, label_field, where))
-    offsets, lengths = np.array(ranges, np.int64).reshape(-1, 2).T
-    columns = {"image_id": ids, "uri": range_uris(tar, offsets, lengths), "labels": labels}
-    return pa.table(columns, LABELLED_IMAGES)
+def _image_of(sample: _Sample, where: str) -> tuple[int, int]:
+    if sample.image is not None:
+        return sample.image
+    dots = (
+        f" Its files end in .{sample.other_suffix}: a sample's key ends at the first dot of the file's name, so write the names"
+        " without other dots"
+        if sample.other_suffix
+        else ""
+    )
+    raise UserError(f"{where} holds no image ({', '.join(sorted(_IMAGES))}); remove it.{dots}")
 
 
 def _samples(tar: Location) -> Iterator[_Sample]:
@@ -95,17 +118,19 @@ def _samples(tar: Location) -> Iterator[_Sample]:
             tarfile.open(fileobj=stream, mode="r:" if tar.is_local else "r|") as archive,
         ):
             for key, members in itertools.groupby(filter(_is_visible_file, archive), _key):
-                image, labels = None, {}
+                image, labels, other = None, {}, None
                 for member in members:
                     archive.members = []  # type: ignore[attr-defined]  # else it keeps every header in memory
                     suffix = posixpath.basename(member.name).lower().partition(".")[2]
                     if suffix in _IMAGES:
                         image = (member.offset_data, member.size)
-                    elif suffix in ("json", "cls"):
+                    elif suffix.rpartition(".")[2] in _IMAGES:
+                        other = suffix
+                    elif is_label_file(suffix):
                         content = archive.extractfile(member)
                         assert content is not None, "member.isfile() is true"
                         labels[suffix] = content.read()
-                yield _Sample(key, image, labels)
+                yield _Sample(key, image, labels, other)
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"{tar}: not a whole, uncompressed tar ({error}); download or unpack it again") from None
 
@@ -118,50 +143,3 @@ def _key(member: tarfile.TarInfo) -> str:
     """Return the path of a file up to the first dot in its name."""
     folder, name = posixpath.split(member.name)
     return posixpath.join(folder, name.partition(".")[0])
-
-
-def _labels(sample: _Sample, names: tuple[str, ...] | None, label_field: str | None, where: str) -> list[str]:
-    """Return the labels of a sample, each once."""
-    if "json" in sample.labels:
-        try:
-            content = json.loads(sample.labels["json"])
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: its .json is not JSON ({error}); correct it") from None
-        fields = content if isinstance(content, dict) else {}
-        chosen = label_field or next((name for name in LABEL_FIELDS if name in fields), None)
-        if chosen not in fields:
-            wanted = label_field or ", ".join(LABEL_FIELDS)
-            raise UserError(
-                f"{where}: its .json has no field {wanted}, only {', '.join(map(str, fields)) or 'nothing'};"
-                " name the field with data.label_column"
-            )
-        value = fields[chosen]
-    elif "cls" in sample.labels:
-        text = sample.labels["cls"].decode("utf-8", "replace").replace(",", "\n")
-        words = text.split()
-        if not all(word.isdecimal() for word in words):  # names may contain blanks
-            words = [word for line in text.splitlines() if (word := line.strip())]
-        value = [int(word) if word.isdecimal() else word for word in words]
-    else:
-        raise UserError(f"{where} holds no labels; put a .json with a list of labels, or a .cls, beside the image")
-    if isinstance(value, dict):
-        wrong = [name for name, state in value.items() if state not in (0, 1)]
-        if wrong:
-            raise UserError(f"{where}: label {wrong[0]!r} is {value[wrong[0]]!r}; write 1 or 0")
-        value = [name for name, state in value.items() if state]
-    labels = value if isinstance(value, list) else [value]
-    return list(dict.fromkeys(_name(label, names, where) for label in labels))
-
-
-def _name(label: Any, names: tuple[str, ...] | None, where: str) -> str:
-    if isinstance(label, str) and label.strip() and is_utf8(label):
-        return label.strip()
-    if not isinstance(label, int) or isinstance(label, bool):
-        raise UserError(f"{where}: {label!r} is not a label; write a name, or its number in data.labels")
-    if names is None:
-        raise UserError(
-            f"{where}: label {label} is a number; name the labels in a text file (data.labels), one per line"
-        )
-    if not 0 <= label < len(names):
-        raise UserError(f"{where}: label {label} is not one of the {len(names)} of data.labels (0 to {len(names) - 1})")
-    return names[label]

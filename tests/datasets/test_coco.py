@@ -337,3 +337,11 @@ def test_invalid_characters_and_numbers_are_refused(tmp_path: Path, section: str
     content[section][0][field] = value
     with pytest.raises(UserError, match=f'entry 0 of "{section}" needs a field "{field}" with'):
         read_coco(Location.of(write(tmp_path, content)), "train", keep_unlabelled=True)
+
+
+def test_windows_paths_are_named(tmp_path: Path) -> None:
+    content = small_json()
+    for image in content["images"]:
+        image["file_name"] = f"C:\\data\\{image['id']}.jpg"
+    with pytest.raises(UserError, match=r"4 of 4 .* absolute Windows paths"):
+        read_coco(Location.of(write(tmp_path, content)), "train", keep_unlabelled=True)

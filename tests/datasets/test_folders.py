@@ -194,3 +194,49 @@ def test_file_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path / "dog") + b"/\xff.jpg")).touch()
     with pytest.raises(UserError, match=r"'dog/\\udcff\.jpg': the name is not UTF-8; rename the file"):
         read_folders(root)
+
+
+def test_combined_folder_names_are_split(tmp_path: Path) -> None:
+    root = fill(tmp_path, "car+person/a.jpg", "car/b.jpg", "person/c.jpg", "person+dog/d.jpg")
+    samples, _ = read_folders(root)
+    assert samples.label_names == ("car", "dog", "person")
+    assert samples.targets.tolist() == [[1, 0, 0], [1, 0, 1], [0, 0, 1], [0, 1, 1]]
+    assert "2 folders have several labels" in samples.notes[1]
+
+
+def test_plus_without_recurring_parts_is_kept(tmp_path: Path) -> None:
+    samples, _ = read_folders(fill(tmp_path, "salt+pepper/a.jpg", "C++/b.jpg", "dog/c.jpg"))
+    assert samples.label_names == ("C++", "dog", "salt+pepper")
+    assert "2 folders with '+' in the name are one label each" in samples.notes[1]
+
+
+@pytest.mark.parametrize(
+    ("files", "match"),
+    [
+        (("images/a.jpg", "masks/a.png"), "images and their annotations"),
+        (("train/images/a.jpg", "train/labels/a.txt", "data.yaml"), "are a YOLO data set"),
+    ],
+)
+def test_folders_of_other_layouts_are_refused(tmp_path: Path, files: tuple[str, ...], match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        read_folders(fill(tmp_path, *files))
+
+
+def test_copies_in_label_folders_join_their_labels(tmp_path: Path) -> None:
+    contents = {"car/a.jpg": b"both", "person/b.jpg": b"both", "person/c.jpg": b"else", "person/d.jpg": b"both"}
+    root = fill(tmp_path, *contents)
+    for path, content in contents.items():
+        (tmp_path / path).write_bytes(content)
+    samples, _ = read_folders(root)
+    assert samples.table["image_id"].to_pylist() == ["car/a.jpg", "person/c.jpg"]
+    assert samples.targets.tolist() == [[1, 1], [0, 1]]
+    assert "2 copies are left out" in samples.notes[1]
+
+
+def test_copies_in_two_splits_are_kept(tmp_path: Path) -> None:
+    files = ("train/car/a.jpg", "test/person/a.jpg", "train/person/b.jpg")
+    root = fill(tmp_path, *files)
+    for path in files[:2]:
+        (tmp_path / path).write_bytes(b"same")
+    samples, _ = read_folders(root)
+    assert len(samples) == 3

@@ -110,6 +110,50 @@ def test_huggingface_labels_as_text_single_numbers_and_nested(tmp_path: Path) ->
     assert table.targets[:, [1, 2, 0]].tolist() == TARGETS
 
 
+@pytest.mark.parametrize("kind", [pa.int64(), pa.bool_()])
+def test_huggingface_flags_by_position(tmp_path: Path, kind: pa.DataType) -> None:
+    flags = pa.array(TARGETS, pa.list_(pa.int64())).cast(pa.list_(kind))
+    root = save_to_disk(tmp_path / "saved", arrow_table(flags, None))
+    table = read_huggingface(Location.of(root), label_names=NAMES)["train"]
+    assert table.targets.tolist() == TARGETS
+    assert "5 lists of 3 flags" in table.notes[0]
+    with pytest.raises(UserError, match=r"flags.*there are 4 label names"):
+        read_huggingface(Location.of(root), label_names=(*NAMES, "ant"))
+
+
+def test_huggingface_texts_are_split(tmp_path: Path) -> None:
+    texts = pa.array([", ".join(labels) for labels in LABELS])
+    table = read_huggingface(Location.of(save_to_disk(tmp_path / "saved", arrow_table(texts, None))))["train"]
+    assert (table.label_names, table.targets.tolist()) == (NAMES, TARGETS)
+    assert "labels separated by ','" in table.notes[0]
+
+
+def test_huggingface_column_per_label(tmp_path: Path) -> None:
+    columns = {name: pa.array([bool(row[at]) for row in TARGETS]) for at, name in enumerate(NAMES)}
+    rows = arrow_table(pa.array(LABELS), None, **columns).drop_columns("labels")
+    root = Location.of(save_to_disk(tmp_path / "saved", rows))
+    table = read_huggingface(root)["train"]
+    assert (table.label_names, table.targets.tolist()) == (NAMES, TARGETS)
+    renamed = rows.rename_columns(["image", "cat", "dog", "is_valid"])
+    with pytest.raises(UserError, match="'is_valid' is named like a split"):
+        read_huggingface(Location.of(save_to_disk(tmp_path / "other", renamed)))
+
+
+def test_imagefolder_keeps_its_splits(tmp_path: Path) -> None:
+    for split, rows in (("train", [0, 2]), ("validation", [3]), ("test", [4])):
+        (tmp_path / split).mkdir()
+        for row in rows:
+            (tmp_path / split / f"{row}.jpg").write_bytes(picture(row))
+        lines = [json.dumps({"file_name": f"{row}.jpg", "labels": LABELS[row]}) for row in rows]
+        (tmp_path / split / "metadata.jsonl").write_text("\n".join(lines))
+    tables = read_huggingface(Location.of(tmp_path))
+    assert {split: table.targets.tolist() for split, table in tables.items()} == {
+        "train": [TARGETS[0], TARGETS[2]],
+        "val": [TARGETS[3]],
+        "test": [TARGETS[4]],
+    }
+
+
 TWO_IMAGES = pa.table({"a": [b"x"], "b": [b"y"], "labels": [["cat"]]})
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from msrn_ray.datasets.voc import VOC_LABELS, read_voc
+from msrn_ray.datasets.voc import VOC_LABELS, find_voc, read_voc
 from msrn_ray.errors import UserError
 from msrn_ray.io.storage import Location
 from msrn_ray.types import ABSENT, PRESENT, UNKNOWN
@@ -288,3 +288,10 @@ def test_missing_images_are_refused(tmp_path: Path) -> None:
     shutil.rmtree(base / "JPEGImages")
     with pytest.raises(UserError, match=r"JPEGImages: no such folder"):
         read_voc(Location.of(tmp_path), "train")
+
+
+def test_xml_beside_images_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.xml").write_text("<annotation/>")
+    with pytest.raises(UserError, match=r"1 \.xml in train/: .*write a manifest"):
+        find_voc(Location.of(tmp_path), None)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from msrn_ray.datasets.webdataset import read_webdataset
@@ -86,7 +89,11 @@ def test_webdataset_labels(tmp_path: Path, members: dict[str, bytes], expected: 
             {"a.jpg": b"x", "a.json": b'{"caption": "", "n": 1}'},
             r"no field labels, .*only caption, n; name .* data\.label_column",
         ),
-        ({"a.jpg": b"x", "a.json": b"[1]"}, r"no field labels.*only nothing"),
+        ({"a.jpg": b"x", "a.json": b"[1]"}, r"label 1 is a number; name the labels"),
+        ({"a.jpg": b"x", "a.json": b"{}"}, r"no field labels.*only nothing"),
+        ({"a.b.jpg": b"x", "a.b.json": as_json(["dog"])}, r"key ends at the first dot"),
+        ({"a.jpg": b"x", "a.npy": b"\x93NUMPY\x01\x00"}, r"\.npy cannot be read"),
+        ({"a.jpg": b"x", "a.txt": b"\xff"}, r"\.txt is not UTF-8"),
         ({"a.jpg": b"x", "a.json": as_json([1.5])}, r"1\.5 is not a label"),
         ({"a.jpg": b"x", "a.json": as_json({"cat": 2})}, r"label 'cat' is 2; write 1 or 0"),
         ({"a.jpg": b"x", "a.json": as_json([3])}, r"label 3 is a number; name the labels .*data\.labels"),
@@ -108,6 +115,70 @@ def test_webdataset_faults_are_named(tmp_path: Path, members: dict[str, bytes], 
     write_tar(tmp_path / "a.tar", members)
     with pytest.raises(UserError, match=match):
         read_webdataset(Location.of(tmp_path))
+
+
+def write_labels(path: Path, files: dict[str, list[bytes]]) -> Location:
+    """Write samples with label files of one kind."""
+    members = {}
+    for suffix, contents in files.items():
+        for row, content in enumerate(contents):
+            members |= {f"{row}.jpg": picture(row), f"{row}.{suffix}": content}
+    write_tar(path / "a.tar", members)
+    return Location.of(path)
+
+
+def npy(values: object) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array(values))
+    return file.getvalue()
+
+
+FLAGS = [[0, 1, 0], [1, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "contents"),
+    [
+        ("json", [json.dumps(flags).encode() for flags in FLAGS]),
+        ("json", [as_json(flags) for flags in FLAGS]),
+        ("json", [as_json([bool(flag) for flag in flags]) for flags in FLAGS]),
+        ("labels.json", [json.dumps(flags).encode() for flags in FLAGS]),
+        ("npy", [npy(flags) for flags in FLAGS]),
+        ("npy", [npy(np.array(flags, np.float32)) for flags in FLAGS]),
+        ("npy", [npy([1]), npy([0, 2])]),
+        ("cls", [b"0 1 0", b"1 0 1"]),
+        ("cls", [b"010", b"101"]),
+        ("txt", [b"dog\n", b"cat, owl"]),
+        ("txt", [b"dog", b"cat\nowl\n"]),
+        ("json", [as_json("dog"), as_json("cat, owl")]),
+    ],
+)
+def test_flags_and_texts_become_labels(tmp_path: Path, suffix: str, contents: list[bytes]) -> None:
+    (table,) = read_webdataset(write_labels(tmp_path, {suffix: contents}), label_names=NAMES).values()
+    assert table.targets.tolist() == FLAGS
+
+
+@pytest.mark.parametrize(
+    ("lists", "match"),
+    [
+        ([[0, 0, 1], [0, 1]], r"flags by position or label numbers"),
+        ([[0, 0, 0, 1], [0, 1, 0, 1]], r"flags by position or label numbers"),
+        ([[0, 0, -1], [0, 1, 0]], r"flags by position with unknown"),
+        ([[True, False, True], [True]], r"list 2 has 1 flags, others have 3"),
+        ([[True, False, True], [0, 1, 0]], r"write one form"),
+        ([[0, 0, 1], ["dog"]], r"flags by position or label numbers"),
+    ],
+)
+def test_ambiguous_flags_are_refused(tmp_path: Path, lists: list[list[object]], match: str) -> None:
+    root = write_labels(tmp_path, {"json": [as_json(values) for values in lists]})
+    with pytest.raises(UserError, match=match):
+        read_webdataset(root, label_names=NAMES)
+
+
+def test_captions_are_not_labels(tmp_path: Path) -> None:
+    root = write_labels(tmp_path, {"txt": [f"photo number {row}".encode() for row in range(12)]})
+    with pytest.raises(UserError, match="look like captions"):
+        read_webdataset(root)
 
 
 def test_webdataset_unlisted_labels_are_refused(tmp_path: Path) -> None:
