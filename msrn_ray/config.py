@@ -98,13 +98,13 @@ def describe_errors(error: ValidationError) -> Iterable[str]:
             yield f"{path}: {item['msg'][0].lower()}{item['msg'][1:]} (got {item['input']!r})"
 
 
-def load_config(path: Path) -> ExperimentConfig:
+def load_config(path: str | Path) -> ExperimentConfig:
     """Read a config saved as JSON or YAML.
 
     Raises:
         UserError: if the file is missing, is not YAML/JSON, or holds a wrong field.
     """
-    tree = read_yaml(path, f"config {path}")
+    tree = read_yaml(Path(path), f"config {path}")
     if not isinstance(tree, dict):
         raise UserError(f"config {path}: a mapping of settings is expected, not {type(tree).__name__}")
     return config_from_dict(tree, source=f"config {path}")

@@ -27,8 +27,8 @@ class DataSettings(Settings):
     """Column that lists an image's labels (manifest; huggingface, dotted if nested) or field of the .json (webdataset). None: labels,
     label or tags, outside manifests also classes or categories. In a manifest without such a column, each column is a label."""
     label_separator: Annotated[str, Field(min_length=1)] | None = None
-    """Text that separates the labels in a text (manifest, huggingface, webdataset). None: the only one of ; | and , that occurs; else blank, / or + if the parts
-    recur in other rows."""
+    """Text that separates labels in a text (manifest, huggingface, webdataset). None: the only one of ; | and , that occurs; else blank, /
+    or + if the parts recur in other rows."""
     present_values: tuple[str, ...] | None = None
     """Cells that mean present in a manifest with a column per label, as in `x` or `1 2 3`. None: 1, true, yes."""
     absent_values: tuple[str, ...] | None = None

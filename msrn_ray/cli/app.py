@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -94,7 +95,10 @@ def main() -> None:
     """Run one subcommand. Exit with 2 and one line for what the user can fix, and with 130 after Ctrl-C; a bug keeps its traceback."""
     try:
         try:
-            parse(COMMANDS, name_data(sys.argv[1:]) or ["--help"]).run()
+            if sys.argv[1:] == ["--version"]:
+                print(f"msrn {_installed_version()}")
+            else:
+                parse(COMMANDS, name_data(sys.argv[1:]) or ["--help"]).run()
         finally:
             sys.stdout.flush()  # before a message on stderr, and here, so that an error of the flush is caught below
     except ValidationError as error:
@@ -107,6 +111,13 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output (head, less) has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+
+
+def _installed_version() -> str:
+    try:
+        return version("msrn-ray")
+    except PackageNotFoundError:
+        return "(not installed: a source checkout)"
 
 
 def _fail(message: str) -> NoReturn:

@@ -56,3 +56,8 @@ def print_summary(out: Console, metrics: Mapping[str, Any]) -> None:
         out.print(
             f"{split}: mAP {values['mAP']:.4f}, VOC 11-point {values['mAP_voc11']:.4f}, envelope {values['mAP_envelope']:.4f}"
         )
+        if values["OR"] == 0:
+            out.print(
+                f"{split}: F1 at 0.5 is 0 because no correct label has reached a probability of 0.5; train longer, or rank labels by"
+                " probability as mAP does"
+            )

@@ -56,31 +56,36 @@ def parse(commands: Mapping[str, type[Any]], argv: list[str]) -> Any:
         UserError, ValidationError: for a value that is wrong.
         SystemExit: for help, or for a command line that tyro cannot parse.
     """
-    subcommands = (_subcommand(name, command, argv) for name, command in commands.items())
-    settings: dict[str, Any] = {"prog": "msrn", "description": _ABOUT, "args": argv}
-    union = reduce(or_, subcommands)
+    parser: Any
+    settings: dict[str, Any]
+    if argv[0] in commands:  # this command alone, or tyro would suggest the options of others for a misspelt option
+        parser = commands[argv[0]]
+        about = (parser.__doc__ or "").strip()
+        settings = {"prog": f"msrn {argv[0]}", "description": about, "args": argv[1:]}
+        if issubclass(parser, StartsFromConfig):
+            settings["default"] = parser.from_config(starting_config(argv), argv)
+    else:
+        parser = reduce(or_, (_subcommand(name, command) for name, command in commands.items()))
+        settings = {"prog": "msrn", "description": _ABOUT, "args": argv}
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            command: Any = tyro.cli(union, **settings)
+            command: Any = tyro.cli(parser, **settings)
     except SystemExit as stop:
         error: BaseException | None = stop
         while error is not None:  # of a value out of range pydantic's message is clear; tyro's frame around it is not
             if isinstance(error, ValidationError):
                 raise error from None
             error = error.__context__
-        return tyro.cli(union, **settings)  # prints tyro's help or error
+        return tyro.cli(parser, **settings)  # prints tyro's help or error
     if isinstance(command, StartsFromConfig):
         _require_first(command, argv)
     return command
 
 
-def _subcommand(name: str, command: type[Any], argv: list[str]) -> Any:
-    """Return a subcommand for tyro; that of the command line gets the defaults of its options."""
-    default: Any = tyro.MISSING_NONPROP
-    if argv[0] == name and issubclass(command, StartsFromConfig):
-        default = command.from_config(starting_config(argv), argv)
+def _subcommand(name: str, command: type[Any]) -> Any:
+    """Return a subcommand for the list that tyro prints."""
     about = (command.__doc__ or "").strip()
-    return Annotated[command, tyro.conf.subcommand(name, default=default, description=about)]
+    return Annotated[command, tyro.conf.subcommand(name, description=about)]
 
 
 def starting_config(argv: Sequence[str]) -> ExperimentConfig:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from rich.markup import escape
 from rich.table import Column, Table
 
 from ..errors import UserError
@@ -39,6 +40,7 @@ class Predict:
             check_output(self.out, OUTPUTS)
         predictor = Predictor.from_checkpoint(self.checkpoint)
         predictions = list(predict_images(predictor, expand_images(self.images), self.batch_size))
+        num_empty = 0
         table = Table(Column("image", overflow="fold"), "labels (probability)")
         for prediction in predictions:
             ranked = sorted(
@@ -48,9 +50,16 @@ class Predict:
             present = [f"{name} {value:.2f}" for value, threshold, name in ranked if value >= threshold]
             likeliest = f"none above its threshold; likeliest {ranked[0][2]} {ranked[0][0]:.2f}" if ranked else ""
             labels = ", ".join(present) or likeliest
-            table.add_row(prediction.uri, f"skipped: {prediction.error}" if prediction.error else labels)
+            num_empty += not present and not prediction.error
+            shown = f"skipped: {prediction.error}" if prediction.error else labels
+            table.add_row(escape(prediction.uri), escape(shown))  # rich would read [red] in a name as a style
         out = new_console()
         out.print(table)
+        if num_empty:
+            print(
+                f"{num_empty} of {len(predictions)} images have no label above its threshold; train longer, or rank labels by probability"
+                " (--out writes all)"
+            )
         skipped = sum(bool(prediction.error) for prediction in predictions)
         if skipped:
             print(f"{skipped} of {len(predictions)} images skipped")

@@ -99,11 +99,15 @@ class Predictor:
         probabilities: Tensor = self.model(images).logits.float().sigmoid().cpu()
         return probabilities
 
-    def __call__(self, images: Sequence[str | Path | bytes | Image.Image], batch_size: int = 32) -> Tensor:
+    def __call__(
+        self,
+        images: str | Path | bytes | Image.Image | Sequence[str | Path | bytes | Image.Image],
+        batch_size: int = 32,
+    ) -> Tensor:
         """Return the probability of every label on every image.
 
         Args:
-            images: n paths, encoded bytes or Pillow images.
+            images: n paths, encoded bytes or Pillow images. A single path, bytes or Pillow image is a sequence of 1.
             batch_size: decoded images in memory at once.
 
         Returns:
@@ -112,6 +116,8 @@ class Predictor:
         Raises:
             UserError, OSError: as `view`.
         """
+        if isinstance(images, (str, Path, bytes, Image.Image)):
+            images = [images]
         starts = range(0, len(images), batch_size)
         views = (torch.stack([self.view(image) for image in images[start : start + batch_size]]) for start in starts)
         return torch.cat([torch.zeros(0, len(self.label_names)), *map(self.score, views)])

@@ -74,6 +74,11 @@ def describe_inputs(inputs: TrainingInputs, config: ExperimentConfig) -> Iterato
     yield from splits.notes
     sizes = ", ".join(f"{name} {len(table)}" for name, table in splits.tables.items())
     yield f"{config.data.dataset}: {len(inputs.counts.names)} labels, images: {sizes}"
+    if (num_images := len(splits.train)) < config.train.batch_size:
+        yield (
+            f"warning: train.batch_size={config.train.batch_size} is larger than the {num_images} train images, so an epoch has a single"
+            f" step; lower --train.batch-size below {num_images}"
+        )
     if config.data.label_counts is not None:
         yield f"label graph from {config.data.label_counts}: {inputs.counts.provenance or 'the file names no source'}"
     tau = choose_tau(inputs.counts, config.model.tau, config.model.tau_degree)

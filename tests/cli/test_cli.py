@@ -49,6 +49,7 @@ class CommandResult(NamedTuple):
     err: str
 
 
+ROOT = Path(msrn_ray.__file__).parents[1]
 Cli = Callable[..., CommandResult]
 
 
@@ -254,6 +255,45 @@ def test_module_and_console_command_are_the_same(tmp_path: Path) -> None:
     assert refused.stdout == ""
     assert refused.stderr.startswith("msrn: error: optim.lr: ")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [["-m", "msrn_ray", "search"], [str(ROOT / "tuning" / "search.py")]])
+def test_files_of_the_working_directory_are_not_imported(tmp_path: Path, command: list[str]) -> None:
+    for name in ("numpy", "torch", "datasets", "tyro", "pathlib", "tuning", "msrn_ray"):
+        if name != "msrn_ray" or command[0] != "-m":
+            (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the working directory')")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    refused = subprocess.run(
+        [sys.executable, *command, "--optim.lr", "-1"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert refused.stderr.startswith("msrn: error: optim.lr: ")
+
+
+def test_source_checkout_runs_without_pythonpath() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for command in (["-m", "msrn_ray", "search"], ["tuning/search.py"]):
+        argv = [sys.executable, *command, "--help"]
+        done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "usage: msrn search " in done.stdout
+
+
+def test_misspelt_option_names_only_its_own_command(cli: Cli) -> None:
+    done = cli("predict", "--data.rot", "x")
+    assert done.code == 2
+    assert "--data.root" not in done.err
+    done = cli("train", "--optim.lrr", "1")
+    assert "--optim.lr" in done.err
+    assert "evaluate" not in done.err
+
+
+def test_version_is_printed(cli: Cli) -> None:
+    assert re.fullmatch(r"msrn \d+\.\d+\.\d+\n", cli("--version").out)
 
 
 def test_closed_pipe_ends_the_command_quietly(tmp_path: Path) -> None:

@@ -234,6 +234,14 @@ def test_predict_lists_labels_above_their_threshold(cli: Cli, folder: Path, tmp_
     save_checkpoint(tmp_path / "none", replace(checkpoint, thresholds=(1.0, 1.0, 1.0)))
     _, text, _ = cli("predict", tmp_path / "none", photo)
     assert f"none above its threshold; likeliest {ranked[0][1]} {ranked[0][0]:.2f}" in text
+    assert "1 of 1 images have no label above its threshold; train longer" in text
+
+
+def test_predict_prints_brackets_in_names(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(folder)
+    save_checkpoint(tmp_path / "red", replace(checkpoint, thresholds=(0.0, 0.0, 0.0)))
+    _, text, _ = cli("predict", tmp_path / "red", make_photo(tmp_path / "[red]a.png"))
+    assert "[red]a.png" in text
 
 
 def test_predict_with_nothing_readable(cli: Cli, folder: Path, tmp_path: Path) -> None:

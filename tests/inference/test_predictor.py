@@ -49,6 +49,13 @@ def test_load_model_loads_baselines(tmp_path: Path, name: str) -> None:
     assert output[1:] == (None, None, None)
 
 
+def test_predictor_takes_a_single_image(predictor: Predictor, photos: list[Path]) -> None:
+    expected = predictor([photos[0]])
+    with Image.open(photos[0]) as opened:
+        for image in (photos[0], str(photos[0]), photos[0].read_bytes(), opened):
+            assert torch.equal(predictor(image), expected)
+
+
 def test_probabilities_equal_the_models(folder: Path, predictor: Predictor, photos: list[Path]) -> None:
     views = torch.stack([resize(decode(path.read_bytes(), max_pixels=10**6), 64) for path in photos])
     with torch.no_grad():

@@ -93,6 +93,15 @@ def test_description_warns_of_labels_on_every_image(tmp_path: Path) -> None:
     assert "test: mAP leaves out 3 of 3 labels: it is nan" in lines
 
 
+def test_batch_larger_than_train_is_a_warning(two_splits: Path) -> None:
+    settings = config(two_splits, data__val_fraction=0.25)
+    inputs = gather_inputs(settings)
+    num_images = len(inputs.splits.train)
+    for batch_size, warned in ((num_images, False), (num_images + 1, True)):
+        changed = settings.with_overrides({"train.batch_size": batch_size})
+        assert any("single step" in line for line in describe_inputs(inputs, changed)) == warned
+
+
 def test_counts_from_a_file_replace_those_of_train(two_splits: Path, tmp_path: Path) -> None:
     settings = config(two_splits)
     counted = gather_inputs(settings)
