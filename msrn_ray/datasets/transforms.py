@@ -19,7 +19,9 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as transform
 
 from ..errors import UserError
+from .pixel_values import decode_cut_jpeg, is_fourth_band, to_8_bits, why_unknown
 
+_MAX_SIDE = 65_500  # pixels, as JPEG's; a line of millions of pixels takes memory in each step of resizing
 # Fewer than Pillow reads: some of its readers, such as that of EPS, start other programs, and photographs do not need them.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -29,7 +31,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def decode(data: bytes, *, max_pixels: int, short_side: int | None = None) -> Tensor:
     """Decode a JPEG, PNG, WebP, GIF (first frame), BMP or TIFF image and turn it upright by its EXIF orientation.
 
-    Grey, CMYK and palette images become RGB. 16-bit images are scaled to 8 bits. Transparent pixels are blended with white, as in viewers.
+    Grey, CMYK and palette images become RGB. 16-bit and float images are scaled to 8 bits, see `to_8_bits`. Transparent pixels are blended
+    with white, as in viewers; a fourth band that is no transparency is left out, see `is_fourth_band`. A baseline JPEG may lack its last
+    2 % of pixels.
 
     Args:
         data: the file's bytes.
@@ -52,6 +56,8 @@ def decode(data: bytes, *, max_pixels: int, short_side: int | None = None) -> Te
             header = Image.open(io.BytesIO(data), formats=_FORMATS)
             if header.width * header.height > max_pixels:
                 raise UserError(f"{header.width} x {header.height} pixels are more than data.max_pixels={max_pixels}")
+            if max(header.size) > _MAX_SIDE:
+                raise UserError(f"{header.width} x {header.height} pixels: a side is longer than {_MAX_SIDE}; cut it")
             if header.format == "JPEG" and short_side is not None and min(header.size) >= 4 * short_side:
                 header.draft(header.mode, _scaled_down(header.size, short_side))
                 return from_pil(header)
@@ -65,9 +71,30 @@ def decode(data: bytes, *, max_pixels: int, short_side: int | None = None) -> Te
     except Image.DecompressionBombError:
         raise UserError(f"the image has more pixels than data.max_pixels={max_pixels}") from None
     except UnidentifiedImageError:
-        raise UserError("not an image of a known format") from None
+        raise UserError(why_unknown(data)) from None
     except (OSError, RuntimeError, ValueError, SyntaxError):  # what Pillow and torchvision raise on broken data
-        raise UserError("the image data is broken or cut off") from None
+        whole = _without_end(data)
+        if whole is None:
+            raise UserError("the image data is broken or cut off") from None
+        return whole
+    except Exception as error:  # decoders raise anything on broken data; one image must not end a run
+        raise UserError(f"the image data is broken ({type(error).__name__})") from None
+
+
+def _without_end(data: bytes) -> Tensor | None:
+    """Return the image of a baseline JPEG that lacks at most its last 2 %, or None."""
+    if not data.startswith(b"\xff\xd8") or data.endswith(b"\xff\xd9"):
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            header = Image.open(io.BytesIO(data), formats=("JPEG",))
+        # a progressive JPEG does not show how many of its scans are missing
+        if header.mode not in {"L", "RGB"} or "progressive" in header.info:
+            return None
+        return decode_cut_jpeg(data)
+    except Exception:  # the caller reports the first error
+        return None
 
 
 def _scaled_down(size: tuple[int, int], short_side: int) -> tuple[int, int]:
@@ -84,9 +111,10 @@ def smallest_side(size: int, scales: Sequence[float]) -> int:
 def from_pil(image: Image.Image) -> Tensor:
     """Return a Pillow image as [3, H, W] uint8; see `decode`."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip instead of scale
-        grey = np.asarray(image).astype(np.float32) / 257
-        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    if image.mode.startswith(("I", "F")):  # Pillow's own conversion would clip instead of scale
+        image = Image.fromarray(to_8_bits(np.asarray(image)))
+    if image.mode == "RGBA" and is_fourth_band(image):
+        image = image.convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -8,7 +8,9 @@ An address is a location, its options included, with a fragment behind it. Readi
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TypeAlias, cast
@@ -67,7 +69,7 @@ def read_bytes(uri: str) -> bytes:
     """
     part = _PART.search(uri)
     if part is None and "://" not in uri:  # quicker than through a Location, for millions of images
-        with open(uri, "rb") as file:
+        with open(uri, "rb", opener=_open_regular) as file:
             return file.read()
     try:
         if part is None:
@@ -81,6 +83,16 @@ def read_bytes(uri: str) -> bytes:
         return cast(bytes, value)
     except UserError as error:
         raise OSError(str(error)) from None
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Open a file without waiting, as the opener of `open`; reading a pipe or a device could wait forever, so they raise OSError."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # `open` itself refuses a folder
+        os.close(descriptor)
+        raise OSError(f"{path}: a pipe or device and no regular file")
+    return descriptor
 
 
 @lru_cache(maxsize=2)  # preparing reads rows in order, so it decompresses each group once
