@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import sys
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..errors import UserError
-from ..import_path import PACKAGE_ROOT
 from ..settings import ResourceSettings
 from .private_api import request_drain
 
@@ -44,8 +41,7 @@ def connect(settings: ResourceSettings, *, runs: int = 1) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
-            with _working_directory_off_path():
-                ray.init(**quiet)
+            ray.init(**quiet)
         except (ConnectionError, ray.exceptions.AuthenticationError) as error:
             raise UserError(_describe_refusal(address, error)) from None
         return
@@ -61,33 +57,13 @@ def connect(settings: ResourceSettings, *, runs: int = 1) -> None:
     workers = min(most, cores // (runs * settings.cpus_per_worker))
     # Ray warns of more than four times as many processes. A run has about ten, and most of them wait
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(cores, 8 * runs)))
-    with _working_directory_off_path():
-        ray.init(
-            address="local",
-            num_cpus=(2 if gpus else 1) * cores + runs * workers * settings.cpus_per_worker,
-            include_dashboard=settings.dashboard,
-            _node_ip_address=LOCAL_ADDRESS,
-            **quiet,
-        )
-
-
-@contextmanager
-def _working_directory_off_path() -> Iterator[None]:
-    """While `ray.init` runs, keep it from putting the working directory first in the `sys.path` of all workers.
-
-    A user's numpy.py there would replace numpy in the workers. If this process itself imports from the working directory, as a notebook
-    does, nothing changes. Ray has no parameter for it: it always adds `os.path.abspath(os.path.curdir)`. To change the working directory
-    itself would change it for all processes of the cluster.
-    """
-    if {"", os.getcwd()} & set(sys.path):
-        yield
-        return
-    before = os.path.curdir
-    os.path.curdir = PACKAGE_ROOT
-    try:
-        yield
-    finally:
-        os.path.curdir = before
+    ray.init(
+        address="local",
+        num_cpus=(2 if gpus else 1) * cores + runs * workers * settings.cpus_per_worker,
+        include_dashboard=settings.dashboard,
+        _node_ip_address=LOCAL_ADDRESS,
+        **quiet,
+    )
 
 
 def is_local_cluster() -> bool:
