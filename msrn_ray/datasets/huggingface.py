@@ -7,7 +7,7 @@ is a row of a row group: fast to read in order (`msrn prepare`), slow to train f
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -104,12 +104,17 @@ def read_huggingface(
     if label_names is None and len(orders) == 1:
         (label_names,) = orders
     labels, notes = name_labels(root, label, blocks, label_separator)
+    return build_tables(_join(parts, labels), label_names, root, notes)
+
+
+def _join(parts: dict[SplitName, list[pa.Table]], labels: Sequence[pa.Array]) -> dict[SplitName, pa.Table]:
+    """Return the images of each split, with the labels of all blocks, in their order, and with ids."""
     named = iter(labels)
     tables = {}
     for split, rows in parts.items():
         labelled = [table.add_column(2, LABELLED_IMAGES.field("labels"), next(named)) for table in rows]
         tables[split] = _with_ids(split, pa.concat_tables(labelled))
-    return build_tables(tables, label_names, root, notes)
+    return tables
 
 
 class _Wanted(NamedTuple):

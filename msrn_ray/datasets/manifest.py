@@ -111,7 +111,7 @@ def read_manifest(
         names, form = columns.labels, "one column per label"
 
     notes = [f"{manifest.name}: {len(images)} images, {len(names)} labels ({form})", *value_notes]
-    notes += [] if split_note is None else [f"{manifest.name}: {split_note}"]
+    notes += [f"{manifest.name}: {split_note}"] if split_note else []
     notes += _unused_note(manifest, table, columns)
     found = find_local(uris)
     require_images(manifest, uris, found, missing_images)
@@ -120,10 +120,8 @@ def read_manifest(
     if columns.group is not None:
         groups = pc.utf8_trim_whitespace(texts[columns.group])
         samples = samples.with_groups(_require_filled(manifest, columns.group, groups))
-    if found.all():
-        return CustomImages(samples, split)
     rows = np.flatnonzero(found)
-    return CustomImages(samples.take(rows), None if split is None else split[rows])
+    return CustomImages(samples if found.all() else samples.take(rows), None if split is None else split[rows])
 
 
 def _unused_note(manifest: Location, table: TableFile, columns: _Columns) -> list[str]:

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from ..errors import UserError
 from ..io.storage import Location
 from ..types import ABSENT, SampleTable
+from .manifest import CustomImages
 from .split_names import SPLIT_WORDS, SPLITS, SplitName
 from .table_files import open_table
 from .text_files import first_few, read_lines
@@ -123,3 +124,11 @@ def read_split_lists(manifest: Location, samples: SampleTable) -> tuple[npt.NDAr
         return None, (note,)
     codes = np.array([SPLITS.index(split) for split in found if split is not None], np.int8)
     return codes, (f"{manifest.name}: the splits are those of {shown}",)
+
+
+def tables_by_split(images: CustomImages) -> dict[SplitName, SampleTable]:
+    """Return the images of each split that has any; all are train if there are no splits."""
+    if images.split is None:
+        return {"train": images.samples}
+    rows = {name: np.flatnonzero(images.split == position) for position, name in enumerate(SPLITS)}
+    return {name: images.samples.take(part) for name, part in rows.items() if len(part)}

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..data_settings import Dataset, DataSettings
 from ..errors import UserError
 from ..io.storage import Location
@@ -24,14 +22,14 @@ from .groups import require_groups
 from .huggingface import read_huggingface
 from .image_uris import select_rows
 from .label_values import ValueMeaning
-from .manifest import CustomImages, NamedColumns, read_manifest
-from .manifest_splits import find_split_files, join_split_files, read_split_lists
+from .manifest import NamedColumns, read_manifest
+from .manifest_splits import find_split_files, join_split_files, read_split_lists, tables_by_split
 from .merge_labels import plan_merge
 from .nuswide import read_nuswide
 from .openimages import is_openimages, read_openimages
 from .prepared import BAD_IMAGES_FILE, PreparedInfo, read_info, read_prepared
 from .scenes.generate import generate_scenes
-from .split_names import SPLITS, SplitName
+from .split_names import SplitName
 from .stratify import split_off, stratified_split
 from .text_files import read_label_names
 from .voc import Difficult, find_voc, read_voc
@@ -197,10 +195,10 @@ def _manifest(settings: DataSettings) -> PublishedSplits:
     exported = read_annotation_file(root)
     if exported is not None:
         images = build_images(root, exported, _label_names(settings), settings.missing_images)
-        return _custom_splits(_by_split(images), settings)
+        return _custom_splits(tables_by_split(images), settings)
     if is_openimages(root):
         images = read_openimages(root, _label_names(settings), settings.missing_images)
-        return _custom_splits(_by_split(images), settings)
+        return _custom_splits(tables_by_split(images), settings)
     files, notes = find_split_files(root)
     options: dict[str, Any] = {
         "named": NamedColumns(settings.image_column, settings.label_column, settings.group_column),
@@ -219,12 +217,12 @@ def _manifest(settings: DataSettings) -> PublishedSplits:
     else:
         notes += tuple(f"{file}: not read, for {root.name} has a column of splits" for file in [*files.values()][1:])
     samples = replace(images.samples, notes=(*images.samples.notes, *notes))
-    return _custom_splits(_by_split(images._replace(samples=samples)), settings)
+    return _custom_splits(tables_by_split(images._replace(samples=samples)), settings)
 
 
 def _folders(settings: DataSettings) -> PublishedSplits:
     root = _root(settings, "the folder that holds one folder per label (--data.root DIR)")
-    return _custom_splits(_by_split(read_folders(root, label_names=_label_names(settings))), settings)
+    return _custom_splits(tables_by_split(read_folders(root, label_names=_label_names(settings))), settings)
 
 
 def _huggingface(settings: DataSettings) -> PublishedSplits:
@@ -251,13 +249,6 @@ def _webdataset(settings: DataSettings) -> PublishedSplits:
 
 def _label_names(settings: DataSettings) -> tuple[str, ...] | None:
     return None if settings.labels is None else read_label_names(Location.of(settings.labels))
-
-
-def _by_split(images: CustomImages) -> dict[SplitName, SampleTable]:
-    if images.split is None:
-        return {"train": images.samples}
-    rows = {name: np.flatnonzero(images.split == position) for position, name in enumerate(SPLITS)}
-    return {name: images.samples.take(part) for name, part in rows.items() if len(part)}
 
 
 def _custom_splits(tables: dict[SplitName, SampleTable], settings: DataSettings) -> PublishedSplits:

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 
 USUAL_SEPARATORS = (";", "|", ",")
-_UNUSUAL_SEPARATORS = (" ", "/", "+")  # also within the name of a label
+_UNUSUAL_SEPARATORS = ("/", "+", " ")  # also within the name of a label; a blank may stand around the others
 _MIN_RECURRING = 0.8  # fraction of the parts
 
 
 def split_by_recurrence(cells: Sequence[str]) -> tuple[str | None, str | None]:
-    """Return the separator among blank, "/" and "+", or None if the cells are whole labels; and a note on what was decided.
+    """Return the separator among "/", "+" and blank, or None if the cells are whole labels; and a note on what was decided.
 
     A separator is one if at least 0.8 of the parts of cells with several parts occur in other cells too, the cells have different numbers
     of parts, and the parts are fewer than the cells. So "dining table" stays whole: "dining" occurs in no other cell.
