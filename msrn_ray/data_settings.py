@@ -41,6 +41,8 @@ class DataSettings(Settings):
     merge_labels: Annotated[str | None, MAY_DIFFER] = None
     """Text file of labels that are one label under several names. One line per group: the name to keep, then the names that it
     replaces, separated by tabs or as CSV. A joined label is present if any of its names is."""
+    none_values: Annotated[tuple[str, ...] | None, MAY_DIFFER] = None
+    """Labels that mark images without a label, such as "No Finding" or nan. They are left out of the labels."""
     group_column: str | None = None
     """Column of groups, such as patients (manifest, huggingface; dotted if nested). A group is never in two splits: test and val are
     drawn by group, as near to their fractions as the groups allow, and named splits that cut a group are an error."""

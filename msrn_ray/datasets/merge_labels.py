@@ -1,8 +1,10 @@
-"""Joins labels that are one label under several names (`data.merge_labels`)."""
+"""Joins labels that are one label under several names (`data.merge_labels`), and leaves out words for none (`data.none_values`)."""
 
 from __future__ import annotations
 
 import csv
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,6 +18,13 @@ from ..types import ABSENT, PRESENT, UNKNOWN, SampleTable
 from .text_files import first_few, read_lines
 
 _LAYOUT = "write one line per group: the name to keep, then the names that it replaces, separated by tabs or as CSV"
+
+# without blanks, "_" and "-", in lower case. "healthy" and "normal" are not here: they are diagnoses
+WORDS_FOR_NONE = {
+    *("nan", "none", "null", "nil", "na", "n/a", "#n/a", "<na>", "nat", "notapplicable", "nothing", "empty", "void"),
+    *("nofinding", "nofindings", "nolabel", "nolabels", "noobject", "noobjects", "noclass", "notag", "notags"),
+    *("unlabeled", "unlabelled", "background", "", "?"),
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,38 @@ class LabelMerge:
         for column, sources in enumerate(self.sources):
             new[:, column] = _join(old[:, sources])
         return samples.with_targets(new, self.label_names)
+
+
+def plan_none(words: Sequence[str], label_names: Sequence[str]) -> LabelMerge:
+    """Return the labels without the words that mark images without a label.
+
+    Args:
+        words: `data.none_values`, spelled as in the data.
+        label_names: the C labels.
+
+    Raises:
+        UserError: if a word is no label, or no label remains.
+    """
+    for word in words:
+        if word not in label_names:
+            close = get_close_matches(word, label_names, 1)
+            meant = f"; did you mean {close[0]!r}?" if close else f" ({first_few(label_names)})"
+            raise UserError(f"data.none_values: {word!r} is none of the {len(label_names)} labels{meant}")
+    kept = [position for position, name in enumerate(label_names) if name not in words]
+    if not kept:
+        raise UserError("data.none_values: names all labels, so none remains; leave out those that are labels")
+    names = tuple(label_names[position] for position in kept)
+    note = f"data.none_values: {', '.join(map(repr, words))} is no label; {len(names)} labels remain"
+    return LabelMerge(names, tuple((position,) for position in kept), note)
+
+
+def none_notes(label_names: Sequence[str]) -> list[str]:
+    """Return a note on each label that is a word for none. Such a word may be a label too, so it stays one."""
+    return [
+        f"the label {name!r} is a word for none; if it marks images without a label, give --data.none-values {shlex.quote(name)}"
+        for name in label_names
+        if re.sub(r"[\s_-]+", "", name.casefold()) in WORDS_FOR_NONE
+    ]
 
 
 def plan_merge(file: Location, label_names: Sequence[str]) -> LabelMerge:

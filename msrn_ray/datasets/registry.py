@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from .image_uris import select_rows
 from .label_values import ValueMeaning
 from .manifest import NamedColumns, read_manifest
 from .manifest_splits import find_split_files, join_split_files, read_split_lists, tables_by_split
-from .merge_labels import plan_merge
+from .merge_labels import LabelMerge, none_notes, plan_merge, plan_none
 from .nuswide import read_nuswide
 from .openimages import is_openimages, read_openimages
 from .prepared import BAD_IMAGES_FILE, PreparedInfo, read_info, read_prepared
@@ -77,7 +77,7 @@ def read_published(settings: DataSettings) -> PublishedSplits:
         published = READERS[settings.dataset](settings)
         _require_same_labels(published)
     require_groups(published.tables, settings.group_column)
-    return _merge_labels(published, settings)
+    return _change_labels(published, settings)
 
 
 def reader_settings(settings: DataSettings) -> dict[str, Any]:
@@ -85,15 +85,19 @@ def reader_settings(settings: DataSettings) -> dict[str, Any]:
     return settings.model_dump(mode="json", exclude=_NOT_READER_SETTINGS)
 
 
-def _merge_labels(published: PublishedSplits, settings: DataSettings) -> PublishedSplits:
-    if settings.merge_labels is None:
-        return published
-    merge = plan_merge(Location.of(settings.merge_labels), published.train.label_names)
-    train, val, held_out = (
-        None if table is None else merge.apply(table) for table in (published.train, published.val, published.held_out)
-    )
-    assert train is not None
-    return PublishedSplits(replace(train, notes=(*train.notes, merge.note)), val, held_out)
+def _change_labels(published: PublishedSplits, settings: DataSettings) -> PublishedSplits:
+    """Leave out the labels that mean none, and join those of `data.merge_labels`."""
+    train, val, held_out = published.train, published.val, published.held_out
+    changes: list[Callable[[Sequence[str]], LabelMerge]] = []
+    if settings.none_values is not None:
+        changes.append(partial(plan_none, settings.none_values))
+    if settings.merge_labels is not None:
+        changes.append(partial(plan_merge, Location.of(settings.merge_labels)))
+    for plan in changes:
+        change = plan(train.label_names)
+        train = replace(change.apply(train), notes=(*train.notes, change.note))
+        val, held_out = (None if table is None else change.apply(table) for table in (val, held_out))
+    return PublishedSplits(replace(train, notes=(*train.notes, *none_notes(train.label_names))), val, held_out)
 
 
 def _require_same_labels(published: PublishedSplits) -> None:

@@ -7,14 +7,9 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
 
+from ..datasets.merge_labels import WORDS_FOR_NONE
 from .finding import Finding, plural, shorten
 
-# As `_simplify` returns them. "healthy" and "normal" are not here: they are diagnoses.
-_WORDS_FOR_NONE = {
-    *("nan", "none", "null", "nil", "na", "n/a", "#n/a", "<na>", "nat", "notapplicable", "nothing", "empty", "void"),
-    *("nofinding", "nofindings", "nolabel", "nolabels", "noobject", "noobjects", "noclass", "notag", "notags"),
-    *("unlabeled", "unlabelled", "background", "-", "--", "?"),
-}
 _IRREGULAR = {"people": "person", "men": "man", "children": "child", "mice": "mouse", "geese": "goose", "feet": "foot"}
 _PLURAL_ENDINGS = (("ies", "y"), ("ves", "f"), ("ves", "fe"), ("es", ""), ("s", ""), *_IRREGULAR.items())
 _MIN_SINGULAR = 3  # letters: "as" is not the plural of "a"
@@ -51,7 +46,9 @@ def twins_and_nothings(names: Sequence[str], counts: Sequence[int]) -> Iterator[
     if plurals:
         title = f"{plural(len(plurals), 'group')} of labels that may be singular and plural of one word"
         yield Finding("warning", title, join, shorten(plurals))
-    nothings = [name for simple, group in groups.items() if simple in _WORDS_FOR_NONE for name in group]
+    nothings = [
+        name for simple, group in groups.items() if simple in WORDS_FOR_NONE or not simple.strip("-") for name in group
+    ]
     if nothings:
         yield Finding(
             "warning",

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from msrn_ray.datasets.merge_labels import plan_merge
+from msrn_ray.datasets.merge_labels import none_notes, plan_merge, plan_none
 from msrn_ray.errors import UserError
 from msrn_ray.io.storage import Location
 from msrn_ray.types import SampleTable
@@ -75,3 +75,20 @@ def test_missing_file_names_the_setting(tmp_path: Path) -> None:
     place = make(tmp_path, "image,labels\na.jpg,car\nb.jpg,cup")
     with pytest.raises(UserError, match=r"none\.txt: no such file; data\.merge_labels: write one line per group"):
         splits_of(place, merge_labels=str(tmp_path / "none.txt"))
+
+
+def test_words_for_none_are_left_out() -> None:
+    ids = [f"{row}.jpg" for row in range(len(TARGETS))]
+    table = plan_none(("cars", "cup"), NAMES).apply(SampleTable.from_columns(ids, ids, TARGETS, NAMES, "x"))
+    assert table.label_names == ("Person", "car", "person")
+    assert table.targets.tolist() == TARGETS[:, [0, 1, 4]].tolist()
+    with pytest.raises(UserError, match=r"'Cup' is none of the 5 labels; did you mean 'cup'\?"):
+        plan_none(("Cup",), NAMES)
+    with pytest.raises(UserError, match="names all labels"):
+        plan_none(NAMES, NAMES)
+
+
+def test_words_for_none_are_said() -> None:
+    notes = none_notes(("No Finding", "nan", "healthy", "cup"))
+    assert [note.split(" is a word")[0] for note in notes] == ["the label 'No Finding'", "the label 'nan'"]
+    assert notes[0].endswith("give --data.none-values 'No Finding'")

@@ -86,7 +86,9 @@ def test_search_folder_is_no_run(tmp_path: Path, name: str) -> None:
 def test_settings_of_the_training_may_not_differ(tmp_path: Path) -> None:
     """What changes the training is fixed. Where a file lies, how a run is watched and what it runs on may differ."""
     expected = {"resources.", "model.compile", "model.pretrained"}
-    expected |= {f"data.{name}" for name in ("root", "labels", "merge_labels", "word_vectors", "label_counts")}
+    expected |= {
+        f"data.{name}" for name in ("root", "labels", "merge_labels", "none_values", "word_vectors", "label_counts")
+    }
     expected |= {f"data.{name}" for name in ("max_bad_fraction", "max_pixels")}
     expected |= {
         f"train.{name}" for name in ("epochs", "log_every", "hang_minutes", "checkpoint_every", "max_failures")
