@@ -6,7 +6,6 @@ JSON and JSON Lines: see `annotation_json`. Here: CVAT for images (XML), CelebA 
 from __future__ import annotations
 
 import csv
-import io
 import re
 from collections.abc import Callable
 from typing import Any
@@ -85,14 +84,14 @@ def _read_cvat(file: Location, head: str) -> Annotations | None:
 
 def _read_vertex_csv(file: Location, head: str) -> Annotations | None:
     """Read `[ml_use,]image,label,label,...`, without a header."""
-    first = next(csv.reader(io.StringIO(head.split("\n", 1)[0])), [])
+    first = next(csv.reader([head.splitlines()[0]] if head.strip() else []), [])
     if len(first) < 2:
         return None
     has_split = first[0].strip().lower() in _ML_USE and (is_image(first[1].strip()) or "://" in first[1])
     if not has_split and not first[0].startswith("gs://"):
         return None
     images, labels, splits = [], [], []
-    for number, row in enumerate(csv.reader(io.StringIO(read_whole(file), newline="")), 1):
+    for number, row in enumerate(csv.reader(read_whole(file).splitlines()), 1):
         cells = [cell.strip() for cell in row]
         if not any(cells):
             continue

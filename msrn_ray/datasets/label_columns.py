@@ -112,7 +112,11 @@ def encode_lists(
         first = int(unknown[0])
         raise UserError(
             f"{manifest}, row {rows[first] + 1}: label {labels[first].as_py()!r} is not among the {len(names)} of data.labels;"
-            " correct it or add it there"
+            + (
+                " a manifest lists labels by name, so write the names"
+                if labels[first].as_py().isdigit()
+                else " correct it or add it there"
+            )
         )
     targets = np.zeros((len(lists), len(names)), np.int8)
     named = codes < len(names)

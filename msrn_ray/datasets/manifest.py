@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..io.storage import Location
 from ..types import SampleTable
 from .image_lookup import locate_images
-from .image_uris import MissingImages, find_local, missing_notes, require_images
+from .image_uris import MissingImages, find_local, is_image, missing_notes, require_images
 from .label_columns import as_text, encode_lists, split_lists
 from .label_values import USUAL_MEANING, ValueMeaning, resolve_values, value_codes
 from .split_columns import SplitColumn, decode_splits, find_split_column
@@ -23,6 +23,7 @@ from .table_files import TableFile, open_table
 
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "file_name", "filename", "file", "uri", "path", "url")
 LABEL_COLUMNS = ("labels", "label", "tags")
+_NO_HEADER = ". The first line seems to be an image: it must name the columns, as in image,labels"
 ID_COLUMNS = ("image_id", "id")
 
 
@@ -96,6 +97,7 @@ def read_manifest(
     columns = _choose_columns(manifest, table.names, named, label_names)
     texts, labels = _read_cells(manifest, table, columns, meaning)
     images = pc.replace_substring(texts[columns.image], "\\", "/")  # Windows paths
+    _require_this_machine(manifest, images)
     image_ids = images if columns.id is None else texts[columns.id]
     _require_unique(manifest, columns.id or columns.image, image_ids)
     split, split_note = None, None
@@ -122,6 +124,14 @@ def read_manifest(
         samples = samples.with_groups(_require_filled(manifest, columns.group, groups))
     rows = np.flatnonzero(found)
     return CustomImages(samples if found.all() else samples.take(rows), None if split is None else split[rows])
+
+
+def _require_this_machine(manifest: Location, images: pa.ChunkedArray) -> None:
+    if (row := pc.index(pc.match_substring_regex(images, r"^[A-Za-z]:/"), True).as_py()) >= 0:
+        raise UserError(
+            f"{manifest}, row {row + 1}: {images[row].as_py()!r} is an absolute Windows path of another machine; write the paths relative"
+            f" to {manifest.parent}"
+        )
 
 
 def _unused_note(manifest: Location, table: TableFile, columns: _Columns) -> list[str]:
@@ -189,7 +199,7 @@ def _choose_columns(
     if image is None:
         raise UserError(
             f"{manifest}: no column has a usual name of an image column ({', '.join(IMAGE_COLUMNS)}), {header};"
-            " name it with --data.image-column NAME"
+            " name it with --data.image-column NAME" + (_NO_HEADER if any(map(is_image, names)) else "")
         )
     # if each of the given labels has a column, one of these labels may have the usual name of a column of lists
     has_label_columns = label_names is not None and {*label_names} <= {*names}

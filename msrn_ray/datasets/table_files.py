@@ -82,6 +82,12 @@ def _suffix(name: str) -> str:
     return "." + name.rpartition(".")[2].lower()
 
 
+_CONVERTED = {
+    (".xlsx", ".xls", ".ods"): "is a spreadsheet; save the sheet as 'CSV UTF-8'",
+    (".gz", ".zip", ".bz2", ".xz", ".zst"): "is compressed; unpack it",
+}
+
+
 def _why_not_a_table(file: Location) -> str:
     wanted = f"a file that ends in {', '.join(_OPENERS)}"
     if file.is_dir():
@@ -90,6 +96,9 @@ def _why_not_a_table(file: Location) -> str:
         return f"is a folder; give the manifest itself, {wanted}{suggestion}"
     if not file.is_file():
         return f"no such file; give the manifest, {wanted}"
+    for suffixes, fix in _CONVERTED.items():
+        if file.name.lower().endswith(suffixes):
+            return f"{fix}, then give {wanted}"
     return f"has no suffix of a manifest; give {wanted}"
 
 
@@ -97,6 +106,11 @@ def _open_csv(file: Location) -> TableFile:
     filesystem, path = filesystem_of(str(file))
     with filesystem.open_input_stream(path) as stream:
         head = _not_empty(file, stream.read(_HEAD_BYTES))
+    first = head.removeprefix(b"\xef\xbb\xbf").splitlines()[0].strip()
+    if first.lower().startswith(b"sep=") or first.startswith(b"#"):
+        raise UserError(
+            f"{file}, line 1: {first[:80].decode(errors='replace')!r} names no columns; delete the lines above the column names"
+        )
     delimiters = "\t" if _suffix(file.name) in (".tsv", ".tab") else ",;\t"  # some spreadsheets write semicolons
     headers = {delimiter: _csv_header(file, head, delimiter) for delimiter in delimiters}
     delimiter = max(headers, key=lambda candidate: len(headers[candidate]))

@@ -30,11 +30,16 @@ REFUSED = {
     "A08_movie_posters": r"is a list in text; leave out --data\.label-separator",
     "A24_yolo": r"YOLO",
     "B02_multihot_text": r"a flag per label, by position\?.*--data\.labels FILE",
+    "B17_sep_hint_line": r"line 1: 'sep=;' names no columns; delete",
     "B18_decimal_comma": r"decimal comma",
     "B23_x_marks": r"--data\.present-values x.*--data\.absent-values",
     "B25_counts": r"a count.*--data\.present-values",
     "B30_odir": r"a flag per label, by position\?.*--data\.labels FILE",
+    "B39_windows_absolute": r"absolute Windows path of another machine",
     "B42_twice_rows": r"is in rows 1 and 2",
+    "B48_csv_gz": r"is compressed; unpack it",
+    "B49_xlsx": r"is a spreadsheet; save the sheet as 'CSV UTF-8'",
+    "B52_jsonl_ids_with_names": r"label '0' is not among .* write the names",
     "B53_jsonl_dict": r"column 'labels' holds struct",
     "B56_jsonl_list_of_dicts": r"column 'labels' holds struct",
     "D35_all_empty": r"no row has a label",
@@ -42,9 +47,11 @@ REFUSED = {
     "D52_coco_windows_path": r"absolute Windows paths",
     "E07_column_called_classes": r"--data\.label-column classes",
     "E08_column_called_class": r"--data\.label-column class",
+    "E09_header_missing": r"first line .* must name the columns",
     "F03_wds_dots_in_names": r"ends at the first dot",
     "F07_voc_flat": r"Pascal VOC annotations per image",
     "G10_paddle_multihot": r"a flag per label, by position\?.*--data\.labels FILE",
+    "G13_comment_first": r"line 1: '# exported .* delete the lines above",
     "G17_label1_label2": r"seem to hold one label each",
 }
 # Labels that may be one label, or none: read as written, and the doctor or a note says it with this pattern
@@ -58,16 +65,8 @@ SAID = {
 PENDING = {
     "A21_cvat_coco": "no reader of a COCO file without the names of the benchmark",
     "A25_imet_ids": "no reader of numbers with a file of names",
-    "B17_sep_hint_line": "the error does not name the line sep=",
-    "B19_cr_only": "line ends of old Macintosh files end in a traceback",
-    "B39_windows_absolute": "the error does not say that the paths are another machine's",
     "B47_txt_file": "the data set lacks its file",
-    "B48_csv_gz": "compressed tables are refused without saying so",
-    "B49_xlsx": "the error does not say to save the spreadsheet as CSV",
-    "B52_jsonl_ids_with_names": "the error does not say that names are wanted",
     "D40_symlinks": "the links of the data set are files",
-    "E09_header_missing": "the error does not say that the first line names the columns",
-    "G13_comment_first": "the error does not name line 1",
 }
 
 

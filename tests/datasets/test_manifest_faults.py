@@ -84,7 +84,7 @@ def test_csv_faults_are_named(tmp_path: Path, text: str, message: str) -> None:
         ("labels.jsonl", b'{"image": "a.jpg", "labels": {"dog": 1}}\n', r"column 'labels' holds struct<dog: int64>, but text is needed"),
         ("labels.jsonl", b'{"image": {"path": "a.jpg"}, "labels": "dog"}\n', r"column 'image' holds struct.*, but text is needed"),
         ("labels.jsonl", b'{"image": "a.jpg", "labels": "dog"}\n{"labels": "dog"}\n', r"row 2: column 'image' is empty"),
-        ("labels.xlsx", b"PK", r"has no suffix of a manifest; give a file that ends in \.csv, \.tsv"),
+        ("labels.xlsx", b"PK", r"is a spreadsheet; save the sheet as .CSV UTF-8., then give a file that ends in \.csv, \.tsv"),
     ],
 )  # fmt: skip
 def test_other_files_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
