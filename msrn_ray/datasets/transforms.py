@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as transform
 from ..errors import UserError
 from .pixel_values import decode_cut_jpeg, is_fourth_band, to_8_bits, why_unknown
 
-_MAX_SIDE = 65_500  # pixels, as JPEG's; a line of millions of pixels takes memory in each step of resizing
+_MAX_SIDE = 1_000_000  # pixels; resizing a line of many millions takes gigabytes
 # Fewer than Pillow reads: some of its readers, such as that of EPS, start other programs, and photographs do not need them.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
