@@ -155,9 +155,8 @@ def _read_flags(
     """
     values = pc.utf8_trim_whitespace(pc.list_flatten(lists)).fill_null("")
     filled = pc.filter(values, pc.not_equal(values, ""))
-    if not len(filled) or not {*pc.unique(filled).to_pylist()} <= {"0", "1"}:
-        return None
-    if label_names is not None and {"0", "1"} <= {*label_names}:
+    occurring = {*pc.unique(filled).to_pylist()}
+    if not occurring or not occurring <= {"0", "1"} or occurring <= {*(label_names or ())}:
         return None
     nonempty = pc.not_equal(pc.utf8_trim_whitespace(pc.binary_join(lists, "")), "")
     rows = np.flatnonzero(nonempty.to_numpy(zero_copy_only=False))
@@ -173,7 +172,7 @@ def _read_flags(
             f"{shown}, {counts}. A flag per label needs as many in each row; numbers of labels need names: write the labels by name"
         )
     (length,) = lengths
-    if label_names is None or len(label_names) != length:
+    if label_names is None or len(label_names) != length or length == 1:
         wrong = "" if label_names is None else f", which lists {len(label_names)}"
         raise UserError(
             f"{shown}, {length} in each row: a flag per label, by position? Then name the {length} labels in order"

@@ -13,10 +13,10 @@ import pyarrow.compute as pc
 
 from ..errors import UserError
 from ..io.storage import Location
-from ..types import SampleTable
+from ..types import PRESENT, UNKNOWN, SampleTable
 from .image_lookup import locate_images
 from .image_uris import MissingImages, find_local, is_image, missing_notes, require_images
-from .label_columns import as_text, encode_lists, split_lists
+from .label_columns import as_text, encode_lists, is_list, split_lists
 from .label_values import USUAL_MEANING, ValueMeaning, resolve_values, value_codes
 from .split_columns import SplitColumn, decode_splits, find_split_column
 from .table_files import TableFile, open_table
@@ -24,6 +24,9 @@ from .table_files import TableFile, open_table
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "file_name", "filename", "file", "uri", "path", "url")
 LABEL_COLUMNS = ("labels", "label", "tags")
 _NO_HEADER = ". The first line seems to be an image: it must name the columns, as in image,labels"
+UNKNOWN_COLUMN = (
+    "unknown"  # lists labels that are neither present nor absent, beside a column that lists the present ones
+)
 ID_COLUMNS = ("image_id", "id")
 
 
@@ -88,7 +91,7 @@ def read_manifest(
 
     Returns:
         n rows in the order of the file. `image_id` is the id column (see `ID_COLUMNS`), else the image path as written. Targets are in
-        {1, 0} for lists, in {1, 0, -1} for label columns.
+        {1, 0, -1}; without a column `unknown` in {1, 0} for lists.
 
     Raises:
         UserError: if the file, a column or a row is invalid, with the row, counted from 1 below the header.
@@ -107,7 +110,7 @@ def read_manifest(
     if columns.label_list is not None:
         lists, form = split_lists(manifest, columns.label_list, labels, label_separator)
         names, targets = encode_lists(manifest, columns.label_list, lists, label_names)
-        value_notes: list[str] = []
+        value_notes = _mark_unknown(manifest, table, label_separator, names, targets)
     else:
         targets, value_notes = resolve_values(manifest, columns.labels, labels, meaning)
         names, form = columns.labels, "one column per label"
@@ -134,8 +137,43 @@ def _require_this_machine(manifest: Location, images: pa.ChunkedArray) -> None:
         )
 
 
+def _mark_unknown(
+    manifest: Location, table: TableFile, separator: str | None, names: tuple[str, ...], targets: npt.NDArray[np.int8]
+) -> list[str]:
+    """Set the labels that the column `unknown` lists to unknown, in place; return a note on their number.
+
+    Args:
+        manifest, table: the file.
+        separator: between labels in a text; None: the cells are JSON lists, or have ; between labels.
+        names: the C labels.
+        targets: [n, C] int8.
+    """
+    if UNKNOWN_COLUMN not in table.names:
+        return []
+    cells = pa.chunked_array(
+        [chunk for block in table.read([UNKNOWN_COLUMN]) for chunk in block[UNKNOWN_COLUMN].chunks]
+    )
+    if not is_list(cells.type):
+        texts = as_text(manifest, UNKNOWN_COLUMN, cells).fill_null("")
+        separator = separator or (None if pc.any(pc.match_substring_regex(texts, r"^\s*\[")).as_py() else ";")
+        if not pc.any(pc.match_substring_regex(texts, r"[^\s\[\]]")).as_py():
+            return []
+    lists, _ = split_lists(manifest, UNKNOWN_COLUMN, cells, separator)
+    _, listed = encode_lists(manifest, UNKNOWN_COLUMN, lists, names)
+    row = int(np.argmax(both)) if (both := ((targets == PRESENT) & (listed == PRESENT)).any(1)).any() else None
+    if row is not None:
+        raise UserError(
+            f"{manifest}, row {row + 1}: a label is both present and in {UNKNOWN_COLUMN!r}; remove it from one of them"
+        )
+    targets[listed == PRESENT] = UNKNOWN
+    return [f"{manifest.name}: {int(listed.sum())} labels are unknown (column {UNKNOWN_COLUMN!r})"]
+
+
 def _unused_note(manifest: Location, table: TableFile, columns: _Columns) -> list[str]:
-    unused = sorted({*table.names} - {*columns.texts, *columns.labels, columns.label_list, ""})
+    read = {*columns.texts, *columns.labels, columns.label_list, ""} | (
+        {UNKNOWN_COLUMN} if columns.label_list else set()
+    )
+    unused = sorted({*table.names} - read)
     return [f"{manifest.name}: columns not used: {', '.join(map(repr, unused))}"] if unused else []
 
 
