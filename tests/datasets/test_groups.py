@@ -49,7 +49,7 @@ def test_grouped_split_is_a_reproducible_partition(
 def test_labels_keep_their_shares_over_groups() -> None:
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 600, 6000)
-    likely = rng.random((600, 12)) * np.geomspace(0.6, 0.01, 12)  # images of a group are alike
+    likely = rng.random((600, 12)) * np.geomspace(0.6, 0.01, 12)  # images of a group have similar labels
     targets = (rng.random((6000, 12)) < likely[codes]).astype(np.int8)
     _, part = grouped_split(targets, names_of(codes), 0.2, 0)
     assert abs(len(part) - 1200) <= 10
