@@ -17,7 +17,8 @@ from .list_texts import LIST_TEXT, parse_list_text
 from .separators import USUAL_SEPARATORS, split_by_recurrence
 from .table_files import parse_json_lines
 
-_FLAGS = r"^\s*[\[{(]?\s*[01](?:[\s,;|]*[01])*\s*[\]})]?\s*$"  # 0110, "0 1 1 0", [0,1,1,0]
+_FLAGS = r"^\s*[\[{(]?\s*[01](?:\s*[\s,;|]\s*[01])*\s*[\]})]?\s*$"  # "0 1 1 0", [0,1,1,0]; not 10;11, which are names
+_DIGITS = r"^[01]{2,}$"  # 0110
 _QUOTED = r"""^'.*'$|^".*"$"""
 
 
@@ -95,6 +96,7 @@ def encode_lists(
     Raises:
         UserError: if no label occurs, or a label that is not in `label_names`, with its row.
     """
+    lists = _split_digits(lists, label_names)
     flags = _read_flags(manifest, name, lists, label_names)
     if flags is not None:
         return flags
@@ -143,6 +145,22 @@ def _as_lists(manifest: Location, name: str, column: pa.ChunkedArray) -> pa.Chun
         column = column.cast(pa.list_(pa.int8()))  # flags
     _require_text(manifest, name, column.type.value_type)
     return column.cast(pa.list_(pa.string()))
+
+
+def _split_digits(lists: pa.ChunkedArray, label_names: Sequence[str] | None) -> pa.ChunkedArray:
+    """Split texts such as 0110 into flags, if each row holds one of the same length and they are not names of labels."""
+    values = pc.utf8_trim_whitespace(pc.list_flatten(lists)).fill_null("")
+    distinct = {*pc.unique(values).to_pylist()} - {""}
+    if (
+        not distinct
+        or distinct <= {*(label_names or ())}
+        or len({len(text) for text in distinct}) > 1
+        or not pc.all(pc.match_substring_regex(pa.array(sorted(distinct)), _DIGITS)).as_py()
+        or pc.max(pc.list_value_length(lists)).as_py() > 1
+    ):
+        return lists
+    joined = pc.utf8_trim_whitespace(pc.binary_join(lists, ""))
+    return pc.split_pattern(pc.replace_substring_regex(joined, r"([01])", r"\1,"), ",")
 
 
 def _read_flags(

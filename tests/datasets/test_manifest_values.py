@@ -102,6 +102,15 @@ def test_labels_0_and_1_are_refused(tmp_path: Path, rows: tuple[str, ...]) -> No
     assert present(read_manifest(place, label_names=("0", "1")).samples)["s3://b/0.jpg"] == {*rows[0].split(";")}
 
 
+def test_numbers_of_two_digits_stay_names(tmp_path: Path) -> None:
+    samples = read_manifest(make(tmp_path, table("labels", "10;11", "11;10"))).samples
+    assert samples.label_names == ("10", "11")
+    place = make(tmp_path, table("labels", "10", "11"))
+    assert read_manifest(place, label_names=("10", "11")).samples.targets.tolist() == [[1, 0], [0, 1]]
+    with pytest.raises(UserError, match="a flag per label, by position"):
+        read_manifest(place)
+
+
 @pytest.mark.parametrize(
     ("text", "labels"),
     [
