@@ -8,15 +8,13 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Callable
-from typing import Any
-from xml.parsers import expat
 
 from ..errors import UserError
 from ..io.storage import Location
 from .annotation_json import read_json_export, read_json_lines_export
 from .annotations import UNASSIGNED, Annotations, read_whole, vertex_split
 from .image_uris import is_image
-from .text_files import read_data
+from .xml_files import read_xml
 
 _HEAD_BYTES = 65_536  # enough for a header or the first line
 _ML_USE = {"training", "train", "validation", "validate", "test", UNASSIGNED}
@@ -38,48 +36,20 @@ def read_annotation_file(file: Location) -> Annotations | None:
 
 def _read_cvat(file: Location, head: str) -> Annotations | None:
     """Read CVAT for images 1.1: `<image name= subset=>` with `<tag label=>`; boxes and other shapes count as labels too."""
-    images: list[str] = []
-    labels: list[list[str]] = []
-    splits: list[str] = []
-    names: list[str] = []
-    path: list[str] = []
-    text: list[str] = []
-
-    def start(element: str, attributes: dict[str, str]) -> None:
-        path.append(element)
-        text.clear()
-        if len(path) == 1 and element != "annotations":
-            raise UserError(
-                f"{file}: is XML with the root <{element}>, but of XML only CVAT for images is read, whose root is"
-                " <annotations>; VOC needs --data.dataset voc"
-            )
-        if element == "image":
-            images.append(attributes.get("name", ""))
-            splits.append(attributes.get("subset", ""))
-            labels.append([])
-        elif len(path) == 3 and path[1] == "image" and "label" in attributes:
-            labels[-1].append(attributes["label"])
-
-    def end(element: str) -> None:
-        if path[-3:] == ["labels", "label", "name"]:
-            names.append("".join(text).strip())
-        path.pop()
-
-    def refuse(*_: Any) -> None:
-        raise UserError(f"{file}: declares entities (<!DOCTYPE>), which an export of CVAT never does; it is not read")
-
-    parser = expat.ParserCreate()
-    parser.StartElementHandler, parser.EndElementHandler = start, end
-    parser.CharacterDataHandler = text.append
-    parser.StartDoctypeDeclHandler = refuse
-    try:
-        parser.Parse(read_data(file, "name the label file"), True)
-    except expat.ExpatError as error:
-        raise UserError(f"{file}: damaged XML ({error}); export it again") from None
+    root = read_xml(file, "name the label file")
+    if root.tag != "annotations":
+        raise UserError(
+            f"{file}: is XML with the root <{root.tag}>, but of XML only CVAT for images is read, whose root is <annotations>; VOC needs"
+            " --data.dataset voc"
+        )
+    images = root.findall("image")
+    labels = [[shape.attrib["label"] for shape in image if "label" in shape.attrib] for image in images]
+    names = [(name.text or "").strip() for name in root.findall(".//labels/label/name")]
     used = {label for row in labels for label in row}
     known = tuple(dict.fromkeys(names)) if names and used <= {*names} else None
-    named = [split if split.lower() not in ("", "default") else "" for split in splits]
-    return Annotations("CVAT XML", images, labels, named, known)
+    splits = [image.get("subset", "") for image in images]
+    named = [split if split.lower() != "default" else "" for split in splits]
+    return Annotations("CVAT XML", [image.get("name", "") for image in images], labels, named, known)
 
 
 def _read_vertex_csv(file: Location, head: str) -> Annotations | None:

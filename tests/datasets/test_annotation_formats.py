@@ -212,8 +212,12 @@ def test_open_images_unlisted_labels_are_unknown(folder: Path) -> None:
     ("name", "text", "words"),
     [
         ("x.xml", "<annotation><object/></annotation>", r"root <annotation>.*--data\.dataset voc"),
-        ("x.xml", '<!DOCTYPE a [<!ENTITY e "x">]><annotations>&e;</annotations>', "declares entities"),
-        ("x.xml", "<annotations><image", r"damaged XML \(unclosed token"),
+        (
+            "x.xml",
+            '<!DOCTYPE a [<!ENTITY e "x">]><annotations>&e;</annotations>',
+            "declares a document type or entities",
+        ),
+        ("x.xml", "<annotations><image", r"not an XML file \(unclosed token"),
         ("x.json", "{", "damaged JSON"),
         ("x.json", '{"a": 1}', "JSON of an unknown form"),
         ("x.json", '{"images": [], "annotations": [], "categories": []}', r"--data\.dataset coco"),
